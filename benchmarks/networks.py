@@ -1,0 +1,96 @@
+"""Arithmetic and speed of each network.
+
+    python benchmarks/networks.py [--threads 2] [--edge 512] [--batch 4]
+
+Multiply-accumulates per pixel of every convolution, counted from the shapes that really pass through it (a transposed
+convolution counts its input positions), and megapixels a second of a bare forward pass on this machine's CPU, for the
+bundled family and for `bmshj2018-factorized` (random weights) in the same run.
+"""
+
+import argparse
+import time
+
+import torch
+from torch import nn
+
+from zarr_cae.transforms import (
+    GDN,
+    HIGH_RATE,
+    LOW_RATE,
+    Analysis,
+    FactorizedAnalysis,
+    FactorizedSynthesis,
+    Synthesis,
+)
+
+NETWORKS = {
+    "cae-v1, qualities 1-5": (Analysis(LOW_RATE), Synthesis(LOW_RATE)),
+    "cae-v1, qualities 6-8": (Analysis(HIGH_RATE), Synthesis(HIGH_RATE)),
+    "bmshj2018-factorized, 1-5": (FactorizedAnalysis(128, 192), FactorizedSynthesis(128, 192)),
+    "bmshj2018-factorized, 6-8": (FactorizedAnalysis(192, 320), FactorizedSynthesis(192, 320)),
+}
+
+
+def multiplications(network: nn.Module, example: torch.Tensor) -> int:
+    """Multiply-accumulates of one forward pass."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(module, GDN):
+            total += module.gamma.numel() * output[0, 0].numel()
+        elif isinstance(module, nn.ConvTranspose2d):
+            total += module.weight.numel() * inputs[0][0, 0].numel()
+        else:
+            total += module.weight.numel() * output[0, 0].numel()
+
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, GDN)
+    hooks = [module.register_forward_hook(count) for module in network.modules() if isinstance(module, kinds)]
+    with torch.inference_mode():
+        network(example)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def seconds(network: nn.Module, example: torch.Tensor) -> float:
+    """The best of five forward passes."""
+    with torch.inference_mode():
+        network(example)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            network(example)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--edge", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{arguments.threads} threads, {arguments.batch} x {arguments.edge} x {arguments.edge} px, float32")
+    print(f"{'network':28s} {'analysis':>18s} {'synthesis':>18s}  parameters")
+    print(f"{'':28s} {'KMAC/px':>9s} {'MP/s':>8s} {'KMAC/px':>9s} {'MP/s':>8s}")
+    for name, (analysis, synthesis) in NETWORKS.items():
+        pixels = torch.rand(arguments.batch, 3, arguments.edge, arguments.edge)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        columns = []
+        for network in (analysis, synthesis):
+            network.eval().to(memory_format=torch.channels_last)
+            example = pixels
+            if network is synthesis:
+                with torch.inference_mode():
+                    example = analysis(pixels).contiguous(memory_format=torch.channels_last)
+            kmac = multiplications(network, example[:1]) / arguments.edge**2 / 1000
+            speed = arguments.batch * arguments.edge**2 / seconds(network, example) / 1e6
+            columns.append(f"{kmac:9.2f} {speed:8.2f}")
+        count = sum(p.numel() for network in (analysis, synthesis) for p in network.parameters())
+        print(f"{name:28s} {columns[0]} {columns[1]}  {count:,}")
+
+
+if __name__ == "__main__":
+    main()

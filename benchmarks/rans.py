@@ -1,0 +1,178 @@
+"""Speed of `zarr_cae.rans` and of `compressai.ans` on the same symbols, one core, one run.
+
+    python benchmarks/rans.py [IMAGE ...] [--quality 1,4,8] [--repeats N]
+
+The symbols are those of the images (default: the photograph that the package holds) under the bundled `mse` weights, in
+tiles of at most 32 x 32 positions; `--quality 0` draws them from 192 Laplacian channels instead, whose scales fall from
+3 to between 0.03 and 0.08, seed 1, 8 tiles of 32 x 32 positions (about 0.6 bit per pixel).
+
+Two comparisons, both with the same probabilities, compressai's as 16-bit distribution functions:
+
+all symbols
+    Every symbol of every tile, from arrays to arrays, as an image codec calls each coder. compressai's binding takes
+    and gives Python lists, so their making is part of its time, as it is in CompressAI's own `EntropyBottleneck`, but
+    for the distribution functions, which it also makes anew for every image and which are ready-made here.
+without zero channels
+    Only the channels of a tile that are not all zero, and only those symbols are counted: ours skips the others. All
+    of compressai's lists are ready-made.
+
+Times are CPU seconds (other programs on the machine disturb them less), the best of the repeats over all tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from zarr_cae import rans
+from zarr_cae.tables import PRECISION, Tables, ideal_bits, trimmed_frequencies
+
+
+def synthetic() -> tuple[np.ndarray, Tables]:
+    rng = np.random.default_rng(1)
+    scales = np.maximum(3 * np.exp(-np.arange(192) / 25), 0.03 + 0.05 * rng.random(192))
+    edges = np.arange(-500, 502) - 0.5
+    rows = []
+    for scale in scales:
+        tail = 0.5 * np.exp(-np.abs(edges) / scale)
+        rows.append(trimmed_frequencies(np.abs(np.diff(np.where(edges < 0, tail, 1 - tail))), -500))
+    tables = Tables(
+        np.array([minimum for minimum, _ in rows]),
+        np.array([row.size for _, row in rows]),
+        np.concatenate([row for _, row in rows]),
+    )
+    return np.rint(rng.laplace(size=(8, 192, 1024)) * scales[:, None]).astype(np.int16), tables
+
+
+def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables]:
+    """The tiles, each (M, positions) int16, of the images' symbols, and their tables."""
+    from PIL import Image
+
+    from zarr_cae import weights
+    from zarr_cae.engine import Settings, engine_for
+    from zarr_cae.framing import FrameHeader
+    from zarr_cae.pixels import Layout, to_planes
+
+    digest = weights.default_digest(weights.DEFAULT_MODEL, quality, "mse")
+    loaded = weights.load(weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric="mse").path)
+    settings, tiles = Settings(), []
+    for file in files:
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        planes = to_planes(pixels, Layout(pixels.shape, 2), (0, 255))
+        (symbols,) = engine_for(loaded, settings).analyse(planes, quality, settings)
+        for rows, columns in FrameHeader(1, *pixels.shape[:2], grey=False).tiles():
+            tiles.append(np.ascontiguousarray(symbols[:, rows, columns]).reshape(len(symbols), -1))
+    return tiles, loaded.tables[loaded.row(quality)]
+
+
+def compressai_ans() -> ModuleType | None:
+    """The extension module alone: the package around it needs a torchvision that matches torch."""
+    package = importlib.util.find_spec("compressai")
+    if package is None or not package.submodule_search_locations:
+        return None
+    spec = importlib.machinery.PathFinder.find_spec("ans", list(package.submodule_search_locations))
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def best(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        result = work()
+        times.append(time.process_time() - begin)
+    return min(times), result
+
+
+def compare(tiles: list[np.ndarray], tables: Tables, repeats: int) -> None:
+    rans.decode(rans.encode(tiles[0], tables), tiles[0].shape[1], tables)  # compiles, builds the tables
+    encode_s, streams = best(lambda: [rans.encode(tile, tables) for tile in tiles], repeats)
+    sizes = [tile.shape[1] for tile in tiles]
+    decode_s, decoded = best(lambda: [rans.decode(s, n, tables) for s, n in zip(streams, sizes, strict=True)], repeats)
+    if not all(map(np.array_equal, decoded, tiles)):
+        sys.exit("zarr_cae.rans: decoded symbols differ")
+    payload, ideal = sum(map(len, streams)), sum(ideal_bits(tile, tables) for tile in tiles) / 8
+    total = sum(tile.size for tile in tiles)
+    counted = sum(int(tile.any(axis=1).sum()) * tile.shape[1] for tile in tiles)
+    print(
+        f"{len(tiles)} tiles, {tables.channels} channels, {total / 1e6:.2f} million symbols, {counted / total:.1%} of"
+    )
+    print(f"them in channels that are not all zero; payload / length under the integer tables {payload / ideal:.4f}")
+    ans = compressai_ans()
+    if ans is None:
+        print("compressai.ans is not installed: zarr_cae.rans alone")
+    for name, all_symbols, count in (("all symbols", True, total), ("without zero channels", False, counted)):
+        print(f"  {name:34}{'encode':>10}{'decode':>10}   million symbols/s")
+        print(f"    {'zarr_cae.rans':32}{count / encode_s / 1e6:10.1f}{count / decode_s / 1e6:10.1f}")
+        if ans is not None:
+            theirs = theirs_on(ans, tiles, tables, max(repeats // 5, 2), all_symbols=all_symbols)
+            print(f"    {'compressai.ans':32}{count / theirs[0] / 1e6:10.1f}{count / theirs[1] / 1e6:10.1f}")
+            print(f"    {'ratio':32}{theirs[0] / encode_s:10.1f}{theirs[1] / decode_s:10.1f}")
+
+
+def theirs_on(
+    ans: ModuleType, tiles: list[np.ndarray], tables: Tables, repeats: int, *, all_symbols: bool
+) -> tuple[float, float]:
+    """CPU seconds of compressai.ans for encoding and for decoding."""
+    ends = [np.cumsum(row) for row in np.split(tables.frequency.astype(int), np.cumsum(tables.length)[:-1])]
+    cdfs = [[0, *(end << (16 - PRECISION)).tolist()] for end in ends]
+    model = (cdfs, [len(cdf) for cdf in cdfs], tables.minimum.tolist())
+    coded = [np.arange(len(tile)) if all_symbols else np.flatnonzero(tile.any(axis=1)) for tile in tiles]
+    kept = [tile[rows].ravel().astype(np.int32) for tile, rows in zip(tiles, coded, strict=True)]
+    channels = [np.repeat(rows, tile.shape[1]) for tile, rows in zip(tiles, coded, strict=True)]
+    lists = [(symbols.tolist(), indexes.tolist()) for symbols, indexes in zip(kept, channels, strict=True)]
+    encoder, decoder = ans.RansEncoder(), ans.RansDecoder()
+
+    def encode() -> list[bytes]:
+        if all_symbols:
+            pairs = zip(kept, channels, strict=True)
+            return [encoder.encode_with_indexes(s.tolist(), i.tolist(), *model) for s, i in pairs]
+        return [encoder.encode_with_indexes(s, i, *model) for s, i in lists]
+
+    encode_s, streams = best(encode, repeats)
+
+    def decode() -> list[Any]:
+        if all_symbols:
+            pairs = zip(streams, channels, strict=True)
+            return [np.array(decoder.decode_with_indexes(s, i.tolist(), *model), np.int32) for s, i in pairs]
+        return [decoder.decode_with_indexes(s, i, *model) for s, (_, i) in zip(streams, lists, strict=True)]
+
+    decode_s, decoded = best(decode, repeats)
+    if not all(map(np.array_equal, decoded, kept)):
+        sys.exit("compressai.ans: decoded symbols differ")
+    return encode_s, decode_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="*", type=Path)
+    parser.add_argument("--quality", default="1,4,8")
+    parser.add_argument("--repeats", type=int, default=20)
+    arguments = parser.parse_args()
+    files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
+    files = files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
+    for quality in map(int, arguments.quality.split(",")):
+        if quality:
+            print(f"\nquality {quality}, {len(files)} images")
+            compare(*of_images(files, quality), arguments.repeats)
+        else:
+            print("\nLaplacian channels")
+            tiles, tables = synthetic()
+            compare(list(tiles), tables, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

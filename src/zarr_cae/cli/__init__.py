@@ -1,0 +1,65 @@
+"""The command line `zarr-cae`: arguments, progress, printing.
+
+One module a group of commands, each with `add(commands)`, which declares its arguments, and functions that take the
+parsed arguments. What is slow to import (torch, zarr, numba, matplotlib) is imported inside those functions.
+
+Exit codes: 0 done; 1 the user's mistake or bad data, with one line on stderr; 2 wrong usage; 130 interrupted. Bugs
+keep their traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from zarr_cae.cli import archive, bottleneck, demo, evaluate, train, weights_files
+from zarr_cae.errors import CAEError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `zarr-cae` with these arguments (by default the process's own) and return its exit code."""
+    arguments = _parse(argv)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+        return 141
+    except Exception as error:
+        if not isinstance(error, (CAEError, OSError, *_zarr_errors())):
+            raise
+        return _say(str(error) or type(error).__name__, 1)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="zarr-cae", description="Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for group in (archive, bottleneck, demo, weights_files, train, evaluate):
+        group.add(commands)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and hasattr(arguments, "paths") and not any(word.startswith("-") for word in rest):
+        arguments.paths += rest  # argparse takes only one run of positional arguments between the options
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
+def _zarr_errors() -> tuple[type[Exception], ...]:
+    """Zarr's own exceptions; none if it was never imported."""
+    module: Any = sys.modules.get("zarr.errors")
+    return () if module is None else (module.BaseZarrError,)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"zarr-cae: {' '.join(message.removeprefix('cae: ').split())}", file=sys.stderr)
+    return code

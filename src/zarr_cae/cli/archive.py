@@ -1,0 +1,248 @@
+"""`encode`, `decode` and `info`: images into Zarr and back, and what an array costs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, progress, quality, refuse, value_range
+from zarr_cae.cli.images import (
+    Pixels,
+    megapixels,
+    open_array,
+    open_source,
+    picture,
+    picture_format,
+    replacing,
+    save_picture,
+)
+from zarr_cae.cli.writing import BAR, Options, many_chunks_at_once, plan, replacing_zarr, slabs, stored_bytes, write
+from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
+from zarr_cae.pixels import Layout, resolve_channel_axis
+from zarr_cae.weights import DEFAULT_MODEL, METRICS, MODELS, find
+
+if TYPE_CHECKING:
+    import zarr
+
+    from zarr_cae.codec import CAECodec
+
+
+def add(commands: Commands) -> None:
+    """Declare `encode`, `decode` and `info`."""
+    parser = command(
+        commands, "encode", encode,
+        "Encode images into a Zarr array (one image) or a group of arrays named after the files (several). Images "
+        "are anything Pillow reads, .npy files and .zarr arrays; colour images become RGB, 16-bit grey stays uint16.",
+    )  # fmt: skip
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="IMAGE... OUT.zarr: the images, and last the output")
+    parser.add_argument("-q", "--quality", type=quality, default=8, help="1 (smallest) to 8 (best); default 8")
+    parser.add_argument("--metric", choices=METRICS, default="mse", help="what the network was trained for")
+    parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
+    parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
+    parser.add_argument("--chunks", type=pair, default=(256, 256), metavar="ROWS,COLS", help="default 256,256")
+    parser.add_argument("--shards", type=pair, metavar="ROWS,COLS", help="files of many chunks; a multiple of --chunks")
+    parser.add_argument(
+        "--channel-axis", type=channel_axis, default="auto", metavar="N|none|auto",
+        help="axis of the colour channels in .npy and .zarr arrays; auto: the only axis of length 3",
+    )  # fmt: skip
+    parser.add_argument(
+        "--value-range", type=value_range, metavar="LO,HI",
+        help="values of the data, for dtypes other than uint8 (write --value-range=-1,1 for a negative one)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.zarr if it exists")
+    parser = command(
+        commands, "decode", decode,
+        "Decode a Zarr array into an image file. The format is the suffix's: any that Pillow writes, or .npy, which "
+        "holds arrays of every shape and dtype. An existing file is replaced.",
+    )  # fmt: skip
+    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser = command(
+        commands, "info", info, "Show shape, codec, stored bytes, bits per pixel and ratio of a Zarr array or group."
+    )
+    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    """`zarr-cae encode`."""
+    *images, out = [Path(path) for path in arguments.paths]
+    if not images or out.suffix != ".zarr":
+        refuse(f"the last path is the output and ends in .zarr; got {out}")
+    options = Options(
+        arguments.quality, arguments.metric, arguments.model, arguments.weights, arguments.chunks, arguments.shards,
+        arguments.channel_axis, arguments.value_range,
+    )  # fmt: skip
+    names = [path.stem for path in images]
+    for name, path in zip(names, images, strict=True):
+        if names.count(name) > 1:
+            others = ", ".join(str(other) for other in images if other.stem == name and other != path) or "itself again"
+            refuse(f"{path} and {others} would both become array {name!r}; rename one")
+    with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
+        plans = (plan(open_source(path), options) for path in images)
+        write(plans, partial, sum(map(megapixels, images)), group=len(images) > 1)
+    print("\n".join(_summary(array) for array in _arrays(out)))
+
+
+def _summary(array: zarr.Array[Any]) -> str:
+    size, pixels = stored_bytes(array), _positions(array)
+    name = Path(str(array.store_path).removeprefix("file://"))
+    shape = " x ".join(map(str, array.shape))
+    ratio = f", 1 : {array.nbytes / size:.1f}" if size else ""
+    return f"{name}: {shape} {array.dtype}, {size:,} bytes, {8 * size / pixels:.3f} bpp{ratio}"
+
+
+def decode(arguments: argparse.Namespace) -> None:
+    """`zarr-cae decode`."""
+    path: Path = arguments.image
+    numpy_file = path.suffix.lower() == ".npy"
+    if not numpy_file:
+        picture_format(path)
+    array = open_array(arguments.array)
+    if numpy_file:
+        with replacing(path) as partial:
+            target = np.lib.format.open_memmap(partial, mode="w+", dtype=array.dtype, shape=array.shape)
+            _read(array, target)
+            target.flush()
+        return
+    order = _picture_axes(array)
+    picture(np.empty([array.shape[axis] for axis in order], array.dtype), path)  # refuse before the work
+    pixels = np.empty(array.shape, array.dtype)
+    _read(array, pixels)
+    drop = [axis for axis in range(array.ndim) if axis not in order]
+    kept = [axis for axis in range(array.ndim) if axis in order]
+    image = pixels.squeeze(tuple(drop)).transpose([kept.index(axis) for axis in order])
+    save_picture(picture(np.ascontiguousarray(image), path), path)
+
+
+def _read(array: zarr.Array[Any], target: Pixels) -> None:
+    """Decode an array into another, piece by piece."""
+    size = _positions(array) / 1e6
+    with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:
+        for window in slabs(array.shape, array.shards or array.chunks):
+            target[window] = array[window]
+            bar.update(size * target[window].size / array.size)
+
+
+def _picture_axes(array: zarr.Array[Any]) -> list[int]:
+    """The axes that make a picture: rows, columns and colours, if all others have length 1."""
+    channels = _channel_axis(array)
+    others = [axis for axis in range(array.ndim) if axis != channels]
+    single = [axis for axis in others[:-2] if array.shape[axis] != 1]
+    colours = [] if channels is None or array.shape[channels] == 1 else [channels]
+    if len(others) < 2 or single or (colours and array.shape[colours[0]] != 3):
+        refuse(f"an array of shape {array.shape} is no single grey or RGB picture; write it to .npy")
+    return [*others[-2:], *colours]
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """`zarr-cae info`."""
+    found = list(_arrays(arguments.array))
+    if not found:
+        refuse(f"{arguments.array} holds no arrays")
+    print("\n\n".join(_describe(array) for array in found))
+
+
+def _arrays(path: Path) -> Iterator[zarr.Array[Any]]:
+    """The array at a path, or all arrays of the group there, by name."""
+    import zarr
+
+    if not path.exists():
+        refuse(f"{path} does not exist")
+    node = zarr.open(path, mode="r")
+    if isinstance(node, zarr.Array):
+        yield node
+    else:
+        members = sorted(node.members(max_depth=None), key=lambda member: member[0])
+        yield from (member for _, member in members if isinstance(member, zarr.Array))
+
+
+def _codec(array: zarr.Array[Any]) -> CAECodec | None:
+    """The array's `cae` codec, also from inside a shard."""
+    from zarr.codecs import ShardingCodec
+
+    from zarr_cae.codec import CAECodec
+
+    codecs = list(getattr(array.metadata, "codecs", ()))
+    while codecs:
+        codec = codecs.pop()
+        if isinstance(codec, ShardingCodec):
+            codecs += codec.codecs
+        elif isinstance(codec, CAECodec):
+            return codec
+    return None
+
+
+def _channel_axis(array: zarr.Array[Any]) -> int | None:
+    """The axis of the channels as the codec has it, or, in arrays of other codecs, by the rule of `auto`."""
+    codec = _codec(array)
+    wanted = "auto" if codec is None or _transposed(array) else codec.channel_axis
+    try:
+        return resolve_channel_axis(array.shape, wanted)
+    except CAEConfigurationError:
+        return None
+
+
+def _transposed(array: zarr.Array[Any]) -> bool:
+    from zarr.codecs import TransposeCodec
+
+    return any(isinstance(codec, TransposeCodec) for codec in getattr(array.metadata, "codecs", ()))
+
+
+def _positions(array: zarr.Array[Any]) -> int:
+    """Pixels of an array: its samples, all channels of a place counted as one."""
+    axis = _channel_axis(array)
+    try:
+        return max(1, array.size // Layout(array.shape, axis).channels)
+    except CAEConfigurationError:
+        return max(1, array.size)
+
+
+def _describe(array: zarr.Array[Any]) -> str:
+    codec, size = _codec(array), stored_bytes(array)
+    metadata = cast("Any", array.metadata)
+    rows = [
+        ("shape", " x ".join(map(str, array.shape)) + f" {array.dtype}"),
+        ("chunks", " x ".join(map(str, array.chunks))),
+        ("shards", "none" if array.shards is None else " x ".join(map(str, array.shards))),
+    ]
+    if codec is None:
+        chain = getattr(metadata, "codecs", None) or [*(metadata.filters or ()), metadata.compressor]
+        rows.append(("codecs", ", ".join(type(item).__name__ for item in chain if item is not None)))
+    else:
+        axis = "none" if codec.channel_axis is None else str(codec.channel_axis)
+        rows += [
+            ("codec", f"cae: {codec.model}, quality {codec.quality}, metric {codec.metric}, channel axis {axis}"),
+            ("weights", _weights(codec)),
+        ]
+        rows.append(("latents", _latents(array)))
+        if codec.value_range is not None:
+            rows.append(("values", f"{codec.value_range[0]} to {codec.value_range[1]}"))
+    ratio = f", 1 : {array.nbytes / size:.1f}" if size else ""
+    rows.append(("stored", f"{size:,} bytes of {array.nbytes:,}{ratio}"))
+    rows.append(("rate", f"{8 * size / _positions(array):.4f} bits per pixel"))
+    title = str(array.store_path).removeprefix("file://")
+    return "\n".join([title, *(f"  {name:<8} {value}" for name, value in rows)])
+
+
+def _latents(array: zarr.Array[Any]) -> str:
+    """The shape that `open_bottleneck` gives, or why it gives none."""
+    from zarr_cae.bottleneck import open_bottleneck
+
+    try:
+        latents = cast("zarr.Array[Any]", open_bottleneck(array.store_path))
+    except CAEConfigurationError as error:
+        return f"none ({str(error).removeprefix('cae: ').partition(';')[0]})"
+    return " x ".join(map(str, latents.shape)) + f" {latents.dtype}"
+
+
+def _weights(codec: CAECodec) -> str:
+    short = codec.weights[: len("sha256:") + 12]
+    try:
+        find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
+    except WeightsNotFoundError:
+        return f"{short}..., NOT on this machine: see `zarr-cae weights import`"
+    return f"{short}..., on this machine"

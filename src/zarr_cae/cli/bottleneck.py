@@ -1,0 +1,88 @@
+"""`bottleneck`: copy the latents of an array out of its archive."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from zarr_cae.cli.arguments import Commands, command, progress, refuse
+from zarr_cae.cli.images import replacing
+from zarr_cae.cli.writing import replacing_zarr, slabs
+
+if TYPE_CHECKING:
+    import zarr
+
+
+def add(commands: Commands) -> None:
+    """Declare `bottleneck`."""
+    parser = command(
+        commands, "bottleneck", bottleneck,
+        "Copy the latents of a Zarr array into an array of their own, float32, as the decoder's network receives "
+        "them. To train on them no copy is needed: see `zarr_cae.open_bottleneck`.",
+    )  # fmt: skip
+    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
+    parser.add_argument("latents", type=Path, metavar="LATENTS.zarr|LATENTS.npy")
+    parser.add_argument("--overwrite", action="store_true", help="replace LATENTS.zarr if it exists")
+
+
+def bottleneck(arguments: argparse.Namespace) -> None:
+    """`zarr-cae bottleneck`."""
+    out: Path = arguments.latents
+    if out.suffix.lower() not in {".zarr", ".npy"}:
+        refuse(f"latents go into a .zarr or .npy file; got {out}")
+    array = _open(arguments.array)
+    if out.suffix.lower() == ".npy":
+        with replacing(out) as partial:
+            target = np.lib.format.open_memmap(partial, mode="w+", dtype=array.dtype, shape=array.shape)
+            _copy(array, target)
+            target.flush()
+    else:
+        with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
+            _copy(array, _create(partial, array))
+    shape = " x ".join(map(str, array.shape))
+    print(f"{out}: {shape} {array.dtype}, {array.nbytes:,} bytes in memory")
+
+
+def _open(path: Path) -> zarr.Array[Any]:
+    """The latents of the array at a path, or of the only one with latents in the group there."""
+    import zarr
+
+    from zarr_cae.bottleneck import has_latents, open_bottleneck
+
+    if not path.exists():
+        refuse(f"{path} does not exist")
+    node = open_bottleneck(path)
+    if isinstance(node, zarr.Array):
+        return node
+    members = node.members(max_depth=None)
+    found = {name: member for name, member in members if isinstance(member, zarr.Array) and has_latents(member)}
+    if len(found) != 1:
+        examples = ", ".join(f"{path}/{name}" for name in sorted(found)[:4])
+        refuse(f"{path} is a group of {len(found)} arrays with latents" + (f"; name one: {examples}" if found else ""))
+    return next(iter(found.values()))
+
+
+def _create(path: Path, array: zarr.Array[Any]) -> zarr.Array[Any]:
+    import zarr
+
+    return zarr.create_array(
+        path,
+        shape=array.shape,
+        chunks=array.chunks,
+        shards=array.shards,
+        dtype=array.dtype,
+        fill_value=np.nan,
+        attributes=array.attrs.asdict(),
+        dimension_names=cast("Any", array.metadata).dimension_names,
+    )
+
+
+def _copy(array: zarr.Array[Any], target: Any) -> None:
+    with progress(array.nbytes, "B", "bottleneck", unit_scale=True) as bar:
+        for window in slabs(array.shape, array.shards or array.chunks):
+            values = np.asarray(array[window])
+            target[window] = values
+            bar.update(values.nbytes)

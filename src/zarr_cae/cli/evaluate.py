@@ -1,0 +1,221 @@
+"""`evaluate`: rate, distortion and time on the user's own images, beside other codecs and published curves."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zarr_cae.cli.arguments import Commands, command, note, progress, quality, refuse, several, table
+from zarr_cae.cli.images import Pixels, read_image, replacing
+from zarr_cae.cli.writing import stored_bytes
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.evaluation import (
+    Curve,
+    Metric,
+    Point,
+    average,
+    load_published,
+    measure,
+    plot,
+    to_curves,
+    write_csv,
+)
+from zarr_cae.rivals import RIVALS, evaluate_rival
+from zarr_cae.weights import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, available, check_digest
+
+if TYPE_CHECKING:
+    from zarr_cae.codec import CAECodec
+
+
+def add(commands: Commands) -> None:
+    """Declare `evaluate`."""
+    parser = command(
+        commands, "evaluate", evaluate,
+        "Measure rate, distortion and time on images. Real bytes of real chunks, written and read through zarr in "
+        "memory; means over the images, compared with other codecs and published curves by BD-rate.",
+    )  # fmt: skip
+    parser.add_argument("paths", nargs="+", metavar="IMAGE", help="images, or folders of images")
+    parser.add_argument("--quality", type=several(quality), metavar="1,4,8", help="default: all of the weights")
+    parser.add_argument(
+        "--metric", type=several(_one_of("metric", METRICS)), metavar="mse,ms-ssim",
+        help="what the networks were trained for, one or both; default mse, or that of --weights",
+    )  # fmt: skip
+    parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
+    parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
+    parser.add_argument(
+        "--chunks", type=_chunks, default=256, metavar="N|image", help="chunk edge, or one chunk an image"
+    )
+    parser.add_argument("--grey", action="store_true", help="convert the images to grey and code one plane")
+    parser.add_argument(
+        "--against", type=several(_one_of("rival", tuple(RIVALS))), default=[], metavar=",".join(RIVALS),
+        help="other codecs to measure on the same images",
+    )  # fmt: skip
+    parser.add_argument("--published", type=Path, metavar="JSON", help="published curves to compare with")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every measurement")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves; .png, .pdf or .svg")
+
+
+def _one_of(what: str, choices: tuple[str, ...]) -> Any:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what}; there are {', '.join(choices)}")
+        return text
+
+    parse.__name__ = what
+    return parse
+
+
+def _chunks(text: str) -> int | None:
+    """The edge of a chunk; None is the whole image."""
+    if text == "image":
+        return None
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`zarr-cae evaluate`."""
+    from zarr_cae.codec import CAECodec
+
+    files = _files([Path(path) for path in arguments.paths])
+    published = [] if arguments.published is None else list(load_published(arguments.published).values())
+    published = [replace(curve, name=f"{curve.name} (published)") for curve in published]
+    for path in (arguments.csv, arguments.plot):
+        if path is not None and not path.parent.is_dir():
+            refuse(f"folder {path.parent} does not exist")
+    if arguments.plot is not None and arguments.plot.suffix.lower() not in {".png", ".pdf", ".svg"}:
+        refuse(f"{arguments.plot}: plots are .png, .pdf or .svg")
+    model, configurations = _configurations(arguments)
+    rivals = list(dict.fromkeys(arguments.against))
+    points: list[Point] = []
+    with progress(len(files) * (len(configurations) + len(rivals)), "coding", "evaluate") as bar:
+        for index, path in enumerate(files):
+            pixels = _eight_bits(path, grey=arguments.grey)
+            for metric, level in configurations:
+                axis = None if pixels.ndim == 2 else 2
+                codec = CAECodec(level, metric, model, arguments.weights, axis)
+                if not index:
+                    _measure(path, pixels[:64, :64], codec, 64)  # loads networks and coder: no part of the times
+                points.append(_measure(path, pixels, codec, arguments.chunks))
+                bar.update()
+            colours = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+            for rival in rivals:
+                points += evaluate_rival(rival, [(str(path), colours)])
+                bar.update()
+    _report(points, published, files, arguments)
+    if arguments.csv is not None:
+        with replacing(arguments.csv) as partial:
+            write_csv(points, partial)
+    if arguments.plot is not None:
+        _plot([*to_curves(points).values(), *published], arguments.plot)
+
+
+def _configurations(arguments: argparse.Namespace) -> tuple[str, list[tuple[Any, int]]]:
+    """The model, and each metric with each quality; what was not given comes from the weights."""
+    model, metrics, qualities = arguments.model, ["mse"], list(QUALITIES)
+    if arguments.weights is not None:
+        check_digest(arguments.weights)
+        info = next((info for info in available() if info.digest == arguments.weights), None)
+        if info is not None:
+            model, metrics, qualities = info.model, [info.metric], list(info.qualities)
+    chosen = arguments.metric or metrics, arguments.quality or qualities
+    return model, list(itertools.product(*map(dict.fromkeys, chosen)))
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are, and the images in folders."""
+    from PIL import Image
+
+    suffixes = Image.registered_extensions()
+    files: list[Path] = []
+    for path in paths:
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+            if not found:
+                refuse(f"folder {path} holds no images")
+        elif not path.exists():
+            refuse(f"{path} does not exist")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def _eight_bits(path: Path, *, grey: bool) -> Pixels:
+    from PIL import Image
+
+    pixels = read_image(path)
+    if pixels.dtype != np.uint8:
+        refuse(f"{path} is {pixels.dtype}; only 8-bit images can be evaluated")
+    if min(pixels.shape[:2]) <= 160:
+        note(f"{path} is {pixels.shape[1]} x {pixels.shape[0]}: MS-SSIM needs more than 160 px, so its mean is nan")
+    return np.asarray(Image.fromarray(pixels).convert("L")) if grey else pixels
+
+
+def _measure(path: Path, pixels: Pixels, codec: CAECodec, edge: int | None) -> Point:
+    """Write and read an image in memory."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    chunks = tuple(min(edge or side, side) for side in pixels.shape[:2]) + pixels.shape[2:]
+    array: zarr.Array[Any] = zarr.create_array(
+        MemoryStore(), shape=pixels.shape, dtype=pixels.dtype, chunks=chunks, serializer=codec, compressors=None
+    )
+    start = time.perf_counter()
+    array[...] = pixels
+    written = time.perf_counter()
+    decoded = np.asarray(array[...])
+    end = time.perf_counter()
+    return measure(
+        f"{codec.model}-{codec.metric}", codec.quality, str(path), pixels, decoded, nbytes=stored_bytes(array),
+        encode_seconds=written - start, decode_seconds=end - written,
+    )  # fmt: skip
+
+
+def _report(points: list[Point], published: list[Curve], files: list[Path], arguments: argparse.Namespace) -> None:
+    chunks = "one chunk an image" if arguments.chunks is None else f"chunks of {arguments.chunks} px"
+    images = f"{len(files)} {'grey ' if arguments.grey else ''}image{'s' if len(files) > 1 else ''}"
+    print(f"Means over {images}, {chunks}; seconds an image\n")
+    rows = [
+        [
+            point.codec, f"{point.setting:g}", f"{point.bpp:.4f}", f"{point.psnr:.3f}", f"{point.ms_ssim:.5f}",
+            f"{point.delta_e:.3f}", f"{point.encode_seconds:.3f}", f"{point.decode_seconds:.3f}",
+        ]
+        for point in average(points)
+    ]  # fmt: skip
+    print(table(["codec", "setting", "bpp", "PSNR dB", "MS-SSIM", "CIE76", "encode s", "decode s"], rows))
+    measured = to_curves(points)
+    ours = [curve for name, curve in measured.items() if name not in RIVALS]
+    others = [*(curve for name, curve in measured.items() if name in RIVALS), *published]
+    if others:
+        rows = [
+            [curve.name, other.name, _bd_rate(curve, other, "psnr"), _bd_rate(curve, other, "ms_ssim")]
+            for curve in ours
+            for other in others
+        ]
+        print("\nBD-rate: bytes more (+) or less (-) than the other codec needs for equal quality\n")
+        print(table(["codec", "against", "PSNR", "MS-SSIM"], rows))
+
+
+def _bd_rate(curve: Curve, other: Curve, metric: Metric) -> str:
+    try:
+        return f"{curve.bd_rate(other, metric):+.1f} %"
+    except CAEConfigurationError:  # too few points, no common range of quality, or not monotone
+        return "-"
+
+
+def _plot(curves: list[Curve], path: Path) -> None:
+    with replacing(path) as partial:
+        named = partial.with_name(partial.name + path.suffix)  # matplotlib takes the format from the suffix
+        try:
+            plot(curves, named)
+            named.replace(partial)
+        finally:
+            named.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""`weights`: the weights files on this machine, and how to add to them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from zarr_cae import weights
+from zarr_cae.cli.arguments import Commands, command, quality, refuse, table
+
+
+def add(commands: Commands) -> None:
+    """Declare `weights list`, `path`, `import` and `fetch`."""
+    parser = commands.add_parser(
+        "weights", help="List, import or fetch weights files", description="Weights files on this machine."
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    command(actions, "list", list_weights, "List the weights files on this machine.")
+    command(actions, "path", show_path, f"Show the folder of imported weights; ${weights.CACHE_VARIABLE} changes it.")
+    importing = command(
+        actions, "import", import_file,
+        "Make a weights file known by its digest. FILE is what `zarr-cae train` exported (.safetensors), or a "
+        f"CompressAI checkpoint of {weights.ZOO_MODEL} (.pth.tar, .pt), which needs --quality and --metric.",
+    )  # fmt: skip
+    importing.add_argument("file", type=Path, metavar="FILE")
+    importing.add_argument("--quality", type=quality, help="of a CompressAI checkpoint")
+    importing.add_argument("--metric", choices=weights.METRICS, help="of a CompressAI checkpoint")
+    fetching = command(
+        actions, "fetch", fetch,
+        f"Download CompressAI's weights of {weights.ZOO_MODEL}. Needs compressai and a network.",
+    )  # fmt: skip
+    fetching.add_argument("--quality", type=quality, required=True)
+    fetching.add_argument("--metric", choices=weights.METRICS, required=True)
+
+
+def list_weights(_: argparse.Namespace) -> None:
+    """`zarr-cae weights list`."""
+    rows = [
+        [
+            info.model, info.metric, ",".join(map(str, info.qualities)), f"{info.path.stat().st_size / 1e6:.1f} MB",
+            "bundled" if info.path.parent == weights.bundled_folder() else "imported", info.digest,
+        ]
+        for info in weights.available()
+    ]  # fmt: skip
+    print(table(["model", "metric", "qualities", "size", "from", "digest"], rows))
+
+
+def show_path(_: argparse.Namespace) -> None:
+    """`zarr-cae weights path`."""
+    print(weights.cache_folder())
+
+
+def import_file(arguments: argparse.Namespace) -> None:
+    """`zarr-cae weights import`."""
+    path: Path = arguments.file
+    if path.suffix == ".safetensors" and arguments.quality is arguments.metric is None:
+        content = path.read_bytes()
+    else:
+        if arguments.quality is None or arguments.metric is None:
+            refuse(f"{path} is taken for a CompressAI checkpoint; say which one with --quality Q --metric M")
+        if not path.is_file():
+            refuse(f"{path} does not exist")
+        from zarr_cae.zoo import convert
+
+        content = convert(path, quality=arguments.quality, metric=arguments.metric)
+    print(described(weights.store(content)))
+
+
+def fetch(arguments: argparse.Namespace) -> None:
+    """`zarr-cae weights fetch`."""
+    from zarr_cae.zoo import fetch
+
+    path = fetch(quality=arguments.quality, metric=arguments.metric)
+    print(described(next(info for info in weights.available() if info.path == path)))
+
+
+def described(info: weights.WeightsInfo) -> str:
+    """What to do with a weights file, and the codec that uses it."""
+    qualities = ", ".join(map(str, info.qualities))
+    model = "" if info.model == weights.DEFAULT_MODEL else f"model={info.model!r}, "
+    metric = "" if info.metric == "mse" else f"metric={info.metric!r}, "
+    return (
+        f"{info.digest}\n  {info.path}\n  {info.model}, {info.metric}, quality {qualities}: "
+        f"CAECodec(quality={info.qualities[-1]}, {metric}{model}weights={info.digest!r})"
+    )

@@ -1,0 +1,212 @@
+"""Arrays into a Zarr hierarchy: chunk grids, bounded memory, nothing half-written under the final name."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+
+from zarr_cae.cli.arguments import note, progress, refuse
+from zarr_cae.cli.images import Source, is_zarr
+from zarr_cae.pixels import Layout, resolve_channel_axis
+
+if TYPE_CHECKING:
+    import zarr
+
+    from zarr_cae.codec import CAECodec
+
+DEFAULT_CHUNK = 256
+_SLAB_SAMPLES = 1 << 23
+"""Samples read from the source and handed to zarr at a time, if chunks and shards are not larger."""
+_CONCURRENCY = 64
+"""Chunks that zarr codes at a time: as many as fill a batch of the network."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an array is to be encoded."""
+
+    quality: int = 8
+    metric: Literal["mse", "ms-ssim"] = "mse"
+    model: str = "cae-v1"
+    weights: str | None = None
+    chunks: tuple[int, int] = (DEFAULT_CHUNK, DEFAULT_CHUNK)
+    shards: tuple[int, int] | None = None
+    channel_axis: int | str | None = "auto"
+    value_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One array to write: its source, codec and grid."""
+
+    source: Source
+    codec: CAECodec
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None
+    fill_value: float
+    dimension_names: tuple[str | None, ...]
+    megapixels: float
+
+
+def plan(source: Source, options: Options) -> Plan:
+    """Choose codec, grid and fill value. Raises CAEConfigurationError for what cannot be encoded."""
+    from zarr_cae.codec import CAECodec
+
+    wanted = source.channel_axis if options.channel_axis == "auto" else options.channel_axis
+    axis = resolve_channel_axis(source.shape, wanted)
+    layout = Layout(source.shape, axis)
+    if math.prod(source.shape) == 0:
+        refuse(f"{source.name} has no pixels: its shape is {source.shape}")
+    value_range = _value_range(source, options.value_range)
+    codec = CAECodec(options.quality, options.metric, options.model, options.weights, axis, value_range)
+    chunks, shards = _grid(layout, options.chunks, options.shards)
+    low, high = value_range if value_range is not None else (0, 255)
+    names = source.dimension_names
+    if names is None:
+        own = dict(zip(layout.spatial_axes, "yx", strict=True))
+        names = tuple("c" if i == axis else own.get(i) for i in range(len(source.shape)))
+    megapixels = math.prod(source.shape) / layout.channels / 1e6
+    return Plan(source, codec, chunks, shards, min(max(0, low), high), names, megapixels)
+
+
+def _value_range(source: Source, chosen: tuple[float, float] | None) -> tuple[float, float] | None:
+    if chosen is not None or source.dtype == np.uint8:
+        return chosen
+    if source.dtype == np.uint16:
+        note(f"{source.name} is uint16, coded as values from 0 to 65535; give --value-range 0,4095 if it has 12 bits")
+        return 0, 65535
+    return refuse(f"{source.name} has dtype {source.dtype}; give --value-range LO,HI, the lowest and highest it holds")
+
+
+def _grid(
+    layout: Layout, chunks: tuple[int, int], shards: tuple[int, int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Chunks and shards over all axes: no larger than the image, all channels of a pixel together, one of the rest."""
+    sides = [1] * len(layout.shape)
+    if layout.channel_axis is not None:
+        sides[layout.channel_axis] = layout.channels
+    outer = list(sides)
+    for place, axis in enumerate(layout.spatial_axes):
+        length = layout.shape[axis]
+        sides[axis] = min(chunks[place], length)
+        if shards is not None:
+            if shards[place] % chunks[place]:
+                refuse(f"--shards {shards[0]},{shards[1]} is not a multiple of --chunks {chunks[0]},{chunks[1]}")
+            outer[axis] = min(shards[place], -(-length // sides[axis]) * sides[axis])
+    return tuple(sides), None if shards is None else tuple(outer)
+
+
+def slabs(shape: tuple[int, ...], block: tuple[int, ...], samples: int = _SLAB_SAMPLES) -> Iterator[tuple[slice, ...]]:
+    """Windows that cover an array: whole blocks, as many along the last axes as fit into `samples`, at least one."""
+    steps = list(block)
+    for axis in reversed(range(len(shape))):
+        others = math.prod(steps) // steps[axis]
+        steps[axis] = min(max(1, samples // (others * block[axis])) * block[axis], shape[axis])
+        if steps[axis] < shape[axis]:
+            break
+    starts = [range(0, length, step) for length, step in zip(shape, steps, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(slice(a, min(a + s, n)) for a, s, n in zip(corner, steps, shape, strict=True))
+
+
+def write(plans: Iterable[Plan], path: Path, megapixels: float, *, group: bool) -> None:
+    """Encode one array at the root of `path`, or several as members of a group; `megapixels` is for the progress bar.
+
+    On an event loop of its own, so that Ctrl-C stops all work before it returns.
+    """
+    with (
+        many_chunks_at_once(),
+        progress(megapixels, "MP", "encode", bar_format=BAR) as bar,
+    ):
+        asyncio.run(_write(plans, path, bar.update, group=group))
+
+
+def many_chunks_at_once() -> AbstractContextManager[object]:
+    """Let zarr code enough chunks at a time to fill the network's batches; its own default is ten."""
+    import zarr
+
+    concurrency = max(_CONCURRENCY, zarr.config.get("async.concurrency"))
+    return cast("AbstractContextManager[object]", zarr.config.set({"async.concurrency": concurrency}))
+
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+async def _write(plans: Iterable[Plan], path: Path, advance: Callable[[float], object], *, group: bool) -> None:
+    import zarr.api.asynchronous
+
+    if group:
+        await zarr.api.asynchronous.create_group(store=path)
+    for item in plans:
+        source = item.source
+        array = await zarr.api.asynchronous.create_array(
+            store=path,
+            name=source.name if group else None,
+            shape=source.shape,
+            dtype=source.dtype,
+            chunks=item.chunks,
+            shards=item.shards,
+            serializer=item.codec,
+            filters=None,
+            compressors=None,
+            fill_value=item.fill_value,
+            dimension_names=item.dimension_names,
+        )
+        for window in slabs(source.shape, item.shards or item.chunks):
+            pixels = np.asarray(source.array[window])
+            await array.setitem(window, pixels)
+            advance(item.megapixels * pixels.size / math.prod(source.shape))
+
+
+@contextmanager
+def replacing_zarr(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place at the end, and vanishes on any failure."""
+    path = Path(path.absolute())
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            refuse(f"{path} exists; give --overwrite to replace it")
+        if not is_zarr(path):
+            refuse(f"{path} is not a zarr hierarchy, so it is not replaced")
+    if not path.parent.is_dir():
+        refuse(f"folder {path.parent} does not exist")
+    token = secrets.token_hex(4)
+    partial = path.with_name(f".{path.name}.partial-{token}")
+    old = path.with_name(f".{path.name}.old-{token}")
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def stored_bytes(array: zarr.Array[Any]) -> int:
+    """Bytes of an array's chunks in its store, without its metadata."""
+    store, folder = array.store_path.store, array.store_path.path
+
+    async def total() -> int:
+        size = await store.getsize_prefix(folder)
+        for name in ("zarr.json", ".zarray", ".zattrs"):
+            key = f"{folder}/{name}" if folder else name
+            if await store.exists(key):
+                size -= await store.getsize(key)
+        return size
+
+    return asyncio.run(total())

@@ -1,0 +1,239 @@
+"""The networks at work: device choice, one cached network per weights and device, tiled and batched.
+
+Requests from any thread or event loop meet in one `MicroBatcher` per engine, whose single worker owns the device.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.microbatch import MicroBatcher
+from zarr_cae.transforms import STRIDE, Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
+from zarr_cae.weights import DEFAULT_MODEL, Weights
+
+Array = npt.NDArray[Any]
+
+HALO = 6
+"""Latent positions around a tile that can reach into it: 84 px in `cae-v1` analysis, 5.25 positions in synthesis."""
+_LARGEST_SYMBOL = 32767
+_BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Pixels in one forward pass: on a CPU enough to amortise the calls, on a GPU enough to fill it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How this process runs the networks; none of it changes what is stored."""
+
+    device: str = "auto"
+    """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"."""
+    threads: int | None = None
+    """Threads of one network on the CPU; None leaves torch's own choice."""
+    tile: int = 1024
+    """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
+
+    def __post_init__(self) -> None:
+        if self.tile < STRIDE or (self.threads is not None and self.threads < 1):
+            raise CAEConfigurationError(
+                f"cae: cae.tile must be at least {STRIDE} and cae.threads at least 1, got {self.tile}, {self.threads}"
+            )
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for a `cae.device` setting. Raises CAEConfigurationError if it does not exist here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {name!r}") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise CAEConfigurationError(
+            f"cae: cae.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; use 'auto'"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {name!r}")
+    return device
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The key of a batch: requests with equal jobs run together."""
+
+    direction: Literal["analyse", "synthesise"]
+    quality: int
+    shape: tuple[int, ...]
+    """Of one plane: (components, H, W) or (M, h, w)."""
+    components: int
+    settings: Settings
+
+
+class Engine:
+    """One network on one device."""
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self.weights, self.device = weights, device
+        architecture = dict(weights.info.architecture)
+        self._analysis: nn.Module
+        self._synthesis: nn.Module
+        if weights.info.model == DEFAULT_MODEL:
+            widths = Widths(**architecture)
+            self._analysis, self._synthesis = Analysis(widths), Synthesis(widths)
+        else:
+            self._analysis = FactorizedAnalysis(**architecture)
+            self._synthesis = FactorizedSynthesis(**architecture)
+        for name, module in (("analysis", self._analysis), ("synthesis", self._synthesis)):
+            state = {
+                key.removeprefix(f"{name}."): torch.from_numpy(value.astype(np.float32))
+                for key, value in weights.tensors.items()
+                if key.startswith(f"{name}.")
+            }
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise CAEConfigurationError(f"cae: weights file {weights.info.path}: {error}") from error
+            module.requires_grad_(requires_grad=False).eval()
+            module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._gains = {
+            name: torch.from_numpy(weights.tensors[name])[:, :, None, None].to(device)
+            for name in ("gain", "shift", "step", "offset")
+        }
+        self.batcher: MicroBatcher[Array, Array] = MicroBatcher(
+            self._run,
+            name=f"cae-{weights.info.model}-{device}",
+            max_weight=_BATCH_PIXELS[device.type],
+            max_pending=16 * _BATCH_PIXELS[device.type],
+        )
+
+    def analyse(self, planes: Array, quality: int, settings: Settings) -> Array:
+        """Planes (N, 3 or 1, H, W) float32 in [0, 1], sides multiples of 16, to symbols (N, M, H/16, W/16) int16."""
+        return self.batcher.submit(*_analysis_request(planes, quality, settings)).result()
+
+    async def analyse_async(self, planes: Array, quality: int, settings: Settings) -> Array:
+        """`analyse` for coroutines."""
+        return await self.batcher.submit_async(*_analysis_request(planes, quality, settings))
+
+    def synthesise(self, symbols: Array, quality: int, components: int, settings: Settings) -> Array:
+        """Symbols (N, M, h, w) int16 to planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]."""
+        return self.batcher.submit(*_synthesis_request(symbols, quality, components, settings)).result()
+
+    async def synthesise_async(self, symbols: Array, quality: int, components: int, settings: Settings) -> Array:
+        """`synthesise` for coroutines."""
+        return await self.batcher.submit_async(*_synthesis_request(symbols, quality, components, settings))
+
+    def _run(self, key: Hashable, requests: list[Array]) -> list[Array]:
+        assert isinstance(key, _Job)
+        if key.settings.threads is not None:
+            torch.set_num_threads(key.settings.threads)
+        counts = [len(request) for request in requests]
+        whole = requests[0] if len(requests) == 1 else np.concatenate(requests)
+        with torch.inference_mode():
+            result = self._analyse(whole, key) if key.direction == "analyse" else self._synthesise(whole, key)
+        return np.split(result, np.cumsum(counts)[:-1])
+
+    def _gain(self, name: str, job: _Job) -> Tensor:
+        row = self.weights.row(job.quality)
+        return self._gains[name][row : row + 1]
+
+    def _analyse(self, planes: Array, job: _Job) -> Array:
+        gain, shift = self._gain("gain", job), self._gain("shift", job)
+
+        def code(piece: Tensor) -> Tensor:
+            pixels = piece.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            latents: Tensor = self._analysis(pixels) * gain - shift
+            return latents.round_().clamp_(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).to(torch.int16)
+
+        rows, columns = (side // STRIDE for side in planes.shape[2:])
+        symbols = np.empty((len(planes), self.weights.latent_channels, rows, columns), np.int16)
+        self._pieces(code, planes, symbols, job.settings, 1, STRIDE)
+        return symbols
+
+    def _synthesise(self, symbols: Array, job: _Job) -> Array:
+        step, offset = self._gain("step", job), self._gain("offset", job)
+
+        def code(piece: Tensor) -> Tensor:
+            latents = (piece.float() * step + offset).contiguous(memory_format=torch.channels_last)
+            pixels: Tensor = self._synthesis(latents)
+            return pixels if job.components == 3 else pixels.mean(1, keepdim=True)
+
+        rows, columns = (side * STRIDE for side in symbols.shape[2:])
+        planes = np.empty((len(symbols), job.components, rows, columns), np.float32)
+        self._pieces(code, symbols, planes, job.settings, STRIDE, 1)
+        return planes
+
+    def _pieces(
+        self, code: Callable[[Tensor], Tensor], source: Array, target: Array, settings: Settings, up: int, down: int
+    ) -> None:
+        """Run `code` over pieces of bounded size, with their surroundings."""
+        side = STRIDE // up
+        tile = min(settings.tile, up * source.shape[2]) * min(settings.tile, up * source.shape[3])
+        batch = max(1, _BATCH_PIXELS[self.device.type] // tile)
+        for first in range(0, len(source), batch):
+            for outer, inner, place in _tiles(source.shape[2:], settings, side):
+                piece = torch.from_numpy(np.ascontiguousarray(source[first : first + batch, :, outer[0], outer[1]]))
+                result = code(piece.to(self.device)).cpu().numpy()
+                rows, columns = (slice(s.start * up // down, s.stop * up // down) for s in place)
+                cut = tuple(slice(s.start * up // down, s.stop * up // down) for s in inner)
+                target[first : first + batch, :, rows, columns] = result[:, :, cut[0], cut[1]]
+
+
+Window = tuple[slice, slice]
+
+
+def _tiles(shape: tuple[int, ...], settings: Settings, unit: int) -> Iterator[tuple[Window, Window, Window]]:
+    """Windows in which a plane is run: with halo, the wanted part of that, and its place; `unit` samples a latent."""
+    edge, halo = settings.tile // STRIDE * unit, HALO * unit
+    for top in range(0, shape[0], edge):
+        for left in range(0, shape[1], edge):
+            place = tuple(slice(start, min(start + edge, size)) for start, size in zip((top, left), shape, strict=True))
+            outer = tuple(
+                slice(max(0, s.start - halo), min(size, s.stop + halo)) for s, size in zip(place, shape, strict=True)
+            )
+            inner = tuple(slice(s.start - o.start, s.stop - o.start) for s, o in zip(place, outer, strict=True))
+            yield outer, inner, place  # type: ignore[misc]
+
+
+def _analysis_request(planes: Array, quality: int, settings: Settings) -> tuple[_Job, Array, int]:
+    job = _Job("analyse", quality, planes.shape[1:], planes.shape[1], settings)
+    return job, planes, planes.size // planes.shape[1]
+
+
+def _synthesis_request(symbols: Array, quality: int, components: int, settings: Settings) -> tuple[_Job, Array, int]:
+    job = _Job("synthesise", quality, symbols.shape[1:], components, settings)
+    return job, symbols, symbols.size // symbols.shape[1] * STRIDE**2
+
+
+_engines: dict[tuple[str, str], Engine] = {}
+_lock = threading.Lock()
+
+
+def engine_for(weights: Weights, settings: Settings) -> Engine:
+    """The engine of these weights on the chosen device, made once a process."""
+    device = choose_device(settings.device)
+    key = (weights.info.digest, str(device))
+    with _lock:
+        engine = _engines.get(key)
+        if engine is None:
+            engine = _engines[key] = Engine(weights, device)
+        return engine
+
+
+def _after_fork() -> None:
+    """Start afresh in a forked child, where OpenMP's threads are gone and would be waited for without end."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+    _engines.clear()
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

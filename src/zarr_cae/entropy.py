@@ -1,0 +1,63 @@
+"""Symbols (N, M, h, w) to a chunk frame and back: cut into tiles, each entropy-coded on its own, over the cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_cae import framing, rans
+from zarr_cae.tables import Tables
+
+Symbols = npt.NDArray[np.int16]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(cores, thread_name_prefix="cae-entropy")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a pool's threads do not survive a fork
+
+
+def _map(function: Callable[[_Item], _Result], items: list[_Item]) -> Iterable[_Result]:
+    """Over the cores (the coder releases the GIL) if there is more than one item."""
+    return map(function, items) if len(items) == 1 else _pool().map(function, items)
+
+
+def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> bytes:
+    """The frame of a chunk's symbols (N, M, h, w), whose N, h and w are the header's."""
+    places = [(plane, *tile) for plane in range(header.planes) for tile in header.tiles()]
+
+    def code(place: tuple[int, slice, slice]) -> bytes:
+        plane, rows, columns = place
+        tile = symbols[plane, :, rows, columns]
+        return rans.encode(np.ascontiguousarray(tile).reshape(tile.shape[0], -1), tables)
+
+    return framing.pack(header, list(_map(code, places)))
+
+
+def decode(frame: bytes | memoryview, expected: framing.FrameHeader, tables: Tables) -> Symbols:
+    """The symbols (N, M, h, w) of a frame. Raises FrameError or StreamError for anything malformed."""
+    header, streams = framing.unpack(frame, expected)
+    rows, columns = header.latent_shape
+    symbols = np.empty((header.planes, tables.channels, rows, columns), np.int16)
+    places = [(plane, *tile) for plane in range(header.planes) for tile in header.tiles()]
+
+    def code(job: tuple[tuple[int, slice, slice], memoryview]) -> None:
+        (plane, rows, columns), stream = job
+        tile = symbols[plane, :, rows, columns]
+        tile[...] = rans.decode(stream, tile.shape[1] * tile.shape[2], tables).reshape(tile.shape)
+
+    for _ in _map(code, list(zip(places, streams, strict=True))):
+        pass
+    return symbols

@@ -1,0 +1,238 @@
+"""`CAEBottleneckCodec`: chunk frames to latents, read only, without torch.
+
+The latents of a chunk are what its synthesis network receives: symbol * step + offset, two float32 operations with
+constants of the weights file on integers that are coded without loss. They are the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+from zarr.abc.codec import ArrayBytesCodec
+from zarr.core.array_spec import ArraySpec
+from zarr.core.buffer import Buffer, NDBuffer
+from zarr.core.chunk_key_encodings import ChunkKeyEncoding, parse_chunk_key_encoding
+from zarr.core.common import JSON, parse_named_configuration
+
+from zarr_cae import codec, entropy
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.framing import STRIDE, FrameHeader
+from zarr_cae.pixels import RGB, Layout
+from zarr_cae.tables import Tables
+
+NAME = "cae_bottleneck"
+_BLOCK = 16
+"""Channels transposed at a time: all channels of a 32 x 32 tile at once would fight for the same cache sets."""
+
+Latents = npt.NDArray[np.float32]
+
+
+def latent_shape(shape: Sequence[int], layout: Layout, channels: int) -> tuple[int, ...]:
+    """The shape of the latents of pixels that are cut into chunks.
+
+    Parameters
+    ----------
+    shape
+        Of an array, a shard or a chunk of pixels, in the axes of `layout`.
+    layout
+        Of one chunk. Each of its chunks has latents of its own: one row for 16 rows of pixels, and one for the rest.
+        So n rows in chunks of c become `n // c * ceil(c / 16) + ceil(n % c / 16)`, which is ceil(n / 16) if c is a
+        multiple of 16; columns likewise.
+    channels
+        M, of the weights. A channel axis has M latents for each RGB chunk along it, or for each grey plane, plane by
+        plane (channel m of plane p at p * M + m). Without a channel axis, a last axis of length M is added.
+    """
+    result = []
+    for axis, (length, chunk) in enumerate(zip(shape, layout.shape, strict=True)):
+        if axis in layout.spatial_axes:
+            result.append(length // chunk * -(-chunk // STRIDE) + -(-(length % chunk) // STRIDE))
+        elif axis == layout.channel_axis:
+            result.append(channels * (length if layout.grey else -(-length // RGB)))
+        else:
+            result.append(length)
+    return (*result, channels) if layout.channel_axis is None else tuple(result)
+
+
+def spread(values: Latents, layout: Layout) -> Latents:
+    """float32 (M,), one for each latent channel, shaped to broadcast over the latents of a chunk of pixels."""
+    planes = 1 if layout.channel_axis is None or not layout.grey else layout.channels
+    shape = [1] * len(layout.shape) + [1] * (layout.channel_axis is None)
+    shape[-1 if layout.channel_axis is None else layout.channel_axis] = planes * len(values)
+    return np.tile(values, planes).reshape(shape)
+
+
+def dequantise(symbols: entropy.Symbols, step: Latents, offset: Latents, layout: Layout) -> Latents:
+    """The latents of one chunk, in its axes.
+
+    Parameters
+    ----------
+    symbols
+        int16 (N, M, h, w), the N planes in the order of `layout.channels_first`.
+    step, offset
+        float32, from `spread`: latent = symbol * step + offset, rounded after each of the two operations.
+    layout
+        Of the chunk of pixels.
+
+    Returns
+    -------
+    float32, of the shape that `latent_shape` gives for the chunk
+    """
+    added, last = layout.channel_axis is None, len(layout.shape)
+    integers = np.empty(latent_shape(layout.shape, layout, symbols.shape[1]), np.int16)
+    order = (*range(last - 2), last, last - 2, last - 1) if added else layout.channels_first
+    ordered = integers.transpose(order)  # (*batch, K, h, w)
+    source = symbols.reshape(ordered.shape)
+    for begin in range(0, ordered.shape[-3], _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        ordered[..., block, :, :] = source[..., block, :, :]
+    values = np.multiply(integers, step, dtype=np.float32)
+    values += offset
+    return values
+
+
+@dataclass(frozen=True)
+class CAEBottleneckCodec(ArrayBytesCodec):
+    """Chunks of the codec `cae` decoded to float32 latents; read only.
+
+    It stands in metadata that `BottleneckStore` rewrites, and is of no use elsewhere.
+
+    Parameters
+    ----------
+    cae
+        The codec that wrote the chunks, its channel axis resolved.
+    chunk_shape
+        The shape of a chunk of pixels as that codec sees it.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the channel axis is not resolved, or the chunk shape does not fit it.
+    """
+
+    is_fixed_size = False
+
+    cae: codec.CAECodec
+    chunk_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.cae.channel_axis == "auto":
+            raise CAEConfigurationError("cae: cae_bottleneck needs channel_axis as a number or null; got 'auto'")
+        if not self.chunk_shape or min(self.chunk_shape) < 1:
+            raise CAEConfigurationError(
+                f"cae: cae_bottleneck needs a chunk_shape of lengths >= 1; got {self.chunk_shape}"
+            )
+        _ = self.layout
+
+    @property
+    def layout(self) -> Layout:
+        """How the axes of a chunk of pixels map to planes."""
+        return Layout(self.chunk_shape, cast("int | None", self.cae.channel_axis))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, JSON]) -> Self:
+        """The codec that rewritten metadata describes."""
+        _, found = parse_named_configuration(data, NAME)
+        configuration = dict(found)
+        shape = configuration.pop("chunk_shape", None)
+        if not isinstance(shape, list | tuple) or not all(type(length) is int for length in shape):
+            raise CAEConfigurationError(f"cae: cae_bottleneck needs chunk_shape as a list of integers; got {shape!r}")
+        cae = codec.CAECodec.from_dict({"name": codec.NAME, "configuration": configuration})
+        return cls(cae, tuple(cast("Sequence[int]", shape)))
+
+    def to_dict(self) -> dict[str, JSON]:
+        """The configuration of `cae`, and the shape of its chunks."""
+        configuration = cast("dict[str, JSON]", self.cae.to_dict()["configuration"])
+        return {"name": NAME, "configuration": {**configuration, "chunk_shape": list(self.chunk_shape)}}
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
+        """Unknown before coding."""
+        raise NotImplementedError
+
+    def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
+        found = _prepared(self)
+        if chunk_spec.shape != found.shape:
+            raise CAEConfigurationError(
+                f"cae: latents of a chunk of {self.chunk_shape} have shape {found.shape}, but the array says "
+                f"{chunk_spec.shape}; open it with `zarr_cae.open_bottleneck`"
+            )
+        frame = memoryview(cast("Any", chunk_bytes.as_numpy_array()))
+        symbols = entropy.decode(frame, found.header, found.tables)
+        values = dequantise(symbols, found.step, found.offset, found.layout)
+        return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
+
+    async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
+        return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)
+
+    def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> NoReturn:  # noqa: ARG002
+        refuse_writing()
+
+    async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> NoReturn:  # noqa: ARG002
+        refuse_writing()
+
+
+class _Prepared(NamedTuple):
+    """What all chunks of an array share."""
+
+    layout: Layout
+    header: FrameHeader
+    shape: tuple[int, ...]
+    tables: Tables
+    step: Latents
+    offset: Latents
+
+
+@lru_cache(maxsize=64)
+def _prepared(own: CAEBottleneckCodec) -> _Prepared:
+    """Raises WeightsNotFoundError if the weights are not on this machine."""
+    weights, layout = codec.loaded(own.cae), own.layout
+    row = weights.row(own.cae.quality)
+    return _Prepared(
+        layout,
+        FrameHeader(layout.planes, layout.height, layout.width, layout.grey),
+        latent_shape(layout.shape, layout, weights.latent_channels),
+        weights.tables[row],
+        spread(weights.tensors["step"][row], layout),
+        spread(weights.tensors["offset"][row], layout),
+    )
+
+
+def refuse_writing() -> NoReturn:
+    """Raise CAEConfigurationError: there is no way from latents back into an archive."""
+    raise CAEConfigurationError(
+        "cae: latents are read only; write pixels to the array itself, or latents to an array of your own"
+    )
+
+
+@dataclass(frozen=True)
+class WithoutLatentAxis(ChunkKeyEncoding):
+    """Chunk keys of latents with an axis that their pixels don't have: those of the pixels, by leaving out the last.
+
+    Parameters
+    ----------
+    encoding
+        The chunk key encoding of the array of pixels.
+    """
+
+    name: ClassVar[str] = NAME
+    encoding: ChunkKeyEncoding
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoding", parse_chunk_key_encoding(cast("Any", self.encoding)))
+
+    def to_dict(self) -> dict[str, JSON]:
+        """What rewritten metadata holds."""
+        return {"name": NAME, "configuration": {"encoding": self.encoding.to_dict()}}
+
+    def decode_chunk_key(self, chunk_key: str) -> tuple[int, ...]:
+        """The chunk that a key belongs to."""
+        return (*self.encoding.decode_chunk_key(chunk_key), 0)
+
+    def encode_chunk_key(self, chunk_coords: tuple[int, ...]) -> str:
+        """The key of a chunk; there is only one along the last axis."""
+        return self.encoding.encode_chunk_key(chunk_coords[:-1])

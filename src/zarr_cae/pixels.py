@@ -1,0 +1,188 @@
+"""Zarr chunks to float planes and back: axes, dtype and value range, padding, crop, rounding.
+
+A chunk has a channel axis or none. Of its other axes the last two are an image's rows and columns, and all before
+them are batch axes. A channel axis of length 3 is coded as RGB, one plane of three components; any other length, or
+no channel axis, as independent grey planes of one component.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_cae.errors import CAEConfigurationError, CAEDataError
+
+STRIDE = 16
+"""Pixels per latent position along rows and columns; planes are padded to a multiple of it."""
+RGB = 3
+_IMAGE_MINIMUM = 32
+_IMAGE_ASPECT = 4
+
+Chunk = npt.NDArray[Any]
+Planes = npt.NDArray[np.float32]
+ValueRange = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the axes of a chunk map to planes (N, C, H, W)."""
+
+    shape: tuple[int, ...]
+    """The chunk's shape."""
+    channel_axis: int | None
+
+    def __post_init__(self) -> None:
+        axis, needed = self.channel_axis, 2 if self.channel_axis is None else 3
+        if len(self.shape) < needed:
+            with_channels = "" if axis is None else " and a channel axis"
+            raise CAEConfigurationError(
+                f"cae: shape {self.shape} has {len(self.shape)} axes; rows and columns{with_channels} need "
+                f"at least {needed}"
+            )
+        if axis is not None and not 0 <= axis < len(self.shape):
+            raise CAEConfigurationError(
+                f"cae: channel_axis {axis} does not exist in shape {self.shape}; expected 0 to {len(self.shape) - 1}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Length of the channel axis; 1 without one."""
+        return 1 if self.channel_axis is None else self.shape[self.channel_axis]
+
+    @property
+    def grey(self) -> bool:
+        """Whether the planes have one component each, not three."""
+        return self.channels != RGB
+
+    @property
+    def spatial_axes(self) -> tuple[int, int]:
+        """The axes of the image's rows and columns."""
+        rows, columns = [axis for axis in range(len(self.shape)) if axis != self.channel_axis][-2:]
+        return rows, columns
+
+    @property
+    def height(self) -> int:
+        """Rows of a plane in pixels, before padding."""
+        return self.shape[self.spatial_axes[0]]
+
+    @property
+    def width(self) -> int:
+        """Columns of a plane in pixels, before padding."""
+        return self.shape[self.spatial_axes[1]]
+
+    @property
+    def planes(self) -> int:
+        """Number of planes: images, times channels where these are grey."""
+        return math.prod(self.shape) // (self.height * self.width * (1 if self.grey else RGB))
+
+    @property
+    def channels_first(self) -> tuple[int, ...]:
+        """The permutation that puts batch axes first, then channels if there are any, rows, columns."""
+        rows, columns = self.spatial_axes
+        batch = [axis for axis in range(len(self.shape)) if axis not in (self.channel_axis, rows, columns)]
+        return (*batch, *(() if self.channel_axis is None else (self.channel_axis,)), rows, columns)
+
+
+def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None) -> int | None:
+    """The channel axis of an array of this shape, as a non-negative number or None.
+
+    "auto" takes the only axis of length 3, or none, and refuses what could be read in two ways. Raises
+    CAEConfigurationError.
+    """
+    explicit = "give channel_axis=<number of the axis>, or channel_axis=None if there is none"
+    if channel_axis != "auto":
+        if isinstance(channel_axis, str):
+            raise CAEConfigurationError(f"cae: channel_axis must be an integer, None or 'auto', got {channel_axis!r}")
+        if channel_axis is not None and -len(shape) <= channel_axis < 0:
+            channel_axis += len(shape)
+        return Layout(shape, channel_axis).channel_axis
+    if len(shape) <= 2:
+        return Layout(shape, None).channel_axis
+    threes = [axis for axis, length in enumerate(shape) if length == RGB]
+    if len(threes) == 1:
+        return threes[0]
+    if threes:
+        raise CAEConfigurationError(
+            f"cae: channel_axis 'auto' is ambiguous for shape {shape}: axes {threes} all have length 3; {explicit}"
+        )
+    smaller, larger = sorted(shape[-2:])
+    if smaller < _IMAGE_MINIMUM or larger >= _IMAGE_ASPECT * smaller:
+        raise CAEConfigurationError(
+            f"cae: channel_axis 'auto' is ambiguous for shape {shape}: no axis has length 3, and images of "
+            f"{shape[-2]} x {shape[-1]} (the last two axes) may not be what is meant; {explicit}"
+        )
+    return None
+
+
+def resolve_value_range(dtype: np.dtype[Any], value_range: ValueRange | None) -> ValueRange:
+    """The values that become 0 and 1. Raises CAEConfigurationError for what cannot be coded."""
+    if dtype.kind not in "uif":
+        raise CAEConfigurationError(f"cae: dtype {dtype} cannot be coded; expected a real integer or float dtype")
+    if value_range is None:
+        if dtype == np.uint8:
+            return 0.0, 255.0
+        raise CAEConfigurationError(
+            f"cae: dtype {dtype} needs value_range=(lowest, highest) of the data; only uint8 has a default, (0, 255)"
+        )
+    low, high = value_range
+    limits = np.iinfo(dtype) if dtype.kind in "ui" else np.finfo(dtype)
+    if not (limits.min <= low < high <= limits.max):
+        raise CAEConfigurationError(f"cae: value_range {low, high} is not an ascending pair of values of dtype {dtype}")
+    return low, high
+
+
+def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
+    """A chunk as planes (N, 3 or 1, H', W') in [0, 1], H' and W' padded to multiples of 16 with the edge pixels.
+
+    The chunk is not changed. Raises CAEDataError for values outside the range, which could not be given back.
+    """
+    low, high = value_range
+    scale = np.float32(1 / (high - low))
+    if not (chunk.dtype == np.uint8 and value_range == (0, 255)):
+        _check_range(chunk, value_range)
+    ordered = chunk.transpose(layout.channels_first)
+    ordered = ordered.reshape(layout.planes, 1 if layout.grey else RGB, layout.height, layout.width)
+    planes = np.empty((*ordered.shape[:2], *(-(-side // STRIDE) * STRIDE for side in ordered.shape[2:])), np.float32)
+    inside = planes[:, :, : layout.height, : layout.width]
+    if low == 0:
+        np.multiply(ordered, scale, out=inside, casting="unsafe")
+    else:
+        np.subtract(ordered, low, out=inside, casting="unsafe")
+        inside *= scale
+    planes[:, :, : layout.height, layout.width :] = planes[:, :, : layout.height, layout.width - 1 : layout.width]
+    planes[:, :, layout.height :] = planes[:, :, layout.height - 1 : layout.height]
+    return planes
+
+
+def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
+    lowest, highest = chunk.min(), chunk.max()
+    if not (value_range[0] <= lowest and highest <= value_range[1]):
+        raise CAEDataError(
+            f"cae: pixels from {lowest} to {highest} do not fit value_range {value_range}; clip them, or create the "
+            "array with a wider value_range (and, as incomplete chunks are filled with it, a fill_value inside)"
+        )
+
+
+def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
+    """Planes (N, 3 or 1, H', W') back to a chunk: cropped, clipped to the range, rounded where dtype is integer."""
+    low, high = value_range
+    values = planes[:, :, : layout.height, : layout.width] * np.float32(high - low)
+    if low:
+        values += np.float32(low)
+    np.clip(values, np.float32(low), np.float32(high), out=values)
+    if dtype.kind in "ui":
+        np.rint(values, out=values)
+    order = layout.channels_first
+    ordered = values.reshape([layout.shape[axis] for axis in order])
+    return _exact(ordered.transpose(np.argsort(order)), dtype, value_range)
+
+
+def _exact(values: Chunk, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
+    """Convert to dtype, again inside the range whose ends float32 may have rounded outwards."""
+    if dtype.itemsize > 4 or (dtype.kind in "ui" and dtype.itemsize == 4):
+        return np.ascontiguousarray(np.clip(values.astype(np.float64), *value_range).astype(dtype))
+    return np.ascontiguousarray(values.astype(dtype))

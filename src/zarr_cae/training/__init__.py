@@ -1,0 +1,1 @@
+"""Training of the bundled family, and of a user's own: data, loss, loop, export."""

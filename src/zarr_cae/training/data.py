@@ -1,0 +1,101 @@
+"""Training images: folders and tar files as uint8 RGB in memory, and random crops of them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor, from_numpy
+
+from zarr_cae.errors import CAEConfigurationError
+
+Pixels = npt.NDArray[np.uint8]
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
+
+
+def _open(source: Path | io.BytesIO, name: str) -> Pixels:
+    try:
+        with Image.open(source) as image:
+            if image.mode[0] in "IF":
+                raise CAEConfigurationError(f"cae: training image {name} has mode {image.mode}; expected 8-bit samples")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise CAEConfigurationError(f"cae: training image {name} cannot be read: {error}") from error
+
+
+def _images_of(path: Path) -> Iterator[tuple[str, Pixels]]:
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in SUFFIXES or file.suffix == ".tar":
+                yield from _images_of(file)
+    elif path.suffix == ".tar":
+        with tarfile.open(path) as archive:
+            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                stream = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
+                if stream is not None:
+                    yield member.name, _open(io.BytesIO(stream.read()), f"{path}:{member.name}")
+    elif path.exists():
+        yield path.name, _open(path, str(path))
+    else:
+        raise CAEConfigurationError(
+            f"cae: training data {path} does not exist; give an image, a folder or a tar file of images"
+        )
+
+
+class Crops:
+    """Random square crops of the images under some paths, each with a random flip and sometimes grey.
+
+    One image in twenty (`holdout`) is kept out of training, for `held_out`.
+    """
+
+    def __init__(self, paths: list[Path], *, crop: int, seed: int, holdout: float = 0.05, grey: float = 0.1) -> None:
+        images = sorted((item for path in paths for item in _images_of(path)), key=lambda item: item[0])
+        large = [pixels for _, pixels in images if min(pixels.shape[:2]) >= crop]
+        if len(large) < 2:
+            raise CAEConfigurationError(
+                f"cae: training data: {len(large)} of {len(images)} images are at least {crop} px on both sides; "
+                "give at least 2, or a smaller --crop"
+            )
+        every = min(len(large), max(2, round(1 / holdout)))
+        self._held_out = large[every - 1 :: every]
+        self._images = [pixels for index, pixels in enumerate(large) if index % every != every - 1]
+        areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in self._images], float)
+        self._weight = areas / areas.sum()
+        self._crop, self._grey = crop, grey
+        self._random = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batch(self, size: int) -> Tensor:
+        """`size` random crops: float32 (size, 3, crop, crop) in [0, 1]."""
+        random, crop = self._random, self._crop
+        out = np.empty((size, crop, crop, 3), np.uint8)
+        for row, index in enumerate(random.choice(len(self._images), size, p=self._weight)):
+            pixels = self._images[index]
+            top, left = (random.integers(side - crop + 1) for side in pixels.shape[:2])
+            window = pixels[top : top + crop, left : left + crop]
+            if random.random() < 0.5:
+                window = window[:, ::-1]
+            if random.random() < 0.25:
+                window = window.transpose(1, 0, 2)
+            if random.random() < self._grey:
+                window = window @ random.dirichlet((1.0, 1.0, 1.0)).astype(np.float32)
+                window = np.rint(window)[..., None]
+            out[row] = window
+        return from_numpy(out).permute(0, 3, 1, 2).float().div_(255)
+
+    def held_out(self, count: int, crop: int) -> Tensor:
+        """Centre crops of up to `count` images that training never sees: float32 (n, 3, crop, crop) in [0, 1]."""
+        crop = min([crop, *(min(pixels.shape[:2]) // 16 * 16 for pixels in self._held_out)])
+        chosen = self._held_out[:: max(1, len(self._held_out) // count)][:count]
+        windows = []
+        for pixels in chosen:
+            top, left = ((side - crop) // 2 for side in pixels.shape[:2])
+            windows.append(pixels[top : top + crop, left : left + crop])
+        return from_numpy(np.stack(windows)).permute(0, 3, 1, 2).float().div_(255)

@@ -1,0 +1,246 @@
+"""The training loop: schedule, phases, checkpoints, validation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.training.data import Crops
+from zarr_cae.training.export import restore
+from zarr_cae.training.klt import start_from_klt
+from zarr_cae.training.loss import mean_squared_error, multiscale_dissimilarity, rate_distortion
+from zarr_cae.training.model import GainedAutoencoder, Metric, Range
+from zarr_cae.weights import Weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train one network; everything that its weights depend on besides the images."""
+
+    rates: Range
+    metric: Metric = "mse"
+    steps: int = 20_000
+    minutes: float | None = None
+    """If given, the schedule runs by the clock instead of by steps."""
+    crop: int = 128
+    crops_per_quality: int = 3
+    rate: float = 1e-3
+    """Peak learning rate of the convolutions; GDN has a fifth of it."""
+    seed: int = 0
+    holdout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.crop % 16 or self.crop < 32:
+            raise CAEConfigurationError(f"cae: crop must be a multiple of 16 and at least 32, got {self.crop}")
+        if self.metric == "ms-ssim" and self.crop <= 160:
+            raise CAEConfigurationError(
+                f"cae: MS-SSIM needs crops of more than 160 px, got {self.crop}; try --crop 176"
+            )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop reports; lists run over the network's qualities."""
+
+    step: int
+    fraction: float
+    loss: float
+    bits_per_pixel: list[float]
+    psnr: list[float]
+    ms_ssim: list[float] | None
+    validation: bool
+
+
+STRAIGHT_THROUGH_FROM = 0.6
+DECODER_ONLY_FROM = 0.88
+
+
+def learning_rate(fraction: float, step: int) -> float:
+    """Share of the peak rate: 200 steps of warm-up, cosine decay, and a second, small one for the decoder alone."""
+    warm_up = min(1.0, (step + 1) / 200)
+    if fraction < DECODER_ONLY_FROM:
+        return warm_up * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * fraction / DECODER_ONLY_FROM)))
+    rest = (fraction - DECODER_ONLY_FROM) / (1 - DECODER_ONLY_FROM)
+    return warm_up * (0.01 + 0.29 * 0.5 * (1 + math.cos(math.pi * min(1.0, rest))))
+
+
+class Trainer:
+    """A network in training, with its optimiser, averaged weights and checkpoint."""
+
+    def __init__(self, recipe: Recipe, crops: Crops, *, device: str = "cpu") -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.crops, self.device = recipe, crops, torch.device(device)
+        self.model = GainedAutoencoder(recipe.rates)
+        start_from_klt(self.model, crops.batch(96))
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        normalisation = [p for name, p in self.model.named_parameters() if "gdn" in name]
+        entropy = list(self.model.density.parameters())
+        gains = [self.model.log_gain, self.model.log_step]
+        last = list(self.model.synthesis.conv1.parameters())  # small weights, straight into the pixels
+        taken = {id(p) for p in (*normalisation, *entropy, *gains, *last)}
+        groups = [
+            {"params": [p for p in self.model.parameters() if id(p) not in taken], "share": 1.0},
+            {"params": last, "share": 0.25},
+            {"params": normalisation, "share": 0.2},
+            {"params": entropy, "share": 5.0},
+            {"params": gains, "share": 3.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.99))
+        self.step, self.seconds = 0, 0.0
+
+    @property
+    def fraction(self) -> float:
+        """How much of the schedule is done, 0 to 1."""
+        if self.recipe.minutes is not None:
+            return min(1.0, self.seconds / (60 * self.recipe.minutes))
+        return min(1.0, self.step / self.recipe.steps)
+
+    def train_step(self) -> Progress:
+        """One optimiser step over `crops_per_quality` crops at each quality."""
+        started, fraction = time.monotonic(), self.fraction
+        qualities = self.model.qualities
+        tune_decoder = fraction >= DECODER_ONLY_FROM
+        straight_through = fraction >= STRAIGHT_THROUGH_FROM
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.rate * group["share"] * learning_rate(fraction, self.step)
+        pixels = self.crops.batch(len(qualities) * self.recipe.crops_per_quality)
+        pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+        coded = self.model(pixels, noisy=not tune_decoder, straight_through=straight_through, tune_decoder=tune_decoder)
+        target = pixels.reshape(len(qualities), -1, *pixels.shape[1:])
+        loss = rate_distortion(coded, target, self.recipe.metric, qualities)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not loss.isfinite():
+            raise CAEConfigurationError(f"cae: the loss is {loss.item()} at step {self.step}; lower --rate and resume")
+        self.optimiser.step()
+        self.model.project()
+        self._follow()
+        self.step += 1
+        self.seconds += time.monotonic() - started
+        with torch.no_grad():
+            error = mean_squared_error(coded.pixels, target).mean(1)
+        return Progress(
+            self.step, self.fraction, loss.item(), coded.bits_per_pixel.mean(1).tolist(),
+            (-10 * error.log10()).tolist(), None, validation=False,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        for name, value in self.model.state_dict().items():
+            self.average[name].lerp_(value, 1 - keep)
+
+    def averaged(self) -> GainedAutoencoder:
+        """A copy of the network with the averaged weights."""
+        model = GainedAutoencoder(self.recipe.rates)
+        model.load_state_dict(self.average)
+        model.project()
+        return model.to(self.device).eval()
+
+    @torch.no_grad()
+    def validate(self, count: int = 16) -> Progress:
+        """Rates and distortions of the averaged network with real rounding, on images kept out of training."""
+        model, images = self.averaged(), self.crops.held_out(count, 192).to(self.device)
+        qualities = model.qualities
+        bits: list[Tensor] = []
+        errors: list[Tensor] = []
+        similarities: list[Tensor] = []
+        for image in images:
+            pixels = image[None].expand(len(qualities), -1, -1, -1)
+            coded = model(pixels, noisy=False, straight_through=True, tune_decoder=True)
+            decoded = (coded.pixels.clamp(0, 1) * 255).round() / 255
+            bits.append(coded.bits_per_pixel[:, 0])
+            errors.append(mean_squared_error(decoded, pixels[:, None])[:, 0])
+            if self.recipe.metric == "ms-ssim":
+                similarities.append(1 - multiscale_dissimilarity(decoded, pixels[:, None])[:, 0])
+        psnr = (-10 * torch.stack(errors).log10()).mean(0)
+        ms_ssim = torch.stack(similarities).mean(0).tolist() if similarities else None
+        return Progress(
+            self.step, self.fraction, math.nan, torch.stack(bits).mean(0).tolist(), psnr.tolist(), ms_ssim,
+            validation=True,
+        )  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
+        state: dict[str, Any] = {
+            "recipe": asdict(self.recipe), "model": self.model.state_dict(), "average": self.average,
+            "optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds,
+        }  # fmt: skip
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path, *, weights_only: bool = False) -> None:
+        """Go on from a checkpoint, or only start from its (averaged) weights."""
+        state = read_checkpoint(path)
+        if state["recipe"]["rates"] != self.recipe.rates:
+            raise CAEConfigurationError(
+                f"cae: {path} holds a {state['recipe']['rates']!r} network, not {self.recipe.rates!r}"
+            )
+        self.model.load_state_dict(state["average" if weights_only else "model"])
+        self.average = {name: value.to(self.device, copy=True) for name, value in state["average"].items()}
+        if not weights_only:
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.seconds = state["step"], state["seconds"]
+
+    def start_from(self, weights: Weights) -> None:
+        """Start from an exported network instead of the KLT."""
+        restore(self.model, weights)
+        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+
+def prepare(device: str, threads: int | None) -> str:
+    """Set this process up for training and return the device, "auto" resolved.
+
+    Raises CAEConfigurationError if it does not exist here.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CAEConfigurationError("cae: torch sees no CUDA device here; use the CPU")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `Trainer.save` wrote, on the CPU. Raises CAEConfigurationError if the file is something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # for bytes that are no pickle, torch raises whatever it trips over
+        raise CAEConfigurationError(f"cae: {path} is not a checkpoint: {error}") from error
+    if not isinstance(state, dict) or not {"recipe", "model", "average", "optimiser"} <= set(state):
+        raise CAEConfigurationError(f"cae: {path} is not a checkpoint of `zarr-cae train`")
+    return state
+
+
+def train(
+    trainer: Trainer,
+    checkpoint: Path,
+    report: Callable[[Progress], None],
+    *,
+    every: int = 500,
+    save_seconds: float = 120,
+) -> None:
+    """Run the recipe to its end, with a checkpoint every few minutes and a validation every `every` steps."""
+    saved = time.monotonic()
+    while trainer.fraction < 1:
+        report(trainer.train_step())
+        if trainer.step % every == 0:
+            report(trainer.validate())
+        if time.monotonic() - saved > save_seconds:
+            trainer.save(checkpoint)
+            saved = time.monotonic()
+    trainer.save(checkpoint)
+    report(trainer.validate())

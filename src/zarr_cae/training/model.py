@@ -1,0 +1,86 @@
+"""What is trained: one analysis and one synthesis transform, gains and densities for several qualities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from zarr_cae.training.density import Density
+from zarr_cae.transforms import GDN, HIGH_RATE, LOW_RATE, Analysis, Synthesis, Widths
+
+Metric = Literal["mse", "ms-ssim"]
+Range = Literal["low", "high"]
+
+LAMBDAS: dict[Metric, tuple[float, ...]] = {
+    "mse": (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800),
+    "ms-ssim": (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00),
+}
+"""Weight of the distortion at qualities 1 to 8, as CompressAI trains them."""
+QUALITIES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7, 8)}
+WIDTHS: dict[Range, Widths] = {"low": LOW_RATE, "high": HIGH_RATE}
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What one pass through the network gives, for crops grouped by quality."""
+
+    pixels: Tensor
+    """(Q, n, 3, H, W)"""
+    bits_per_pixel: Tensor
+    """(Q, n), ideal code length under the density"""
+
+
+class GainedAutoencoder(nn.Module):
+    """Several qualities in one network through gains at the latents (Cui et al. 2021, arXiv:2003.02012)."""
+
+    def __init__(self, rates: Range) -> None:
+        super().__init__()
+        self.qualities, self.widths = QUALITIES[rates], WIDTHS[rates]
+        count, latent = len(self.qualities), self.widths.latent
+        self.analysis, self.synthesis = Analysis(self.widths), Synthesis(self.widths)
+        self.log_gain = nn.Parameter(torch.zeros(count, latent))
+        """Latents times exp(log_gain) are what is rounded."""
+        self.log_step = nn.Parameter(torch.zeros(count, latent))
+        """Symbols times exp(log_step) are what the synthesis transform receives."""
+        self.density = Density(count, latent)
+
+    def start_gains(self, scale: float) -> None:
+        """Gains for which a unit step of an orthonormal transform times `scale` has the slope -1/lambda at high rate.
+
+        With distortion 255^2 lambda step^2 / 36 per coefficient (three samples a pixel, step^2 / 12 each) and rate
+        -log2(step): step^2 = 36 / (2 ln 2 255^2 lambda).
+        """
+        for row, quality in enumerate(self.qualities):
+            gain = 1.5 / scale * (LAMBDAS["mse"][quality - 1] / 4e-4) ** 0.5
+            nn.init.constant_(self.log_gain[row], torch.tensor(gain).log().item())
+            nn.init.constant_(self.log_step[row], -torch.tensor(gain).log().item())
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """Pixels (Q n, 3, H, W), grouped by quality, to latents before rounding (Q, n, M, h, w)."""
+        latents: Tensor = self.analysis(pixels).unflatten(0, (len(self.qualities), -1))
+        return latents * self.log_gain.exp()[:, None, :, None, None]
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Rounded latents (Q, n, M, h, w) to pixels (Q, n, 3, H, W)."""
+        received = latents * self.log_step.exp()[:, None, :, None, None]
+        pixels: Tensor = self.synthesis(received.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        return pixels
+
+    def forward(self, pixels: Tensor, *, noisy: bool, straight_through: bool, tune_decoder: bool) -> Coded:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not tune_decoder):
+            latents = self.scaled(pixels)
+        rounded = latents + (latents.round() - latents).detach() if straight_through else latents
+        noise = torch.rand_like(latents) - 0.5
+        for_rate = latents + noise if noisy else latents.round()
+        bits = self.density.bits(for_rate)
+        decoded = self.reconstruct(rounded if straight_through else latents + noise)
+        return Coded(decoded, bits / (pixels.shape[-1] * pixels.shape[-2]))
+
+    def project(self) -> None:
+        """Put every constrained parameter back into its range."""
+        for module in self.modules():
+            if isinstance(module, GDN):
+                module.project()

@@ -1,0 +1,157 @@
+"""The networks, read top to bottom: analysis, synthesis, `cae-v1` and `bmshj2018-factorized`.
+
+Every transform maps float32 NCHW to float32 NCHW. Pixels are in [0, 1]; latents sit at 1/16 of the image's height
+and width. Nothing here knows of quality: the per-quality gains stand outside the convolutions (see `engine`).
+
+Sources: Ballé et al. 2018, "Variational image compression with a scale hyperprior" (arXiv:1802.01436), the
+factorized-prior model; Johnston et al. 2019 (arXiv:1912.08771) for GDN with exponents of one; Cui et al. 2021
+(arXiv:2003.02012) for gains in place of one network a quality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+STRIDE = 16
+"""Pixels per latent position, along rows and along columns, in every network of this module."""
+
+
+class GDN(nn.Module):
+    """Generalised divisive normalisation, `y = x / (beta + gamma |x|)`; the inverse multiplies (arXiv:1912.08771).
+
+    beta: (C,), gamma: (C, C), both non-negative. Training projects them back after each step (`project`), so that
+    what is stored is what is used and nothing has to be folded at load.
+    """
+
+    def __init__(self, channels: int, *, inverse: bool = False) -> None:
+        super().__init__()
+        self.inverse = inverse
+        self.beta = nn.Parameter(torch.ones(channels))
+        self.gamma = nn.Parameter(0.1 * torch.eye(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = nn.functional.conv2d(x.abs(), self.gamma[:, :, None, None], self.beta)
+        return x * norm if self.inverse else x / norm
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put beta and gamma back into their ranges after an optimiser step."""
+        self.beta.clamp_(min=1e-2)
+        self.gamma.clamp_(min=0)
+
+
+class SquareGDN(GDN):
+    """GDN as CompressAI has it, `y = x / sqrt(beta + gamma x^2)`; the inverse multiplies (arXiv:1511.06281)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = nn.functional.conv2d(x * x, self.gamma[:, :, None, None], self.beta)
+        return x * norm.sqrt() if self.inverse else x * norm.rsqrt()
+
+
+class Residual(nn.Module):
+    """`x + conv3x3(leaky_relu(conv3x3(x)))` with a narrower middle; the branch starts at zero."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.expand = nn.Conv2d(hidden, channels, 3, padding=1)
+        for parameter in self.expand.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch: Tensor = self.expand(nn.functional.leaky_relu(self.reduce(x), inplace=True))
+        return x + branch
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels of a `cae-v1` network at 1/4, 1/8 and 1/16 scale, and of the middles of its residual blocks."""
+
+    quarter: int
+    quarter_hidden: int
+    eighth: int
+    eighth_hidden: int
+    latent: int
+    latent_hidden: int
+
+
+LOW_RATE = Widths(64, 32, 128, 96, 192, 96)
+"""Qualities 1 to 5: 11.9 KMAC per pixel each way."""
+HIGH_RATE = Widths(64, 32, 192, 96, 320, 160)
+"""Qualities 6 to 8: 19.6 KMAC per pixel each way."""
+
+
+class Analysis(nn.Module):
+    """`cae-v1` analysis transform: pixels (N, 3, H, W) in [0, 1] to latents (N, M, H/16, W/16)."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        w = widths
+        self.conv1 = nn.Conv2d(3, w.quarter, 8, stride=4, padding=2)
+        self.gdn1 = GDN(w.quarter)
+        self.residual1 = Residual(w.quarter, w.quarter_hidden)
+        self.conv2 = nn.Conv2d(w.quarter, w.eighth, 4, stride=2, padding=1)
+        self.gdn2 = GDN(w.eighth)
+        self.residual2 = Residual(w.eighth, w.eighth_hidden)
+        self.conv3 = nn.Conv2d(w.eighth, w.latent, 4, stride=2, padding=1)
+        self.residual3 = Residual(w.latent, w.latent_hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.residual1(self.gdn1(self.conv1(x - 0.5)))
+        x = self.residual2(self.gdn2(self.conv2(x)))
+        latents: Tensor = self.residual3(self.conv3(x))
+        return latents
+
+
+class Synthesis(nn.Module):
+    """`cae-v1` synthesis transform: latents (N, M, h, w) to pixels (N, 3, 16 h, 16 w), nominally in [0, 1]."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        w = widths
+        self.residual3 = Residual(w.latent, w.latent_hidden)
+        self.conv3 = nn.ConvTranspose2d(w.latent, w.eighth, 4, stride=2, padding=1)
+        self.residual2 = Residual(w.eighth, w.eighth_hidden)
+        self.gdn2 = GDN(w.eighth, inverse=True)
+        self.conv2 = nn.ConvTranspose2d(w.eighth, w.quarter, 4, stride=2, padding=1)
+        self.residual1 = Residual(w.quarter, w.quarter_hidden)
+        self.gdn1 = GDN(w.quarter, inverse=True)
+        self.conv1 = nn.ConvTranspose2d(w.quarter, 3, 8, stride=4, padding=2)
+
+    def forward(self, y: Tensor) -> Tensor:
+        y = self.conv3(self.residual3(y))
+        y = self.conv2(self.gdn2(self.residual2(y)))
+        centred: Tensor = self.conv1(self.gdn1(self.residual1(y)))
+        return centred + 0.5
+
+
+class FactorizedAnalysis(nn.Sequential):
+    """`bmshj2018-factorized` analysis transform: (N, 3, H, W) in [0, 1] to (N, M, H/16, W/16)."""
+
+    def __init__(self, hidden: int, latent: int) -> None:
+        def conv(inputs: int, outputs: int) -> nn.Module:
+            return nn.Conv2d(inputs, outputs, 5, stride=2, padding=2)
+
+        super().__init__(
+            conv(3, hidden), SquareGDN(hidden), conv(hidden, hidden), SquareGDN(hidden),
+            conv(hidden, hidden), SquareGDN(hidden), conv(hidden, latent),
+        )  # fmt: skip
+
+
+class FactorizedSynthesis(nn.Sequential):
+    """`bmshj2018-factorized` synthesis transform: (N, M, h, w) to (N, 3, 16 h, 16 w), nominally in [0, 1]."""
+
+    def __init__(self, hidden: int, latent: int) -> None:
+        def deconv(inputs: int, outputs: int) -> nn.Module:
+            return nn.ConvTranspose2d(inputs, outputs, 5, stride=2, padding=2, output_padding=1)
+
+        def igdn() -> nn.Module:
+            return SquareGDN(hidden, inverse=True)
+
+        super().__init__(
+            deconv(latent, hidden), igdn(), deconv(hidden, hidden), igdn(),
+            deconv(hidden, hidden), igdn(), deconv(hidden, 3),
+        )  # fmt: skip

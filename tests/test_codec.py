@@ -1,0 +1,388 @@
+"""`CAECodec` through zarr, on every pipeline of the installed zarr."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.core.array_spec import ArrayConfig, ArraySpec
+from zarr.storage import LocalStore, MemoryStore, ZipStore
+
+from zarr_cae import CAECodec, CAEConfigurationError, CAEDataError, CAEError, WeightsNotFoundError
+
+MISSING = "sha256:" + "0" * 64
+
+
+def psnr(a, b, peak=255.0):
+    return 10 * np.log10(peak**2 / np.square(a.astype(float) - b.astype(float)).mean())
+
+
+def create(data, *, codec=None, chunks=None, store=None, **keywords):
+    codec = CAECodec(quality=8) if codec is None else codec
+    array = zarr.create_array(
+        MemoryStore() if store is None else store, shape=data.shape, chunks=data.shape if chunks is None else chunks,
+        dtype=data.dtype, serializer=codec, **{"compressors": None, **keywords},
+    )  # fmt: skip
+    array[...] = data
+    return array
+
+
+def stored_bytes(array):
+    return sum(len(value.to_bytes()) for key, value in array.store._store_dict.items() if "zarr.json" not in key)
+
+
+def test_create_with_codecs(photograph, pipeline):
+    array = zarr.create(shape=(512, 512, 3), chunks=(256, 256, 3), dtype="uint8", codecs=[CAECodec(quality=8)])
+    array[:] = photograph
+    assert psnr(array[:], photograph) > 34
+    assert stored_bytes(array) < photograph.nbytes / 5
+
+
+@pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
+def test_sixteen_configurations(photograph, metric):
+    rates, errors = [], []
+    for quality in range(1, 9):
+        array = create(photograph, codec=CAECodec(quality=quality, metric=metric))
+        rates.append(stored_bytes(array))
+        errors.append(psnr(array[:], photograph))
+    assert rates == sorted(set(rates))
+    assert errors == sorted(set(errors))
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [{"compressors": Crc32cCodec()}, {"compressors": ZstdCodec()}, {"compressors": [ZstdCodec(), Crc32cCodec()]},
+     {"shards": (512, 256, 3)}, {"shards": (512, 512, 3), "compressors": Crc32cCodec()}, {"filters": "transpose"},
+     {"filters": "transpose", "shards": (512, 512, 3)}, {"compressors": "auto"}],
+    ids=str,
+)  # fmt: skip
+def test_chains(photograph, pipeline, chain):
+    transposed = chain.get("filters") == "transpose"
+    if transposed:
+        chain = {**chain, "filters": [TransposeCodec(order=(2, 0, 1))]}
+    plain = create(photograph, chunks=(128, 128, 3))[:]
+    array = create(photograph, chunks=(128, 128, 3), **chain)
+    reopened = zarr.open_array(array.store, mode="r")
+    # The bytes do not depend on what else is in a batch; floats may make a grey level's difference in the pixels.
+    assert np.abs(reopened[:].astype(int) - plain).max() <= 1
+    codec = json.dumps(reopened.metadata.to_dict(), default=str)
+    assert ('"channel_axis": 0' if transposed else '"channel_axis": 2') in codec
+
+
+@pytest.mark.parametrize("kind", ["memory", "local", "zip", "fsspec"])
+def test_stores(photograph, tmp_path, kind):
+    data = photograph[:128, :128]
+    if kind == "fsspec":
+        pytest.importorskip("fsspec")
+        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+        from fsspec.implementations.local import LocalFileSystem
+        from zarr.storage import FsspecStore
+
+        files = AsyncFileSystemWrapper(LocalFileSystem(auto_mkdir=True), asynchronous=True)
+        store = FsspecStore(files, path=str(tmp_path / "f.zarr"))
+    else:
+        store = {"memory": MemoryStore, "local": lambda: LocalStore(tmp_path / "l.zarr"),
+                 "zip": lambda: ZipStore(tmp_path / "z.zip", mode="w")}[kind]()  # fmt: skip
+    array = create(data, chunks=(64, 64, 3), store=store)
+    written = array[:]
+    assert psnr(written, data) > 30
+    if kind == "zip":
+        store.close()
+        store = ZipStore(tmp_path / "z.zip", mode="r")
+    assert np.abs(zarr.open_array(store, mode="r")[:].astype(int) - written).max() <= 1
+
+
+FRESH = """
+import sys
+import zarr
+array = zarr.open(sys.argv[1], mode="r")
+assert "torch" not in sys.modules
+print(int(array[...].sum()))
+assert "compressai" not in sys.modules
+"""
+
+
+def test_fresh_process_that_never_imported_the_package(photograph, tmp_path):
+    array = create(photograph[:64, :64], store=LocalStore(tmp_path / "a.zarr"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH, str(tmp_path / "a.zarr")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert int(done.stdout) == int(array[...].sum())
+
+
+WITHOUT_COMPRESSAI = """
+import sys
+sys.modules["compressai"] = None
+sys.modules["torchvision"] = None
+import numpy as np, zarr
+from zarr_cae import CAECodec
+array = zarr.create_array({}, shape=(32, 32, 3), dtype="uint8", serializer=CAECodec(), compressors=None)
+array[:] = np.full((32, 32, 3), 90, "uint8")
+assert abs(int(array[3, 4, 1]) - 90) < 8, array[3, 4]
+"""
+
+
+def test_works_where_compressai_cannot_be_imported():
+    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_COMPRESSAI], check=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((48, 64, 3), "auto"), ((3, 48, 64), "auto"), ((48, 3, 64), "auto"), ((48, 64), "auto"), ((48, 64, 1), 2),
+     ((4, 48, 64), 0), ((48, 64, 4), -1), ((48, 13, 64), 1), ((2, 3, 48, 64, 3), 4), ((2, 3, 48, 64), 1),
+     ((5, 2, 48, 64), "auto"), ((1, 1), "auto"), ((1, 1, 3), "auto"), ((17, 31), "auto"), ((17, 31, 3), "auto"),
+     ((250, 250, 3), "auto"), ((7, 17, 31), None)],
+)  # fmt: skip
+def test_axes_and_sizes(photograph, pipeline, shape, axis):
+    data = np.resize(np.moveaxis(photograph[:64, :64], 2, 0), shape) if len(shape) != 3 else smooth(shape)
+    array = create(data, codec=CAECodec(quality=8, channel_axis=axis))
+    assert array[:].shape == shape
+    assert psnr(array[:], data) > 15
+    assert zarr.open_array(array.store, mode="r").metadata.codecs == array.metadata.codecs
+
+
+def smooth(shape, low=0.0, high=255.0, dtype="uint8"):
+    grids = np.meshgrid(*(np.linspace(0, 2, length) for length in shape), indexing="ij")
+    wave = np.sin(sum(grids) + np.pi * grids[0] * grids[-1]) * 0.4 + 0.5
+    return (low + wave * (high - low)).astype(dtype)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_channel_axis_may_be_anywhere(photograph, place):
+    last = create(photograph[:64, :96], codec=CAECodec(quality=5))
+    moved = create(np.ascontiguousarray(np.moveaxis(photograph[:64, :96], 2, place)), codec=CAECodec(quality=5))
+    np.testing.assert_array_equal(np.moveaxis(moved[:], place, 2), last[:])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [("uint16", 0, 65535), ("uint16", 100, 4095), ("float32", -1.0, 1.0), ("float32", 0, 0.1), ("int16", -500, 500),
+     ("float64", 0.1, 0.7), ("uint8", 0, 100)],
+)  # fmt: skip
+def test_dtypes_with_a_value_range(pipeline, dtype, low, high):
+    data = smooth((100, 90), low, high, dtype)
+    array = create(data, chunks=(64, 64), codec=CAECodec(value_range=(low, high)), fill_value=low)
+    back = array[:]
+    assert back.dtype == data.dtype
+    assert np.abs(back.astype(float) - data.astype(float)).max() < 0.06 * (high - low)
+    array[10:20] = back[10:20]  # decoded values can be written again
+    if (low, high) != (0, 65535):  # which leaves uint16 nothing outside
+        with pytest.raises(CAEDataError, match="value_range"):
+            array[0, 0] = high + 1
+
+
+def test_uint8_and_scaled_uint16_are_the_same_image(photograph):
+    grey = photograph[:64, :64, 1]
+    eight = create(grey, codec=CAECodec(quality=4))[:]
+    sixteen = create(grey.astype("uint16") * 257, codec=CAECodec(quality=4, value_range=(0, 65535)))[:]
+    assert np.abs(sixteen / 257 - eight).max() <= 0.51
+
+
+def test_not_divisible_missing_and_partial(photograph, pipeline):
+    data = photograph[:300, :401]
+    array = zarr.create_array(
+        MemoryStore(), shape=(600, 401, 3), chunks=(128, 128, 3), dtype="uint8", fill_value=7,
+        serializer=CAECodec(), compressors=None,
+    )  # fmt: skip
+    array[:300] = data
+    assert psnr(array[:300], data) > 32
+    assert (array[400:] == 7).all()  # chunks never written
+    array[10:30, 10:30] = 200
+    assert np.abs(array[12:28, 12:28].astype(int) - 200).max() < 40
+    assert psnr(array[64:300], data[64:]) > 30
+    array.resize((700, 401, 3))
+    assert (array[600:] == 7).all()
+
+
+def test_batches_may_contain_none(photograph):
+    array = create(photograph[:64, :64])
+    prototype = zarr.core.buffer.default_buffer_prototype()
+    spec = ArraySpec((64, 64, 3), array.metadata.dtype, np.uint8(0), ArrayConfig("C", False), prototype)
+    chunk = prototype.nd_buffer.from_numpy_array(np.array(photograph[:64, :64]))
+    (codec,) = array.metadata.codecs
+
+    async def both():
+        frame, nothing = await codec.encode([(chunk, spec), (None, spec)])
+        assert nothing is None
+        nothing, pixels = await codec.decode([(None, spec), (frame, spec)])
+        assert nothing is None
+        return pixels
+
+    np.testing.assert_array_equal(asyncio.run(both()).as_numpy_array(), array[:])
+
+
+def test_the_same_chunk_gives_the_same_bytes_whatever_else_is_in_its_batch(photograph):
+    alone = create(photograph[64:128, 64:128])
+    beside = create(photograph, chunks=(64, 64, 3))
+    assert beside.store._store_dict["c/1/1/0"].to_bytes() == alone.store._store_dict["c/0/0/0"].to_bytes()
+
+
+def test_a_codec_is_a_frozen_hashable_value():
+    codec = CAECodec(quality=3, metric="ms-ssim", channel_axis=None, value_range=[0, 10])
+    assert codec == CAECodec(3, "ms-ssim", channel_axis=None, value_range=(0.0, 10))
+    assert hash(codec) == hash(pickle.loads(pickle.dumps(codec)))
+    assert CAECodec.from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
+    assert codec != CAECodec(quality=4)
+    with pytest.raises(AttributeError):
+        codec.quality = 5
+
+
+def test_metadata_holds_what_decoding_needs_and_nothing_of_the_machine(photograph):
+    with zarr.config.set({"cae.device": "cpu", "cae.threads": 1}):
+        array = create(photograph[:32, :32], codec=CAECodec(quality=2))
+    (stored,) = json.loads(array.store._store_dict["zarr.json"].to_bytes())["codecs"]
+    assert stored["name"] == "cae"
+    assert set(stored["configuration"]) == {"model", "quality", "metric", "weights", "channel_axis"}
+    assert stored["configuration"]["weights"] == CAECodec(quality=2).weights
+    assert stored["configuration"]["channel_axis"] == 2
+
+
+def test_arrays_pickle_and_serve_threads(photograph, tmp_path):
+    array = create(photograph, chunks=(128, 128, 3), store=LocalStore(tmp_path / "a.zarr"))
+    copy = pickle.loads(pickle.dumps(array))
+    expected = array[:]
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda row: copy[row * 64 : row * 64 + 64], range(8)))
+    assert np.abs(np.concatenate(rows).astype(int) - expected).max() <= 1
+
+
+def _sum_in_child(path, queue):
+    queue.put(int(zarr.open_array(path, mode="r")[:].sum()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_after_fork(photograph, tmp_path):
+    array = create(photograph[:128, :128], chunks=(64, 64, 3), store=LocalStore(tmp_path / "a.zarr"))
+    expected = int(array[:].sum())  # the parent's engines, batchers and pools are all running
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_sum_in_child, args=(tmp_path / "a.zarr", queue))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork with threads
+        child.start()
+    total = queue.get(timeout=120)
+    child.join(60)
+    assert child.exitcode == 0
+    assert abs(total - expected) <= array.size
+
+
+def test_several_event_loops(photograph):
+    array = create(photograph[:128, :128], chunks=(64, 64, 3))
+    expected, found = array[:].astype(int), {}
+
+    async def read():
+        opened = await zarr.api.asynchronous.open_array(store=array.store, mode="r")
+        return await opened.getitem(...)
+
+    threads = [threading.Thread(target=lambda n=n: found.update({n: asyncio.run(read())})) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert all(np.abs(np.asarray(pixels).astype(int) - expected).max() <= 1 for pixels in found.values())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "shape", "dtype", "message"),
+    [
+        ({}, (64, 64, 3), "complex64", "dtype complex64"), ({}, (64, 64, 3), "uint16", "needs value_range"),
+        ({}, (64, 64, 3), "bool", "dtype bool"), ({}, (512, 512, 4), "uint8", "ambiguous"),
+        ({"channel_axis": 3}, (64, 64, 3), "uint8", "channel_axis 3"), ({}, (64,), "uint8", "at least 2"),
+        ({"value_range": (10, 20)}, (64, 64, 3), "uint8", "fill_value 0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("sharded", [False, True])
+def test_refused_at_creation(keywords, shape, dtype, message, sharded):
+    with pytest.raises(CAEConfigurationError, match=message):
+        zarr.create_array(
+            MemoryStore(), shape=shape, chunks=shape, shards=shape if sharded else None, dtype=dtype,
+            serializer=CAECodec(**keywords), compressors=None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"quality": 0}, "quality must be one of"), ({"quality": 9}, "quality"), ({"quality": True}, "quality"),
+        ({"quality": "8"}, "quality"), ({"metric": "psnr"}, "metric"), ({"model": "vgg"}, "model"),
+        ({"channel_axis": "last"}, "channel_axis"), ({"channel_axis": 1.5}, "channel_axis"),
+        ({"value_range": 3}, "value_range"), ({"value_range": (0, float("inf"))}, "value_range"),
+        ({"value_range": (0, 1, 2)}, "value_range"), ({"weights": "../evil"}, "sha256"),
+        ({"weights": "http://x/y"}, "sha256"), ({"weights": MISSING[:-1] + "G"}, "sha256"),
+    ],
+)  # fmt: skip
+def test_refused_parameters(keywords, message):
+    with pytest.raises(CAEConfigurationError, match=message):
+        CAECodec(**keywords)
+
+
+def test_unknown_weights():
+    with pytest.raises(WeightsNotFoundError, match=r"sha256:0{64}.*cae-v1.*quality 8.*mse.*weights import"):
+        CAECodec(weights=MISSING)
+
+
+def test_arrays_whose_weights_are_missing_can_be_opened_but_not_read(photograph):
+    array = create(photograph[:32, :32])
+    text = array.store._store_dict["zarr.json"].to_bytes().decode().replace(CAECodec().weights, MISSING)
+    array.store._store_dict["zarr.json"] = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(text.encode())
+    opened = zarr.open_array(array.store, mode="r")
+    assert opened.shape == (32, 32, 3)
+    with pytest.raises(WeightsNotFoundError, match="0000"):
+        opened[:]
+
+
+def test_metadata_of_a_newer_version_is_refused():
+    data = CAECodec().to_dict()
+    data["configuration"]["classes"] = 4
+    with pytest.raises(CAEConfigurationError, match=r"unknown fields \['classes'\]"):
+        CAECodec.from_dict(data)
+
+
+def test_settings_that_do_not_exist_are_refused(photograph):
+    for setting in ({"cae.device": "abacus"}, {"cae.device": "cuda:99"}, {"cae.sped": 9}, {"cae.threads": 0}):
+        with zarr.config.set(setting), pytest.raises(CAEConfigurationError, match=next(iter(setting))[:4]):
+            create(photograph[:32, :32])
+
+
+def test_settings_come_from_the_environment():
+    code = "import zarr; from zarr_cae.engine import Settings; assert Settings(**zarr.config.get('cae')).threads == 1"
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, env={**os.environ, "ZARR_CAE__THREADS": "1"}
+    )
+
+
+def test_every_damaged_byte_is_noticed(photograph, pipeline):
+    array = create(photograph[:32, :32], codec=CAECodec(quality=1))
+    (key,) = [key for key in array.store._store_dict if "zarr.json" not in key]
+    frame = array.store._store_dict[key].to_bytes()
+    buffer = zarr.core.buffer.default_buffer_prototype().buffer
+    for place in range(0, len(frame), 7):
+        broken = bytearray(frame)
+        broken[place] ^= 0x10
+        array.store._store_dict[key] = buffer.from_bytes(bytes(broken))
+        with pytest.raises(CAEDataError):
+            array[:]
+    array.store._store_dict[key] = buffer.from_bytes(frame[:-1])
+    with pytest.raises(CAEError):
+        array[:]
+
+
+def test_a_frame_of_another_shape_is_refused(photograph):
+    small, large = create(photograph[:32, :32]), create(photograph[:48, :32])
+    small.store._store_dict["c/0/0/0"] = large.store._store_dict["c/0/0/0"]
+    with pytest.raises(CAEDataError, match="48"):
+        small[:]

@@ -1,0 +1,98 @@
+"""The engine: devices, tiles, batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from zarr_cae import weights
+from zarr_cae.engine import Engine, Settings, choose_device, engine_for
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.pixels import Layout, to_planes
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+
+
+def bundled(quality, metric="mse"):
+    digest = weights.default_digest("cae-v1", quality, metric)
+    return weights.load(weights.find(digest, model="cae-v1", quality=quality, metric=metric).path)
+
+
+@pytest.fixture(scope="module")
+def planes(photograph):
+    return to_planes(np.array(photograph[:400, :336]), Layout((400, 336, 3), 2), (0, 255))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quality", [4, 8])
+def test_there_and_back(planes, device, quality):
+    settings = Settings(device=device)
+    engine = engine_for(bundled(quality), settings)
+    symbols = engine.analyse(planes, quality, settings)
+    assert symbols.dtype == np.int16
+    assert symbols.shape == (1, engine.weights.latent_channels, 25, 21)
+    back = engine.synthesise(symbols, quality, 3, settings)
+    assert back.shape == planes.shape
+    assert -10 * np.log10(np.square(back - planes).mean()) > 28
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quality", [1, 8])
+def test_tiles_equal_the_whole(planes, device, quality):
+    """With enough halo the tiles' symbols and pixels are the whole's, but for float rounding."""
+    whole, tiled = Settings(device=device), Settings(device=device, tile=160)
+    engine = engine_for(bundled(quality), whole)
+    expected, symbols = (engine.analyse(planes, quality, settings) for settings in (whole, tiled))
+    assert np.abs(symbols - expected).max() <= 1
+    assert (symbols != expected).mean() < 1e-4
+    pixels, pieces = (engine.synthesise(expected, quality, 3, settings) for settings in (whole, tiled))
+    assert np.abs(pieces - pixels).max() < 1 / 255
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_symbols_do_not_depend_on_the_batch(planes, device):
+    settings = Settings(device=device)
+    engine = engine_for(bundled(4), settings)
+    crops = np.concatenate([planes[:, :, n : n + 64, n : n + 64] for n in range(0, 160, 16)])
+    together = engine.analyse(crops, 4, settings)
+    for crop, symbols in zip(crops, together, strict=True):
+        np.testing.assert_array_equal(engine.analyse(crop[None], 4, settings)[0], symbols)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pixels_hardly_depend_on_the_batch(planes, device):
+    """Transposed convolutions round differently in other batches: a difference of far less than a grey level."""
+    settings = Settings(device=device)
+    engine = engine_for(bundled(4), settings)
+    symbols = engine.analyse(np.concatenate([planes[:, :, n : n + 64, :64] for n in range(0, 80, 16)]), 4, settings)
+    together = engine.synthesise(symbols, 4, 3, settings)
+    alone = np.concatenate([engine.synthesise(one[None], 4, 3, settings) for one in symbols])
+    assert np.abs(alone - together).max() < 0.1 / 255
+
+
+def test_grey_planes_have_one_component(planes):
+    settings = Settings()
+    engine = engine_for(bundled(6), settings)
+    grey = planes[:, :1]
+    symbols = engine.analyse(grey, 6, settings)
+    back = engine.synthesise(symbols, 6, 1, settings)
+    assert back.shape == grey.shape
+    assert -10 * np.log10(np.square(back - grey).mean()) > 30
+
+
+def test_engines_are_made_once():
+    first = engine_for(bundled(2), Settings(device="cpu"))
+    assert engine_for(bundled(3), Settings(device="cpu", threads=1)) is first
+
+
+@pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
+def test_devices_that_do_not_exist_are_refused(name):
+    with pytest.raises(CAEConfigurationError, match=r"cae\.device"):
+        choose_device(name)
+
+
+def test_networks_that_do_not_fit_their_architecture_are_refused():
+    loaded = bundled(1)
+    tensors = {name: value for name, value in loaded.tensors.items() if name != "analysis.conv1.bias"}
+    broken = weights.Weights(loaded.info, tensors, loaded.tables)
+    with pytest.raises(CAEConfigurationError, match=r"analysis|conv1\.bias"):
+        Engine(broken, torch.device("cpu"))

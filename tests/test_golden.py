@@ -1,0 +1,90 @@
+"""Arrays that were written once open for ever.
+
+`python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights. What
+lies there is never written again: a new format or family adds a folder.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from zarr_cae import CAECodec, open_bottleneck
+
+ARRAYS = Path(__file__).parent / "fixtures" / "arrays"
+CASES = [
+    ("rgb-mse-1", {"quality": 1}, "rgb"), ("rgb-mse-4", {"quality": 4}, "rgb"), ("rgb-mse-8", {"quality": 8}, "rgb"),
+    ("rgb-ms-ssim-2", {"quality": 2, "metric": "ms-ssim"}, "rgb"),
+    ("rgb-ms-ssim-7", {"quality": 7, "metric": "ms-ssim"}, "rgb"),
+    ("channels-first-mse-6", {"quality": 6}, "first"), ("grey-mse-5", {"quality": 5}, "grey"),
+    ("uint16-mse-7", {"quality": 7, "value_range": (0, 4095)}, "uint16"),
+]  # fmt: skip
+
+
+def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
+    crop = photograph[40:130, 180:280]
+    return {
+        "rgb": crop,
+        "first": np.ascontiguousarray(crop.transpose(2, 0, 1)),
+        "grey": np.ascontiguousarray(crop[..., 1]),
+        "uint16": crop[..., 1].astype("uint16") * 16,
+    }
+
+
+def make_golden_arrays(folder: Path, photograph: np.ndarray) -> None:
+    """Write one array a case, and what it decodes to."""
+    folder.mkdir(parents=True)  # fails where something was written before
+    expected, latents = {}, {}
+    for name, keywords, kind in CASES:
+        data = pictures(photograph)[kind]
+        chunks = tuple(3 if length == 3 else 64 for length in data.shape)
+        array = zarr.create_array(
+            folder / f"{name}.zarr", shape=data.shape, chunks=chunks, dtype=data.dtype,
+            serializer=CAECodec(**keywords), compressors=None,
+        )  # fmt: skip
+        array[...] = data
+        expected[name] = array[...]
+        latents[name] = fingerprint(folder / f"{name}.zarr")
+    np.savez_compressed(folder / "pixels.npz", **expected)
+    (folder / "latents.json").write_text(json.dumps(latents, indent=1) + "\n")
+
+
+def fingerprint(path: Path) -> str:
+    values = np.asarray(open_bottleneck(path)[...])
+    assert values.dtype == np.float32
+    return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
+
+
+def golden() -> list[tuple[Path, str]]:
+    return [(folder, path.stem) for folder in sorted(ARRAYS.glob("*")) for path in sorted(folder.glob("*.zarr"))]
+
+
+def test_there_is_something_to_keep():
+    assert len(golden()) >= len(CASES)
+
+
+@pytest.mark.parametrize(("folder", "name"), golden(), ids=lambda value: getattr(value, "name", value))
+def test_golden_arrays_open(folder, name, pipeline):
+    array = zarr.open_array(folder / f"{name}.zarr", mode="r")
+    expected = np.load(folder / "pixels.npz")[name]
+    level = 16 if expected.dtype == np.uint16 else 1
+    assert array.dtype == expected.dtype
+    assert np.abs(array[...].astype(int) - expected.astype(int)).max() <= level
+
+
+@pytest.mark.parametrize(("folder", "name"), golden(), ids=lambda value: getattr(value, "name", value))
+def test_golden_latents_are_bit_identical(folder, name):
+    assert fingerprint(folder / f"{name}.zarr") == json.loads((folder / "latents.json").read_text())[name]
+
+
+if __name__ == "__main__":
+    from importlib import resources
+
+    from PIL import Image
+
+    with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as source:
+        make_golden_arrays(ARRAYS / sys.argv[1], np.asarray(Image.open(source).convert("RGB")))

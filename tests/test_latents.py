@@ -1,0 +1,214 @@
+"""`CAEBottleneckCodec`: shapes, exact latents, and what it refuses."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.storage import MemoryStore
+
+from zarr_cae import (
+    CAEBottleneckCodec,
+    CAECodec,
+    CAEConfigurationError,
+    CAEDataError,
+    entropy,
+    latents,
+    open_bottleneck,
+)
+from zarr_cae.codec import loaded
+from zarr_cae.pixels import Layout, to_planes
+
+FIXTURES = Path(__file__).parent / "fixtures" / "latents"
+
+
+@pytest.fixture
+def synthetic(monkeypatch):
+    """The weights of the golden archive, which are not the package's own."""
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(FIXTURES))
+
+
+def create(data, chunks, **keywords):
+    options = {"compressors": None, "serializer": CAECodec(quality=2), **keywords}
+    array = zarr.create_array(MemoryStore(), shape=data.shape, chunks=chunks, dtype=data.dtype, **options)
+    array[...] = data
+    return array
+
+
+def test_golden_latents_bit_for_bit(synthetic, pipeline):
+    found = open_bottleneck(FIXTURES / "golden.zarr")[:]
+    expected = np.load(FIXTURES / "golden.npy")
+    assert (found.dtype, found.shape) == (np.dtype(np.float32), (38, 7, 6))
+    assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_golden_latents_at_any_thread_count(synthetic, pipeline, monkeypatch, threads):
+    with ThreadPoolExecutor(threads) as pool, zarr.config.set({"async.concurrency": threads}):
+        monkeypatch.setattr(entropy, "_pool", lambda: pool)
+        found = open_bottleneck(FIXTURES / "golden.zarr")[:]
+    assert found.tobytes() == np.load(FIXTURES / "golden.npy").tobytes()
+
+
+READ = """
+import sys
+import numpy as np
+import zarr_cae
+array = zarr_cae.open_bottleneck(sys.argv[1])
+patch, label = zarr_cae.as_torch_dataset(array, 7, labels=range(5))[2]
+assert label == 2
+assert np.array_equal(patch, np.load(sys.argv[2])[14:21].transpose(2, 0, 1))
+loaded = {"torch", "compressai", "torchvision"} & set(sys.modules)
+assert not loaded, loaded
+"""
+
+
+def test_reading_latents_imports_neither_torch_nor_compressai():
+    environment = {**os.environ, "ZARR_CAE_WEIGHTS": str(FIXTURES)}
+    command = [sys.executable, "-W", "error", "-c", READ, FIXTURES / "golden.zarr", FIXTURES / "golden.npy"]
+    subprocess.run(command, check=True, env=environment)
+
+
+LAYOUTS = {
+    "rgb last": ((40, 72, 3), 2),
+    "rgb first": ((3, 40, 72), 0),
+    "rgb between": ((40, 3, 72), 1),
+    "rgb batch": ((2, 40, 72, 3), 3),
+    "rgb first, batch": ((2, 3, 40, 72), 1),
+    "grey": ((40, 72), None),
+    "grey batch": ((2, 40, 72), None),
+    "grey channels": ((40, 72, 2), 2),
+    "grey channels first": ((2, 4, 40, 72), 1),
+    "one grey channel": ((40, 72, 1), 2),
+}
+
+
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_latents_are_what_the_synthesis_network_receives(shape, axis, photograph):
+    from zarr_cae.engine import Settings, engine_for
+
+    size = int(np.prod(shape))
+    data = photograph.ravel()[:size].reshape(shape)
+    codec = CAECodec(quality=4, channel_axis=axis)
+    array = create(data, shape, serializer=codec)
+    found = open_bottleneck(array.store)[...]
+    weights = loaded(codec)
+    engine, layout, row = engine_for(weights, Settings()), Layout(shape, axis), weights.row(4)
+    received = []
+    hook = engine._synthesis.register_forward_pre_hook(lambda _, given: received.append(given[0].numpy().copy()))
+    array[...]
+    hook.remove()
+    received = np.concatenate(received)  # (N, M, h, w)
+    symbols = engine.analyse(to_planes(data, layout, (0.0, 255.0)), 4, Settings())
+    step, offset = (weights.tensors[name][row][:, None, None] for name in ("step", "offset"))
+    assert np.array_equal(received, symbols.astype(np.float32) * step + offset)
+
+    batch = [n for i, n in enumerate(shape) if i != axis][:-2]
+    if axis is None:
+        expected = np.moveaxis(received.reshape(*batch, -1, 3, 5), -3, -1)
+    else:
+        expected = np.moveaxis(received.reshape(*batch, -1, 3, 5), -3, axis)
+    assert found.shape == expected.shape
+    assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+@given(
+    length=st.integers(0, 300), chunk=st.integers(1, 70), channels=st.integers(1, 9), colours=st.integers(1, 4),
+    per_chunk=st.integers(1, 4),
+)  # fmt: skip
+def test_chunks_of_latents_are_chunks_of_pixels(length, chunk, channels, colours, per_chunk):
+    layout = Layout((chunk, 20, per_chunk), 2)
+    shape = latents.latent_shape((length, 20, colours), layout, channels)
+    chunks = latents.latent_shape(layout.shape, layout, channels)
+    for whole, part, pixels, edge in zip(shape, chunks, (length, 20, colours), layout.shape, strict=True):
+        assert -(-whole // part) == -(-pixels // edge)
+    if chunk % 16 == 0:
+        assert shape[0] == -(-length // 16)
+
+
+def test_shapes_by_hand():
+    def shape(pixels, chunk, axis):
+        return latents.latent_shape(pixels, Layout(chunk, axis), 192)
+
+    assert shape((4096, 1000, 3), (256, 256, 3), 2) == (256, 63, 192)
+    assert shape((3, 100, 100), (3, 50, 30), 0) == (192, 8, 7)
+    assert shape((5, 64, 64), (1, 64, 64), None) == (5, 4, 4, 192)
+    assert shape((64, 64, 5), (64, 64, 2), 2) == (4, 4, 960)
+    assert shape((64, 64, 3), (64, 64, 1), 2) == (4, 4, 576)
+    assert shape((64, 64, 7), (64, 64, 3), 2) == (4, 4, 576)
+
+
+def test_codec_is_a_value():
+    codec = CAEBottleneckCodec(CAECodec(quality=3, channel_axis=2), (64, 48, 3))
+    same = CAEBottleneckCodec.from_dict(codec.to_dict())
+    assert same == codec
+    assert hash(same) == hash(codec)
+    assert codec.to_dict()["configuration"]["chunk_shape"] == [64, 48, 3]
+    assert zarr.registry.get_codec_class("cae_bottleneck") is CAEBottleneckCodec
+
+
+@pytest.mark.parametrize("shape", [None, "64", [64, "48", 3], [64, True, 3], [64, 0, 3], [64], []])
+def test_wrong_chunk_shapes_are_refused(shape):
+    document = CAECodec(channel_axis=2).to_dict()
+    configuration = {**document["configuration"], "chunk_shape": shape}
+    with pytest.raises(CAEConfigurationError, match="cae: "):
+        CAEBottleneckCodec.from_dict({"name": "cae_bottleneck", "configuration": configuration})
+
+
+def test_unresolved_axis_is_refused():
+    with pytest.raises(CAEConfigurationError, match="auto"):
+        CAEBottleneckCodec(CAECodec(), (64, 48, 3))
+
+
+def test_writing_is_refused(pipeline):
+    codec = CAEBottleneckCodec(CAECodec(quality=1, channel_axis=2), (32, 32, 3))
+    channels = loaded(codec.cae).latent_channels
+    array = zarr.create_array(
+        MemoryStore(), shape=(2, 2, channels), chunks=(2, 2, channels), dtype="float32", serializer=codec,
+        compressors=None,
+    )  # fmt: skip
+    with pytest.raises(CAEConfigurationError, match="read only"):
+        array[...] = 1
+
+
+def test_an_array_of_another_shape_is_refused(photograph, pipeline):
+    array = create(photograph[:32, :32], (32, 32, 3))
+    codec = CAEBottleneckCodec(array.metadata.codecs[0], (32, 32, 3))
+    store, channels = MemoryStore(), loaded(codec.cae).latent_channels
+    wrong = zarr.create_array(
+        store, shape=(2, 3, channels), chunks=(2, 3, channels), dtype="float32", serializer=codec, compressors=None
+    )
+    store._store_dict["c/0/0/0"] = array.store._store_dict["c/0/0/0"]
+    with pytest.raises(CAEConfigurationError, match=rf"\(2, 2, {channels}\).*\(2, 3, {channels}\)"):
+        wrong[...]
+
+
+def test_damaged_chunks_are_refused(photograph, pipeline):
+    array = create(photograph[:64, :64], (32, 32, 3))
+    store = array.store
+    content = bytearray(store._store_dict["c/1/0/0"].to_bytes())
+    content[len(content) // 2] ^= 1
+    store._store_dict["c/1/0/0"] = type(store._store_dict["c/1/0/0"]).from_bytes(bytes(content))
+    view = open_bottleneck(store)
+    assert np.isfinite(view[:2]).all()
+    with pytest.raises(CAEDataError, match="damaged"):
+        view[2:]
+
+
+def test_key_encoding_leaves_out_the_last_axis():
+    encoding = latents.WithoutLatentAxis.from_dict(
+        {
+            "name": "cae_bottleneck",
+            "configuration": {"encoding": {"name": "v2", "configuration": {"separator": "/"}}},
+        }
+    )
+    assert encoding.encode_chunk_key((4, 5, 0)) == "4/5"
+    assert encoding.decode_chunk_key("4/5") == (4, 5, 0)
+    assert latents.WithoutLatentAxis.from_dict(encoding.to_dict()) == encoding
+    assert hash(encoding)

@@ -1,0 +1,263 @@
+"""Training: data, the KLT start, the density, a few steps, checkpoints and export."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zarr_cae import CAEError, weights
+from zarr_cae.cli.demo import photograph
+from zarr_cae.training.data import Crops
+from zarr_cae.training.density import Density
+from zarr_cae.training.export import export, restore
+from zarr_cae.training.loop import DECODER_ONLY_FROM, Recipe, Trainer, learning_rate, read_checkpoint, train
+from zarr_cae.training.loss import mean_squared_error, rate_distortion
+from zarr_cae.training.model import Coded, GainedAutoencoder
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return photograph()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, photo: np.ndarray) -> Path:
+    path = tmp_path_factory.mktemp("images")
+    for index in range(6):
+        crop = photo[60 * index : 60 * index + 128, 40 * index : 40 * index + 144]
+        Image.fromarray(crop).save(path / f"{index}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def crops(folder: Path) -> Crops:
+    return Crops([folder], crop=64, seed=0)
+
+
+RECIPE = Recipe("low", steps=8, crop=64, crops_per_quality=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def started(crops: Crops) -> Trainer:
+    """A trainer at step 0; not to be trained."""
+    return Trainer(RECIPE, crops)
+
+
+@pytest.fixture
+def trainer(started: Trainer, folder: Path) -> Trainer:
+    """Another, with smaller crops to be quicker."""
+    trainer = copy.deepcopy(started)
+    trainer.crops = Crops([folder], crop=32, seed=0)
+    return trainer
+
+
+# data
+
+
+def test_folder_and_tar_give_the_same_crops(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for file in folder.iterdir():
+            archive.add(file, file.name)
+        archive.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
+    one, other = (Crops([path], crop=48, seed=3) for path in (folder, tmp_path / "images.tar"))
+    first = one.batch(5)
+    assert torch.equal(first, other.batch(5))
+    assert first.shape == (5, 3, 48, 48)
+    assert first.dtype == torch.float32
+    assert 0 <= first.min() < first.max() <= 1
+    assert not torch.equal(first, one.batch(5))  # the next ones are others
+    assert torch.equal(one.held_out(4, 96), other.held_out(4, 96))
+
+
+def test_held_out_images_are_never_trained_on(tmp_path: Path) -> None:
+    for value in range(40):
+        Image.fromarray(np.full((32, 32, 3), 6 * value, np.uint8)).save(tmp_path / f"{value:02}.png")
+    crops = Crops([tmp_path], crop=32, seed=0, grey=0)
+    seen = {round(float(crop.mean()) * 255) for crop in crops.batch(500)}
+    kept = {round(float(crop.mean()) * 255) for crop in crops.held_out(9, 32)}
+    assert len(kept) == 2
+    assert len(crops) == 38
+    assert not seen & kept
+
+
+def test_a_tenth_of_the_crops_is_grey(crops: Crops) -> None:
+    batch = crops.batch(400)
+    grey = (batch[:, 0] == batch[:, 1]).flatten(1).all(1) & (batch[:, 1] == batch[:, 2]).flatten(1).all(1)
+    assert 0.04 < float(grey.float().mean()) < 0.18
+
+
+def test_data_mistakes(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CAEError, match="does not exist"):
+        Crops([tmp_path / "nowhere"], crop=32, seed=0)
+    with pytest.raises(CAEError, match="at least 256 px"):
+        Crops([folder], crop=256, seed=0)
+    with pytest.raises(CAEError, match="multiple of 16"):
+        Recipe("low", crop=50)
+    with pytest.raises(CAEError, match="MS-SSIM"):
+        Recipe("low", metric="ms-ssim", crop=160)
+
+
+# The KLT start
+
+
+def test_klt_start_is_a_good_transform(started: Trainer, photo: np.ndarray) -> None:
+    pixels = torch.from_numpy(photo[64:320, 64:320].copy()).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        model = started.model
+        whole = model.synthesis(model.analysis(pixels)).clamp(0, 1)
+        assert -10 * math.log10(torch.mean((whole - pixels) ** 2)) > 30
+        coded = model(pixels.expand(5, -1, -1, -1), noisy=False, straight_through=True, tune_decoder=True)
+        psnr = -10 * mean_squared_error(coded.pixels, pixels[None]).log10().flatten()
+    assert (psnr > 18).all()
+    assert psnr.tolist() == sorted(psnr.tolist())  # finer steps at higher qualities, from the start
+    rates = coded.bits_per_pixel.flatten().tolist()
+    assert rates == sorted(rates)
+
+
+# The density
+
+
+def test_density_sums_to_one_and_agrees_with_itself() -> None:
+    torch.manual_seed(1)
+    density = Density(2, 3)
+    density.start_from(3 * torch.randn(2, 4, 3, 8, 8) + torch.tensor([-2.0, 0.0, 5.0])[:, None, None])
+    with torch.no_grad():
+        for parameter in density.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    limit = 300
+    table = density.probabilities(limit)
+    assert table.shape == (2, 3, 2 * limit + 1)
+    assert torch.allclose(table.sum(-1), torch.ones(2, 3, dtype=torch.float64), atol=1e-6)
+    symbols = torch.arange(-12, 13.0).reshape(1, 1, 1, 5, 5).expand(2, 1, 3, 5, 5)
+    with torch.no_grad():
+        direct = density(symbols).flatten(3)[:, 0]
+    assert torch.allclose(direct.double(), table[..., limit - 12 : limit + 13], rtol=1e-3, atol=1e-7)
+    bits = density.bits(symbols)
+    assert torch.allclose(bits[:, 0], -direct.log2().sum((1, 2)), rtol=1e-5)
+
+
+def test_loss_is_rate_plus_weighed_distortion() -> None:
+    pixels = torch.zeros(2, 1, 3, 16, 16)
+    coded = Coded(pixels + 0.1, torch.tensor([[0.5], [1.0]]))
+    loss = rate_distortion(coded, pixels, "mse", (1, 2))
+    weight = np.array([0.0018, 0.0035]) ** -0.5
+    each = np.array([0.0018, 0.0035]) * 255**2 * 0.01 + [0.5, 1.0]
+    assert float(loss) == pytest.approx(np.mean(weight / weight.mean() * each), rel=1e-4)
+
+
+# The loop
+
+
+def test_schedule() -> None:
+    assert learning_rate(0, 0) == pytest.approx(1 / 200)
+    assert learning_rate(0.01, 5000) > 0.99
+    assert learning_rate(DECODER_ONLY_FROM - 1e-6, 5000) == pytest.approx(0.03, abs=1e-3)
+    assert learning_rate(DECODER_ONLY_FROM, 5000) == pytest.approx(0.30, abs=1e-3)
+    assert learning_rate(1, 5000) == pytest.approx(0.01)
+
+
+def test_a_few_steps_reduce_the_loss(trainer: Trainer) -> None:
+    trainer.recipe = Recipe("low", steps=1000, crops_per_quality=2)
+    trainer.step = 100  # past half of the warm-up
+    reports = [trainer.train_step() for _ in range(20)]
+    losses = [report.loss for report in reports]
+    assert np.mean(losses[-6:]) < 0.95 * np.mean(losses[:6])
+    assert reports[-1].step == 120
+    assert len(reports[-1].bits_per_pixel) == len(reports[-1].psnr) == 5
+
+
+def test_train_runs_to_its_end_in_all_phases(trainer: Trainer, tmp_path: Path) -> None:
+    reports = []
+    train(trainer, tmp_path / "c.pt", reports.append, every=5)
+    assert [report.step for report in reports if not report.validation] == list(range(1, 9))
+    assert [report.step for report in reports if report.validation] == [5, 8]
+    assert all(math.isfinite(report.loss) for report in reports if not report.validation)
+    assert read_checkpoint(tmp_path / "c.pt")["step"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(trainer: Trainer, folder: Path, tmp_path: Path) -> None:
+    def step(trainer: Trainer) -> None:
+        torch.manual_seed(trainer.step)
+        trainer.crops = Crops([folder], crop=32, seed=trainer.step)
+        trainer.train_step()
+
+    resumed = copy.deepcopy(trainer)
+    step(trainer)
+    trainer.save(tmp_path / "c.pt")
+    step(trainer)
+    resumed.load(tmp_path / "c.pt")
+    assert resumed.step == 1
+    assert resumed.seconds > 0
+    step(resumed)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+        assert torch.equal(trainer.average[name], resumed.average[name]), name
+    moments, again = (each.optimiser.state_dict()["state"] for each in (trainer, resumed))
+    assert all(torch.equal(moments[key]["exp_avg"], again[key]["exp_avg"]) for key in moments)
+
+
+def test_starting_from_a_checkpoints_weights_only(trainer: Trainer, tmp_path: Path) -> None:
+    other = copy.deepcopy(trainer)
+    trainer.train_step()
+    trainer.save(tmp_path / "c.pt")
+    other.load(tmp_path / "c.pt", weights_only=True)
+    assert other.step == 0
+    assert torch.equal(other.model.log_gain, trainer.average["log_gain"])
+    with pytest.raises(CAEError, match="'low' network"):
+        Trainer.load(_of_range("high"), tmp_path / "c.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(CAEError, match="not a checkpoint"):
+        other.load(tmp_path / "junk.pt")
+    torch.save({"recipe": {}}, tmp_path / "other.pt")
+    with pytest.raises(CAEError, match="not a checkpoint"):
+        other.load(tmp_path / "other.pt")
+
+
+def _of_range(rates: str) -> Trainer:
+    trainer = object.__new__(Trainer)
+    trainer.recipe, trainer.device = Recipe(rates), torch.device("cpu")
+    return trainer
+
+
+# export
+
+
+def test_export_and_restore(started: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zarr_cae.training.export._WIDEST", 127)
+    model = started.averaged()
+    content = export(model, "mse", {"seed": 0, "images": 6})
+    assert content == export(model, "mse", {"images": 6, "seed": 0})  # the same network is the same file
+    info = weights.store(content, tmp_path)
+    loaded = weights.load(info.path)
+    assert info.qualities == (1, 2, 3, 4, 5)
+    assert info.provenance == {"seed": 0, "images": 6}
+    assert len(loaded.tables) == 5
+    assert loaded.tensors["gain"].shape == (5, model.widths.latent)
+    assert np.array_equal(loaded.tensors["gain"], model.log_gain.detach().exp().numpy())
+
+    again = GainedAutoencoder("low")
+    restore(again, loaded)
+    for name, value in model.state_dict().items():
+        precise = name.startswith(("density", "log_"))
+        assert torch.allclose(value, again.state_dict()[name], atol=1e-6 if precise else 1e-2), name
+    assert export(again, "mse", {}) == export(again.eval(), "mse", {})
+    with pytest.raises(CAEError, match="qualities"):
+        restore(GainedAutoencoder("high"), loaded)

@@ -1,0 +1,192 @@
+"""CompressAI's checkpoints, with seeded random weights in the zoo's file form."""
+
+import itertools
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from zarr_cae import CAECodec, CAEConfigurationError, rans, weights, zoo
+from zarr_cae.engine import Engine, Settings
+from zarr_cae.tables import PRECISION
+
+N, M = 8, 12
+
+
+def reparametrised(value):
+    return torch.sqrt(value + 2.0**-36)
+
+
+def state_dict(seed=0):
+    """Keys and shapes of CompressAI 1.2.8's `FactorizedPrior(8, 12)`, with lively latents and no tables."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return torch.randn(*shape, generator=random) * scale
+
+    state = {}
+    for part, sizes in (("g_a", (3, N, N, N, M)), ("g_s", (M, N, N, N, 3))):
+        for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+            shape = (outputs, inputs, 5, 5) if part == "g_a" else (inputs, outputs, 5, 5)
+            scale = (2.0 if part == "g_a" else 1.0) / (5 * inputs**0.5)
+            state[f"{part}.{2 * index}.weight"] = normal(*shape, scale=scale)
+            state[f"{part}.{2 * index}.bias"] = normal(outputs, scale=0.1)
+            if index < 3:
+                state[f"{part}.{2 * index + 1}.beta"] = reparametrised(torch.ones(N) + normal(N).abs() * 0.1)
+                gamma = 0.1 * torch.eye(N) + normal(N, N).abs() * 0.01
+                state[f"{part}.{2 * index + 1}.gamma"] = reparametrised(gamma)
+                state[f"{part}.{2 * index + 1}.beta_reparam.pedestal"] = torch.tensor([2.0**-36])
+    widths = (1, 3, 3, 3, 3, 1)
+    for layer in range(5):
+        state[f"entropy_bottleneck._matrix{layer}"] = normal(M, widths[layer + 1], widths[layer], scale=0.3) - 0.2
+        state[f"entropy_bottleneck._bias{layer}"] = normal(M, widths[layer + 1], 1, scale=0.3)
+        if layer < 4:
+            state[f"entropy_bottleneck._factor{layer}"] = normal(M, widths[layer + 1], 1, scale=0.2)
+    state["entropy_bottleneck.quantiles"] = torch.tensor([-10.0, 0, 10]) + normal(M, 1, 1)
+    state["entropy_bottleneck._offset"] = torch.empty(0, dtype=torch.int32)
+    state["entropy_bottleneck._quantized_cdf"] = torch.empty(0, dtype=torch.int32)
+    state["entropy_bottleneck._cdf_length"] = torch.empty(0, dtype=torch.int32)
+    return state
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def converted(state, folder, quality=3, metric="ms-ssim"):
+    torch.save(state, folder / "checkpoint.pth.tar")
+    info = weights.store(zoo.convert(folder / "checkpoint.pth.tar", quality=quality, metric=metric))
+    return weights.load(info.path)
+
+
+def test_the_same_file_from_the_same_checkpoint(cache):
+    first = converted(state_dict(), cache)
+    assert converted(state_dict(), cache).info == first.info
+    assert first.info.architecture == {"hidden": N, "latent": M}
+    assert first.info.qualities == (3,)
+    assert converted(state_dict(seed=1), cache).info.digest != first.info.digest
+
+
+def test_names_of_older_and_newer_compressai(cache):
+    new = state_dict()
+    plural = {"matrix": "matrices", "bias": "biases", "factor": "factors"}
+
+    def rename(prefix, key):
+        return re.sub(r"\._(matrix|bias|factor)(\d)", lambda found: f".{prefix}{plural[found[1]]}.{found[2]}", key)
+
+    older = {f"module.{rename('_', key)}": value for key, value in new.items()}
+    newer = {rename("", key): value for key, value in new.items()}
+    expected = converted(new, cache).tensors
+    for renamed in (older, newer):
+        tensors = converted(renamed, cache).tensors
+        assert all((tensors[name] == value).all() for name, value in expected.items())
+
+
+def test_against_compressai_itself(cache):
+    """Same symbols, pixels within one grey level, payload as long as the density says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from compressai.models import FactorizedPrior
+    except Exception as error:  # noqa: BLE001 - a torchvision that does not match torch raises RuntimeError
+        pytest.skip(f"compressai cannot be imported here: {error}")
+    network = FactorizedPrior(N, M)
+    own = network.state_dict()
+    for key, value in state_dict().items():
+        listed = key.replace("_matrix", "matrices.").replace("_bias", "biases.").replace("_factor", "factors.")
+        for name in (key, listed):
+            if name in own and own[name].shape == value.shape:
+                own[name] = value
+    network.load_state_dict(own)
+    network.entropy_bottleneck._update_quantiles()
+    network.update(force=True)
+    network.eval()
+    images = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        latents = network.g_a(images)
+        medians = network.entropy_bottleneck._get_medians().reshape(1, M, 1, 1)
+        symbols = network.entropy_bottleneck.quantize(latents, "symbols", medians)
+        strings = network.compress(images)
+        decoded = network.decompress(**strings)["x_hat"]
+    loaded = converted(network.state_dict(), cache)
+    settings = Settings(device="cpu")
+    engine = Engine(loaded, torch.device("cpu"))
+    ours = engine.analyse(images.numpy(), 3, settings)
+    assert len(np.unique(ours)) > 5
+    np.testing.assert_array_equal(ours, symbols.numpy())
+    pixels = np.clip(engine.synthesise(ours, 3, 3, settings), 0, 1)
+    assert np.abs(pixels - decoded.numpy()).max() < 1 / 255
+    theirs = sum(len(string) for string in strings["strings"][0])
+    payload = sum(len(rans.encode(np.ascontiguousarray(one.reshape(M, -1)), loaded.tables[0])) for one in ours)
+    assert payload < theirs * 1.1 + 16
+
+
+def test_through_zarr(cache):
+    loaded = converted(state_dict(), cache)
+    codec = CAECodec(quality=3, metric="ms-ssim", model="bmshj2018-factorized")
+    assert codec.weights == loaded.info.digest
+    array = zarr.create_array({}, shape=(40, 50, 3), dtype="uint8", serializer=codec, compressors=None)
+    array[:] = np.arange(6000, dtype="uint8").reshape(40, 50, 3)
+    assert array[:].shape == (40, 50, 3)
+
+
+def test_tables_follow_the_density_when_the_checkpoint_has_none(cache):
+    """Ballé's density, computed here a second time with torch."""
+    state = state_dict()
+    loaded = converted(state, cache)
+    for channel in range(M):
+        start, length = loaded.tensors["tables.length"][0, :channel].sum(), loaded.tensors["tables.length"][0, channel]
+        row = loaded.tables[0].frequency[start : start + length].astype(float)
+        symbols = torch.arange(length - 1) + int(loaded.tables[0].minimum[channel])
+        edges = torch.cat([symbols - 0.5, symbols[-1:] + 0.5]).double()
+        x = (edges + state["entropy_bottleneck.quantiles"][channel, 0, 1])[None]
+        for layer in range(5):
+            x = torch.nn.functional.softplus(state[f"entropy_bottleneck._matrix{layer}"][channel].double()) @ x
+            x = x + state[f"entropy_bottleneck._bias{layer}"][channel].double()
+            if layer < 4:
+                x = x + torch.tanh(state[f"entropy_bottleneck._factor{layer}"][channel].double()) * torch.tanh(x)
+        expected = np.diff(torch.sigmoid(x)[0].numpy())
+        np.testing.assert_allclose(row[:-1] / row.sum(), expected, atol=2 / 2**PRECISION)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 not really"])
+def test_files_that_are_no_checkpoints(cache, content):
+    (cache / "x.pth.tar").write_bytes(content)
+    with pytest.raises(CAEConfigurationError, match="not a checkpoint"):
+        zoo.convert(cache / "x.pth.tar", quality=1, metric="mse")
+
+
+def test_checkpoints_of_something_else(cache):
+    torch.save({"fc.weight": torch.zeros(3, 3)}, cache / "x.pth.tar")
+    with pytest.raises(CAEConfigurationError, match="not a bmshj2018-factorized state dict"):
+        zoo.convert(cache / "x.pth.tar", quality=1, metric="mse")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("owned",))
+
+
+def test_nothing_is_unpickled(cache, capsys):
+    torch.save({"g_a.0.weight": Evil()}, cache / "x.pth.tar")
+    with pytest.raises(CAEConfigurationError, match="only tensors"):
+        zoo.convert(cache / "x.pth.tar", quality=1, metric="mse")
+    assert "owned" not in capsys.readouterr().out
+
+
+def test_fetch_without_compressai_says_what_to_do():
+    code = (
+        "import sys; sys.modules['compressai'] = None\n"
+        "from zarr_cae import zoo, CAEConfigurationError\n"
+        "try: zoo.fetch(quality=1, metric='mse')\n"
+        "except CAEConfigurationError as error: assert 'weights import' in str(error)\n"
+        "else: raise SystemExit('no error')"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
