@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zarr_cae.training.loop import Progress, Recipe, Trainer
 
 _COLUMNS = ("step", "seconds", "quality", "bpp", "psnr", "ms_ssim")
-_FINE_TUNING_RATE = 2e-4
+_FINE_TUNING_RATE = 4e-4
 """Peak learning rate from weights that are good already; a higher one would first undo them."""
 
 
@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     length.add_argument("--minutes", type=_positive(float), help="length of the schedule in minutes of training")
     parser.add_argument("--crop", type=_positive(int), help="edge of the training crops; default 128, ms-ssim 192")
     parser.add_argument("--crops-per-quality", type=_positive(int), help="crops a step at each quality; default 3")
-    parser.add_argument("--rate", type=_positive(float), help="peak learning rate; default 1e-3, with --from 2e-4")
+    parser.add_argument("--rate", type=_positive(float), help="peak learning rate; default 2e-3, with --from 4e-4")
     parser.add_argument("--seed", type=int, help="default 0")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads")
