@@ -9,13 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "zarr_cae"
 ROOMS = [
-    "errors", "framing", "tables", "rans", "entropy", "pixels", "transforms", "microbatch", "weights", "zoo",
-    "engine", "codec", "latents", "rewriting", "bottleneck", "patches", "training", "bjontegaard",
+    "errors", "framing", "tables", "rans", "entropy", "pixels", "windows", "transforms", "microbatch", "weights", "zoo",
+    "engine", "chunks", "partial", "codec", "latents", "rewriting", "bottleneck", "patches", "training", "bjontegaard",
     "evaluation", "rivals", "cli", "__main__", "__init__",
 ]  # fmt: skip
 ONLY = {
     "torch": {"transforms", "engine", "training", "zoo"},
-    "zarr": {"codec", "latents", "bottleneck", "patches", "cli", "training", "__init__"},
+    "zarr": {"chunks", "codec", "latents", "bottleneck", "patches", "cli", "training", "__init__"},
     "numba": {"rans"},
     "compressai": {"zoo"},
     "PIL": {"training", "evaluation", "rivals", "cli"},

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
+import numpy as np
 import zarr
 from packaging.version import Version
-from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec
+from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
+from zarr.abc.store import ByteGetter
 from zarr.codecs import ShardingCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, NDBuffer
 from zarr.core.common import JSON, parse_named_configuration
+from zarr.storage import StorePath
 
-from zarr_cae import entropy
+from zarr_cae.chunks import ChunkJob, MissingChunkError, contiguous, decoding, encoding, run, run_async
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.framing import FrameHeader
-from zarr_cae.pixels import (
-    RGB,
-    Layout,
-    ValueRange,
-    resolve_channel_axis,
-    resolve_value_range,
-    to_chunk,
-    to_planes,
-)
+from zarr_cae.partial import reading
+from zarr_cae.pixels import Layout, ValueRange, resolve_channel_axis, resolve_value_range
 from zarr_cae.weights import (
     DEFAULT_MODEL,
     METRICS,
@@ -42,9 +36,6 @@ from zarr_cae.weights import (
     load,
 )
 
-if TYPE_CHECKING:
-    from zarr_cae.engine import Engine, Settings
-
 NAME = "cae"
 ChannelAxis = int | Literal["auto"] | None
 _FIELDS = ("quality", "metric", "model", "weights", "channel_axis", "value_range")
@@ -54,7 +45,7 @@ _EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
 
 
 @dataclass(frozen=True)
-class CAECodec(ArrayBytesCodec):
+class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
     """Image chunks as the entropy-coded latents of a convolutional autoencoder; lossy.
 
     Parameters
@@ -164,78 +155,42 @@ class CAECodec(ArrayBytesCodec):
         raise NotImplementedError
 
     def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        job = _ChunkJob.of(self, chunk_spec)
-        symbols = job.engine.analyse(job.planes(chunk_array), self.quality, job.settings)
-        return job.frame(symbols)
+        return run(encoding(_job(self, chunk_spec), chunk_array.as_numpy_array()))
 
     async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        job = await asyncio.to_thread(_ChunkJob.of, self, chunk_spec)
-        planes = await asyncio.to_thread(job.planes, chunk_array)
-        symbols = await job.engine.analyse_async(planes, self.quality, job.settings)
-        return await asyncio.to_thread(job.frame, symbols)
+        return await run_async(encoding(_job(self, chunk_spec), chunk_array.as_numpy_array()))
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        job = _ChunkJob.of(self, chunk_spec)
-        planes = job.engine.synthesise(job.symbols(chunk_bytes), self.quality, job.components, job.settings)
-        return job.chunk(planes)
+        return _handed_over(run(decoding(_job(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec)
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        job = await asyncio.to_thread(_ChunkJob.of, self, chunk_spec)
-        symbols = await asyncio.to_thread(job.symbols, chunk_bytes)
-        planes = await job.engine.synthesise_async(symbols, self.quality, job.components, job.settings)
-        return await asyncio.to_thread(job.chunk, planes)
+        return _handed_over(await run_async(decoding(_job(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec)
 
-
-@dataclass(frozen=True)
-class _ChunkJob:
-    """The steps from a chunk to its frame and back, around the engine's."""
-
-    layout: Layout
-    spec: ArraySpec
-    value_range: ValueRange
-    weights: Weights
-    quality: int
-    engine: Engine
-    settings: Settings
-
-    @classmethod
-    def of(cls, codec: CAECodec, spec: ArraySpec) -> _ChunkJob:
-        """Find the weights and the engine; the first call in a process imports torch."""
-        from zarr_cae.engine import Settings, engine_for
-
-        axis = resolve_channel_axis(spec.shape, codec.channel_axis)
-        value_range = resolve_value_range(spec.dtype.to_native_dtype(), codec.value_range)
+    def _decode_partial_sync(self, byte_getter: Any, selection: Any, chunk_spec: ArraySpec) -> NDBuffer | None:
+        plan = reading(_job(self, chunk_spec), selection, ranges=isinstance(byte_getter, StorePath))
         try:
-            settings = Settings(**zarr.config.get("cae", {}))
-        except TypeError as error:
-            raise CAEConfigurationError(f"cae: zarr.config key cae.*: {error}") from error
-        weights = loaded(codec)
-        engine = engine_for(weights, settings)
-        return cls(Layout(spec.shape, axis), spec, value_range, weights, codec.quality, engine, settings)
+            return _handed_over(run(plan, byte_getter), chunk_spec)
+        except MissingChunkError:
+            return None
 
-    @property
-    def components(self) -> int:
-        return 1 if self.layout.grey else RGB
+    async def _decode_partial_single(
+        self, byte_getter: ByteGetter, selection: Any, chunk_spec: ArraySpec
+    ) -> NDBuffer | None:
+        plan = reading(_job(self, chunk_spec), selection, ranges=isinstance(byte_getter, StorePath))
+        try:
+            return _handed_over(await run_async(plan, byte_getter, light_start=True), chunk_spec)
+        except MissingChunkError:
+            return None
 
-    @property
-    def header(self) -> FrameHeader:
-        layout = self.layout
-        return FrameHeader(layout.planes, layout.height, layout.width, layout.grey)
 
-    def planes(self, chunk: NDBuffer) -> Any:
-        return to_planes(chunk.as_numpy_array(), self.layout, self.value_range)
+def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
+    return spec.prototype.nd_buffer.from_numpy_array(np.asarray(pixels))
 
-    def frame(self, symbols: Any) -> Buffer:
-        content = entropy.encode(symbols, self.header, self.weights.tables[self.weights.row(self.quality)])
-        return self.spec.prototype.buffer.from_bytes(content)
 
-    def symbols(self, frame: Buffer) -> Any:
-        tables = self.weights.tables[self.weights.row(self.quality)]
-        return entropy.decode(frame.as_numpy_array().tobytes(), self.header, tables)
-
-    def chunk(self, planes: Any) -> NDBuffer:
-        pixels = to_chunk(planes, self.layout, self.spec.dtype.to_native_dtype(), self.value_range)
-        return self.spec.prototype.nd_buffer.from_numpy_array(pixels)
+def _job(codec: CAECodec, spec: ArraySpec) -> ChunkJob:
+    axis = resolve_channel_axis(spec.shape, codec.channel_axis)
+    value_range = resolve_value_range(spec.dtype.to_native_dtype(), codec.value_range)
+    return ChunkJob(Layout(spec.shape, axis), spec, value_range, codec.quality, lambda: loaded(codec))
 
 
 def loaded(codec: CAECodec) -> Weights:

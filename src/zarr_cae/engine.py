@@ -20,11 +20,10 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.microbatch import MicroBatcher
 from zarr_cae.transforms import STRIDE, Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.weights import DEFAULT_MODEL, Weights
+from zarr_cae.windows import HALO
 
 Array = npt.NDArray[Any]
 
-HALO = 6
-"""Latent positions around a tile that can reach into it: 84 px in `cae-v1` analysis, 5.25 positions in synthesis."""
 _LARGEST_SYMBOL = 32767
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Pixels in one forward pass: on a CPU enough to amortise the calls, on a GPU enough to fill it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
@@ -29,9 +29,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a pool's threads do not survive a fork
 
 
-def _map(function: Callable[[_Item], _Result], items: list[_Item]) -> Iterable[_Result]:
-    """Over the cores (the coder releases the GIL) if there is more than one item."""
+def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterable[_Result]:
+    """`map`, over the cores (the coder releases the GIL) if there is more than one item."""
     return map(function, items) if len(items) == 1 else _pool().map(function, items)
+
+
+def encode_tile(tile: Symbols, tables: Tables) -> bytes:
+    """The stream of one tile of symbols (M, h, w)."""
+    return rans.encode(np.ascontiguousarray(tile).reshape(tile.shape[0], -1), tables)
+
+
+def decode_tile(stream: bytes | memoryview, rows: int, columns: int, tables: Tables) -> Symbols:
+    """The symbols (M, rows, columns) of one tile's stream. Raises StreamError if it is malformed."""
+    return rans.decode(stream, rows * columns, tables).reshape(-1, rows, columns)
 
 
 def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> bytes:
@@ -40,10 +50,9 @@ def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> byt
 
     def code(place: tuple[int, slice, slice]) -> bytes:
         plane, rows, columns = place
-        tile = symbols[plane, :, rows, columns]
-        return rans.encode(np.ascontiguousarray(tile).reshape(tile.shape[0], -1), tables)
+        return encode_tile(symbols[plane, :, rows, columns], tables)
 
-    return framing.pack(header, list(_map(code, places)))
+    return framing.pack(header, list(over_cores(code, places)))
 
 
 def decode(frame: bytes | memoryview, expected: framing.FrameHeader, tables: Tables) -> Symbols:
@@ -56,8 +65,8 @@ def decode(frame: bytes | memoryview, expected: framing.FrameHeader, tables: Tab
     def code(job: tuple[tuple[int, slice, slice], memoryview]) -> None:
         (plane, rows, columns), stream = job
         tile = symbols[plane, :, rows, columns]
-        tile[...] = rans.decode(stream, tile.shape[1] * tile.shape[2], tables).reshape(tile.shape)
+        tile[...] = decode_tile(stream, tile.shape[1], tile.shape[2], tables)
 
-    for _ in _map(code, list(zip(places, streams, strict=True))):
+    for _ in over_cores(code, list(zip(places, streams, strict=True))):
         pass
     return symbols

@@ -1,0 +1,238 @@
+"""A chunk to its frame and back, as plans of steps, and what runs such plans with and without an event loop.
+
+zarr calls a codec from coroutines and from threads. A plan is written once for both: a generator that yields each step
+that has to be waited for (bytes from the store, a network's turn) and is sent its result. What it computes in between
+runs on whichever thread the plan is run on; coroutines hand that to another thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.abc.store import RangeByteRequest
+from zarr.core.array_spec import ArraySpec
+from zarr.core.buffer import Buffer, default_buffer_prototype
+
+from zarr_cae import entropy
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.framing import FrameHeader
+from zarr_cae.pixels import RGB, Chunk, Layout, Planes, ValueRange, to_chunk, to_planes
+from zarr_cae.tables import Tables
+from zarr_cae.weights import Weights
+
+if TYPE_CHECKING:
+    from zarr_cae.engine import Engine, Settings
+
+_Result = TypeVar("_Result")
+
+
+class Step(Protocol):
+    """Something that a plan waits for."""
+
+    def now(self, store: Any) -> Any:
+        """Do it, on this thread. `store` is what zarr gave to reach the chunk's bytes, or None."""
+
+    async def later(self, store: Any) -> Any:
+        """Do it, without holding up the event loop."""
+
+
+Plan: TypeAlias = Generator[Step, Any, _Result]
+
+
+class MissingChunkError(LookupError):
+    """Ends a plan that fetches bytes of a chunk that is not there; who runs the plan catches it."""
+
+
+def run(plan: Plan[_Result], store: Any = None) -> _Result:
+    """Run a plan on this thread. `store` is what zarr gave to reach the chunk's bytes, if the plan does."""
+    answer = None
+    while True:
+        step, result = _advance(plan, answer)
+        if step is None:
+            return cast("_Result", result)
+        answer = step.now(store)
+
+
+async def run_async(plan: Plan[_Result], store: Any = None, *, light_start: bool = False) -> _Result:
+    """`run` for coroutines; `light_start` if the plan computes next to nothing before its first step."""
+    step, result = _advance(plan, None) if light_start else await asyncio.to_thread(_advance, plan, None)
+    while step is not None:
+        answer = await step.later(store)
+        step, result = await asyncio.to_thread(_advance, plan, answer)
+    return cast("_Result", result)
+
+
+def _advance(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
+    """The plan's next step, or None and its result; StopIteration can't pass through a future."""
+    try:
+        return plan.send(answer), None
+    except StopIteration as end:
+        return None, end.value
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bytes of the chunk, as one memoryview for each range; fewer than asked for where the chunk ends before."""
+
+    ranges: Sequence[tuple[int, int]] | None
+    """First byte and end of each; None for all bytes as one."""
+
+    def now(self, store: Any) -> list[memoryview]:
+        return _views([store.get_sync(prototype=default_buffer_prototype(), byte_range=one) for one in self._requests])
+
+    async def later(self, store: Any) -> list[memoryview]:
+        return _views(await asyncio.gather(*(store.get(default_buffer_prototype(), one) for one in self._requests)))
+
+    @property
+    def _requests(self) -> list[RangeByteRequest | None]:
+        return [None] if self.ranges is None else [RangeByteRequest(*one) for one in self.ranges]
+
+
+def contiguous(buffer: Buffer) -> memoryview:
+    """The bytes of a buffer."""
+    return memoryview(cast("Any", np.ascontiguousarray(buffer.as_numpy_array()))).cast("B")
+
+
+def _views(buffers: Sequence[Buffer | None]) -> list[memoryview]:
+    if any(buffer is None for buffer in buffers):
+        raise MissingChunkError
+    return [contiguous(buffer) for buffer in buffers if buffer is not None]
+
+
+@dataclass(frozen=True)
+class Put:
+    """Store the chunk's frame; None deletes it."""
+
+    frame: Buffer | None
+
+    def now(self, store: Any) -> None:
+        if self.frame is None:
+            store.delete_sync()
+        else:
+            store.set_sync(self.frame)
+
+    async def later(self, store: Any) -> None:
+        if self.frame is None:
+            await store.delete()
+        else:
+            await store.set(self.frame)
+
+
+@dataclass(frozen=True)
+class Analyse:
+    """Planes (N, 3 or 1, H, W) to symbols (N, M, H/16, W/16)."""
+
+    job: ChunkJob
+    planes: Planes
+
+    def now(self, store: Any) -> entropy.Symbols:  # noqa: ARG002
+        return self.job.engine.analyse(self.planes, self.job.quality, self.job.settings)
+
+    async def later(self, store: Any) -> entropy.Symbols:  # noqa: ARG002
+        return await self.job.engine.analyse_async(self.planes, self.job.quality, self.job.settings)
+
+
+@dataclass(frozen=True)
+class Synthesise:
+    """Symbols (N, M, h, w) to planes (N, 3 or 1, 16 h, 16 w)."""
+
+    job: ChunkJob
+    symbols: entropy.Symbols
+
+    def now(self, store: Any) -> Planes:  # noqa: ARG002
+        job = self.job
+        return job.engine.synthesise(self.symbols, job.quality, job.components, job.settings)
+
+    async def later(self, store: Any) -> Planes:  # noqa: ARG002
+        job = self.job
+        return await job.engine.synthesise_async(self.symbols, job.quality, job.components, job.settings)
+
+
+@dataclass(frozen=True)
+class ChunkJob:
+    """What the plans for a chunk need to know, and the conversions between its forms."""
+
+    layout: Layout
+    spec: ArraySpec
+    value_range: ValueRange
+    quality: int
+    load: Callable[[], Weights]
+    """Gives the verified weights; called only when something is coded."""
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Raises WeightsNotFoundError if they are not on this machine."""
+        return self.load()
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Of this process, from `zarr.config`; the first call in a process imports torch."""
+        from zarr_cae.engine import Settings
+
+        try:
+            return Settings(**zarr.config.get("cae", {}))
+        except TypeError as error:
+            raise CAEConfigurationError(f"cae: zarr.config key cae.*: {error}") from error
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The network on its device; the first call in a process imports torch."""
+        from zarr_cae.engine import engine_for
+
+        return engine_for(self.weights, self.settings)
+
+    @property
+    def tables(self) -> Tables:
+        """The frequency tables of the quality."""
+        return self.weights.tables[self.weights.row(self.quality)]
+
+    @property
+    def components(self) -> int:
+        """Of a plane: 3 for RGB, 1 for grey."""
+        return 1 if self.layout.grey else RGB
+
+    @property
+    def header(self) -> FrameHeader:
+        """What the chunk's frame must hold."""
+        layout = self.layout
+        return FrameHeader(layout.planes, layout.height, layout.width, layout.grey)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the chunk."""
+        return self.spec.dtype.to_native_dtype()
+
+    def planes(self, pixels: Chunk, layout: Layout) -> Planes:
+        """Pixels of this chunk, of the whole or of a box with this layout, as planes (N, 3 or 1, H, W)."""
+        planes = to_planes(pixels, layout, self.value_range)
+        # Three grey channels look like RGB to the layout of a box: the same numbers in another shape.
+        return planes.reshape(-1, self.components, *planes.shape[2:])
+
+    def pixels(self, planes: Planes, layout: Layout) -> Chunk:
+        """The way back of `planes`."""
+        return to_chunk(planes, layout, self.dtype, self.value_range)
+
+    def buffer(self, frame: bytes) -> Buffer:
+        """A frame as zarr takes it."""
+        return self.spec.prototype.buffer.from_bytes(frame)
+
+
+def encoding(job: ChunkJob, pixels: npt.NDArray[Any]) -> Plan[Buffer]:
+    """The frame of a whole chunk."""
+    _ = job.engine  # on this thread, not on the event loop's
+    symbols = yield Analyse(job, job.planes(pixels, job.layout))
+    return job.buffer(entropy.encode(symbols, job.header, job.tables))
+
+
+def decoding(job: ChunkJob, frame: memoryview) -> Plan[Chunk]:
+    """The pixels of a whole chunk's frame."""
+    _ = job.engine
+    planes = yield Synthesise(job, entropy.decode(frame, job.header, job.tables))
+    return job.pixels(planes, job.layout)
