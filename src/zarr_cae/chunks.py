@@ -47,25 +47,22 @@ Plan: TypeAlias = Generator[Step, Any, _Result]
 
 
 class MissingChunkError(LookupError):
-    """Ends a plan that fetches bytes of a chunk that is not there; who runs the plan catches it."""
+    """Ends a plan that needs bytes of a chunk that is not there; who runs the plan catches it."""
 
 
 def run(plan: Plan[_Result], store: Any = None) -> _Result:
     """Run a plan on this thread. `store` is what zarr gave to reach the chunk's bytes, if the plan does."""
-    answer = None
-    while True:
-        step, result = _advance(plan, answer)
-        if step is None:
-            return cast("_Result", result)
-        answer = step.now(store)
+    step, result = _advance(plan, None)
+    while step is not None:
+        step, result = _advance(plan, step.now(store))
+    return cast("_Result", result)
 
 
 async def run_async(plan: Plan[_Result], store: Any = None, *, light_start: bool = False) -> _Result:
     """`run` for coroutines; `light_start` if the plan computes next to nothing before its first step."""
     step, result = _advance(plan, None) if light_start else await asyncio.to_thread(_advance, plan, None)
     while step is not None:
-        answer = await step.later(store)
-        step, result = await asyncio.to_thread(_advance, plan, answer)
+        step, result = await asyncio.to_thread(_advance, plan, await step.later(store))
     return cast("_Result", result)
 
 
@@ -83,27 +80,31 @@ class Fetch:
 
     ranges: Sequence[tuple[int, int]] | None
     """First byte and end of each; None for all bytes as one."""
+    optional: bool = False
+    """Whether a missing chunk gives None; if not, it raises MissingChunkError, which ends the plan."""
 
-    def now(self, store: Any) -> list[memoryview]:
-        return _views([store.get_sync(prototype=default_buffer_prototype(), byte_range=one) for one in self._requests])
+    def now(self, store: Any) -> list[memoryview] | None:
+        return self._views([store.get_sync(prototype=default_buffer_prototype(), byte_range=one) for one in self._list])
 
-    async def later(self, store: Any) -> list[memoryview]:
-        return _views(await asyncio.gather(*(store.get(default_buffer_prototype(), one) for one in self._requests)))
+    async def later(self, store: Any) -> list[memoryview] | None:
+        return self._views(await asyncio.gather(*(store.get(default_buffer_prototype(), one) for one in self._list)))
 
     @property
-    def _requests(self) -> list[RangeByteRequest | None]:
+    def _list(self) -> list[RangeByteRequest | None]:
         return [None] if self.ranges is None else [RangeByteRequest(*one) for one in self.ranges]
+
+    def _views(self, buffers: Sequence[Buffer | None]) -> list[memoryview] | None:
+        found = [contiguous(buffer) for buffer in buffers if buffer is not None]
+        if len(found) == len(buffers):
+            return found
+        if self.optional:
+            return None
+        raise MissingChunkError
 
 
 def contiguous(buffer: Buffer) -> memoryview:
     """The bytes of a buffer."""
     return memoryview(cast("Any", np.ascontiguousarray(buffer.as_numpy_array()))).cast("B")
-
-
-def _views(buffers: Sequence[Buffer | None]) -> list[memoryview]:
-    if any(buffer is None for buffer in buffers):
-        raise MissingChunkError
-    return [contiguous(buffer) for buffer in buffers if buffer is not None]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,13 @@ from typing import Any, Literal, Self, TypeVar, cast
 import numpy as np
 import zarr
 from packaging.version import Version
-from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
-from zarr.abc.store import ByteGetter
+from zarr.abc.codec import (
+    ArrayArrayCodec,
+    ArrayBytesCodec,
+    ArrayBytesCodecPartialDecodeMixin,
+    ArrayBytesCodecPartialEncodeMixin,
+)
+from zarr.abc.store import ByteGetter, ByteSetter
 from zarr.codecs import ShardingCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, NDBuffer
@@ -21,7 +26,7 @@ from zarr.storage import StorePath
 
 from zarr_cae.chunks import ChunkJob, MissingChunkError, contiguous, decoding, encoding, run, run_async
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.partial import reading
+from zarr_cae.partial import reading, writing
 from zarr_cae.pixels import Layout, ValueRange, resolve_channel_axis, resolve_value_range
 from zarr_cae.weights import (
     DEFAULT_MODEL,
@@ -45,7 +50,7 @@ _EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
 
 
 @dataclass(frozen=True)
-class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
+class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCodecPartialEncodeMixin):
     """Image chunks as the entropy-coded latents of a convolutional autoencoder; lossy.
 
     Parameters
@@ -181,6 +186,16 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
             return _handed_over(await run_async(plan, byte_getter, light_start=True), chunk_spec)
         except MissingChunkError:
             return None
+
+    def _encode_partial_sync(
+        self, byte_setter: Any, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
+    ) -> None:
+        run(writing(_job(self, chunk_spec), selection, chunk_array.as_numpy_array()), byte_setter)
+
+    async def _encode_partial_single(
+        self, byte_setter: ByteSetter, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
+    ) -> None:
+        await run_async(writing(_job(self, chunk_spec), selection, chunk_array.as_numpy_array()), byte_setter)
 
 
 def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:

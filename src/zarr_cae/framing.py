@@ -105,7 +105,7 @@ class FrameIndex:
         return self.offsets[-1] + _CHECKSUM_BYTES
 
 
-def pack(header: FrameHeader, streams: Sequence[bytes]) -> bytes:
+def pack(header: FrameHeader, streams: Sequence[bytes | memoryview]) -> bytes:
     """Join the streams of all tiles, ordered by plane, tile row and tile column, to a frame.
 
     Raises

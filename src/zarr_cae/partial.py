@@ -9,17 +9,19 @@ symbol their bytes, so that however often parts of a chunk are written, the rest
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from zarr_cae import entropy, framing
-from zarr_cae.chunks import ChunkJob, Fetch, Plan, Synthesise
+from zarr_cae.chunks import Analyse, ChunkJob, Fetch, Plan, Put, Synthesise, decoding, encoding
 from zarr_cae.errors import FrameError
 from zarr_cae.framing import FrameHeader
 from zarr_cae.pixels import Chunk
-from zarr_cae.windows import Tile, assembled, enclosing, everything, runs, tiles
+from zarr_cae.windows import Patch, Tile, assembled, enclosing, everything, runs, tiles
 
 Pixels = npt.NDArray[Any]
 Streams = dict[int, memoryview]
@@ -58,7 +60,8 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
         wanted = tiles(index.header, planes, patch)
         streams = yield from _streams(index, [tile.number for tile in wanted])
     else:
-        header, streams = _unpacked((yield Fetch(None)), job.header)
+        (frame,) = yield Fetch(None)
+        header, streams = _unpacked(frame, job.header)
         wanted = tiles(header, planes, patch)
     _ = job.engine  # on this thread, not on the event loop's
     synthesised = yield Synthesise(job, assembled(_decoded(wanted, streams, job), len(planes), patch))
@@ -96,8 +99,7 @@ def _streams(index: framing.FrameIndex, numbers: Sequence[int]) -> Plan[Streams]
     return streams
 
 
-def _unpacked(parts: Sequence[memoryview], expected: FrameHeader) -> tuple[FrameHeader, Streams]:
-    (frame,) = parts
+def _unpacked(frame: memoryview, expected: FrameHeader) -> tuple[FrameHeader, Streams]:
     header, streams = framing.unpack(frame, expected)
     return header, dict(enumerate(streams))
 
@@ -107,3 +109,105 @@ def _decoded(wanted: Sequence[Tile], streams: Streams, job: ChunkJob) -> list[tu
         return tile, entropy.decode_tile(streams[tile.number], *tile.patch.shape, job.tables)
 
     return list(entropy.over_cores(decode, wanted))
+
+
+def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
+    """Write `value` to a selection of a chunk's pixels, and let the rest be.
+
+    Three patches lie around the latents under the selection, each wider by `HALO`: those that the new pixels can
+    reach, those whose pixels take part in these, and those that take part in such pixels. The pixels are decoded once
+    as they were, and analysed as they were and as they shall be. Symbols under the selection are replaced; those
+    around it only if the two analyses differ there. So what is merely near wears no more than it must, and writing
+    back what was read changes nothing at all.
+
+    Parameters
+    ----------
+    job
+        For the chunk.
+    selection
+        Of the chunk's pixels, as numpy takes it.
+    value
+        What to write: of the selection's shape, with or without its axes of length 1, or a scalar.
+
+    Raises
+    ------
+    FrameError, StreamError
+        If the chunk that is there is malformed.
+    CAEDataError
+        If the value lies outside the value range.
+    """
+    box = enclosing(selection, job.layout) or everything(selection, job.layout)
+    if box.complete:
+        yield from _storing(job, np.broadcast_to(_fitted(value, job.layout.shape), job.layout.shape))
+        return
+    found = yield Fetch(None, optional=True)
+    if found is None:
+        chunk = np.full(job.layout.shape, job.spec.fill_value, job.dtype)
+        _put(chunk, selection, value)
+        yield from _storing(job, chunk)
+        return
+    (frame,) = found
+    header, streams = _unpacked(frame, job.header)
+    reached = box.patch.widened(header)
+    seen = reached.widened(header)
+    source = seen.widened(header)
+    decoded = _decoded(tiles(header, box.planes, source), streams, job)
+    symbols = assembled(decoded, len(box.planes), source)
+    _ = job.engine  # on this thread, not on the event loop's
+    around = box.grown(seen)
+    before = job.pixels(around.cut((yield Synthesise(job, symbols)), source), around.layout)
+    after = before.copy()
+    _put(after, around.inside, value)
+    if np.array_equal(after, before):
+        return
+    if _blank(job, after):
+        chunk = yield from decoding(job, frame)
+        _put(chunk, selection, value)
+        if _blank(job, chunk):
+            yield Put(None)
+            return
+    count = len(box.planes)
+    both = yield Analyse(job, np.concatenate([job.planes(pixels, around.layout) for pixels in (after, before)]))
+    changed = both[:count] != both[count:]
+    changed[:, :, *box.patch.within(seen)] = True
+    inner = (slice(None), slice(None), *reached.within(seen))
+    kept = symbols[:, :, *reached.within(source)]
+    new = np.where(changed[inner], both[:count][inner], kept)
+    recoded: dict[int, bytes | memoryview] = {**streams, **_recoded(decoded, new, reached, job)}
+    yield Put(job.buffer(framing.pack(header, list(recoded.values()))))
+
+
+def _recoded(
+    decoded: Sequence[tuple[Tile, entropy.Symbols]], new: entropy.Symbols, reached: Patch, job: ChunkJob
+) -> dict[int, bytes]:
+    """The streams of the tiles in which a patch of new symbols (N, M, h, w) differs from the old."""
+    touched: list[tuple[int, entropy.Symbols]] = []
+    for tile, own in decoded:
+        here, there = tile.patch.within(reached), reached.within(tile.patch)
+        if tile.patch.meets(reached) and not np.array_equal(own[:, *there], new[tile.plane, :, *here]):
+            own[:, *there] = new[tile.plane, :, *here]
+            touched.append((tile.number, own))
+    streams = entropy.over_cores(lambda one: entropy.encode_tile(one[1], job.tables), touched)
+    return dict(zip((number for number, _ in touched), streams, strict=True))
+
+
+def _storing(job: ChunkJob, chunk: Pixels) -> Plan[None]:
+    """Store a whole chunk, or delete it where zarr keeps none."""
+    if _blank(job, chunk):
+        yield Put(None)
+    else:
+        yield Put((yield from encoding(job, chunk)))
+
+
+def _blank(job: ChunkJob, pixels: Pixels) -> bool:
+    """Whether a chunk with these pixels alone is not to be stored."""
+    return not job.spec.config.write_empty_chunks and bool((pixels == job.spec.fill_value).all())
+
+
+def _fitted(value: Pixels, shape: tuple[int, ...]) -> Pixels:
+    """The value in this shape if it has as many numbers: zarr leaves out axes that an orthogonal selection drops."""
+    return value.reshape(shape) if value.ndim and value.shape != shape and value.size == math.prod(shape) else value
+
+
+def _put(pixels: Pixels, selection: Any, value: Pixels) -> None:
+    pixels[selection] = _fitted(value, pixels[selection].shape)

@@ -54,6 +54,13 @@ class Patch:
         )
         return rows, columns
 
+    def meets(self, other: Patch) -> bool:
+        """Whether the two have positions in common."""
+        return all(
+            max(own.start, one.start) < min(own.stop, one.stop)
+            for own, one in ((self.rows, other.rows), (self.columns, other.columns))
+        )
+
 
 @dataclass(frozen=True)
 class Box:
