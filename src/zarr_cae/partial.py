@@ -80,7 +80,7 @@ def _index(expected: FrameHeader) -> Plan[framing.FrameIndex]:
             return index
         if len(part) < more:
             raise FrameError(f"cae: frame ends at least {index} bytes too early: the stored chunk is truncated")
-        more = index
+        more = max(index, len(head))  # another tile size than ours: few requests matter more than bytes
 
 
 def _streams(index: framing.FrameIndex, numbers: Sequence[int]) -> Plan[Streams]:
