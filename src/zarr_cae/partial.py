@@ -52,16 +52,21 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
     MissingChunkError
         If there is no chunk.
     """
+    expected = job.header
+    frame = None
+    if not ranges or expected.tile_count == 1:
+        (frame,) = yield Fetch(None)  # at once: most missing chunks of an array cost no more than this
     box = enclosing(selection, job.layout) or everything(selection, job.layout)
     planes = box.planes
-    patch = box.patch.widened(job.header)
-    if ranges and 2 * len(tiles(job.header, planes, patch)) <= job.header.tile_count:
-        index = yield from _index(job.header)
+    patch = box.patch.widened(expected)
+    if frame is None and 2 * len(tiles(expected, planes, patch)) > expected.tile_count:
+        (frame,) = yield Fetch(None)
+    if frame is None:
+        index = yield from _index(expected)
         wanted = tiles(index.header, planes, patch)
         streams = yield from _streams(index, [tile.number for tile in wanted])
     else:
-        (frame,) = yield Fetch(None)
-        header, streams = _unpacked(frame, job.header)
+        header, streams = _unpacked(frame, expected)
         wanted = tiles(header, planes, patch)
     _ = job.engine  # on this thread, not on the event loop's
     synthesised = yield Synthesise(job, assembled(_decoded(wanted, streams, job), len(planes), patch))
