@@ -1,11 +1,14 @@
 """Reading and writing part of a chunk, through zarr, on every pipeline: what is fetched, what is kept."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import zarr
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.core.array_spec import ArrayConfig, ArraySpec
 from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import LocalStore, MemoryStore, ZipStore
+from zarr.storage import LocalStore, MemoryStore, StorePath, ZipStore
 
 from zarr_cae import CAECodec, CAEDataError, FrameError, entropy, framing, open_bottleneck
 from zarr_cae.codec import loaded
@@ -539,6 +542,27 @@ def test_edge_chunks_of_writes(photograph, pipeline):
     assert psnr(array[290:, 390:], 255 - photograph[290:300, 390:401]) > 24
     array[256:, 256:] = photograph[256:300, 256:401]
     assert psnr(array[256:, 256:], photograph[256:300, 256:401]) > 30
+
+
+@pytest.mark.parametrize("selection", [np.s_[::-1], np.s_[5:5], np.s_[..., 1], "mask"], ids=str)
+def test_selections_that_zarr_does_not_make(photograph, selection):
+    """Served too, by way of the whole chunk."""
+    array = create(photograph[:128, :128], codec=CAECodec(quality=8))
+    (codec,) = array.metadata.codecs
+    if selection == "mask":
+        selection = np.asarray(photograph[:128, :128, 0] > 100)
+    expected = array[...]
+    prototype = default_buffer_prototype()
+    spec = ArraySpec(array.shape, array.metadata.dtype, np.uint8(0), ArrayConfig("C", False), prototype)
+    place = StorePath(array.store, "c/0/0/0")
+    found = asyncio.run(codec._decode_partial_single(place, selection, spec)).as_numpy_array()
+    assert found.shape == expected[selection].shape
+    assert not found.size or difference(found, expected[selection]) <= 1
+    value = 255 - expected[selection]
+    buffer = prototype.nd_buffer.from_numpy_array(value)
+    asyncio.run(codec._encode_partial_single(place, buffer, selection, spec))
+    expected[selection] = value
+    assert np.abs(array[...].astype(int) - expected).mean() < 12
 
 
 def test_inner_chunks_of_shards(photograph, pipeline):

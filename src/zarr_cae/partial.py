@@ -70,8 +70,8 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
         wanted = tiles(header, planes, patch)
     _ = job.engine  # on this thread, not on the event loop's
     synthesised = yield Synthesise(job, assembled(_decoded(wanted, streams, job), len(planes), patch))
-    pixels = job.pixels(box.cut(synthesised, patch), box.layout)
-    return pixels[box.inside]
+    pixels: Chunk = job.pixels(box.cut(synthesised, patch), box.layout)[box.inside]
+    return pixels
 
 
 def _index(expected: FrameHeader) -> Plan[framing.FrameIndex]:
@@ -141,8 +141,8 @@ def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
     CAEDataError
         If the value lies outside the value range.
     """
-    box = enclosing(selection, job.layout) or everything(selection, job.layout)
-    if box.complete:
+    box = enclosing(selection, job.layout)
+    if box is not None and box.complete:
         yield from _storing(job, np.broadcast_to(_fitted(value, job.layout.shape), job.layout.shape))
         return
     found = yield Fetch(None, optional=True)
@@ -152,6 +152,7 @@ def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
         yield from _storing(job, chunk)
         return
     (frame,) = found
+    box = box or everything(selection, job.layout)
     header, streams = _unpacked(frame, job.header)
     reached = box.patch.widened(header)
     seen = reached.widened(header)

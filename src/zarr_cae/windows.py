@@ -69,8 +69,9 @@ class Box:
     chunk: Layout
     indices: tuple[Indices, ...]
     """For each axis of the chunk, ascending; without gaps along rows, columns and the axis of RGB."""
-    inside: tuple[Index, ...]
-    """The selection that the box was made for, as one of an array of the box alone."""
+    inside: Any
+    """The selection that the box was made for, as one of an array of the box alone: a tuple with an `Index` for each
+    axis; of any other kind only where the box is the whole chunk."""
 
     @property
     def layout(self) -> Layout:
@@ -109,12 +110,14 @@ class Box:
 
     def grown(self, patch: Patch) -> Box:
         """The box with all pixels of a patch around it, and the same selection in it."""
-        indices, inside = list(self.indices), list(self.inside)
+        indices, inside = list(self.indices), self.inside
         for axis, side in zip(self.chunk.spatial_axes, (patch.rows, patch.columns), strict=True):
             begin = side.start * STRIDE
+            by = int(self.indices[axis][0]) - begin
             indices[axis] = np.arange(begin, min(side.stop * STRIDE, self.chunk.shape[axis]))
-            inside[axis] = _shifted(inside[axis], int(self.indices[axis][0]) - begin)
-        return replace(self, indices=tuple(indices), inside=tuple(inside))
+            if by:  # never where the box is everything, whose selection may be of any kind
+                inside = (*inside[:axis], _shifted(inside[axis], by), *inside[axis + 1 :])
+        return replace(self, indices=tuple(indices), inside=inside)
 
 
 def enclosing(selection: object, chunk: Layout) -> Box | None:
@@ -155,8 +158,8 @@ def enclosing(selection: object, chunk: Layout) -> Box | None:
     return Box(chunk, tuple(indices), tuple(inside))
 
 
-def everything(selection: tuple[Any, ...], chunk: Layout) -> Box:
-    """The box that is the whole chunk, with any selection of it."""
+def everything(selection: Any, chunk: Layout) -> Box:
+    """The box that is the whole chunk, for a selection that `enclosing` doesn't know."""
     return Box(chunk, tuple(map(np.arange, chunk.shape)), selection)
 
 
