@@ -29,6 +29,7 @@ from zarr_cae.pixels import (
     to_chunk,
     to_planes,
 )
+from zarr_cae.tables import Tables
 from zarr_cae.weights import (
     DEFAULT_MODEL,
     METRICS,
@@ -220,18 +221,21 @@ class _ChunkJob:
     @property
     def header(self) -> FrameHeader:
         layout = self.layout
-        return FrameHeader(layout.planes, layout.height, layout.width, layout.grey)
+        return FrameHeader(layout.planes, layout.height, layout.width, layout.grey, version=self.tables.frame_version)
+
+    @property
+    def tables(self) -> Tables:
+        return self.weights.tables[self.weights.row(self.quality)]
 
     def planes(self, chunk: NDBuffer) -> Any:
         return to_planes(chunk.as_numpy_array(), self.layout, self.value_range)
 
     def frame(self, symbols: Any) -> Buffer:
-        content = entropy.encode(symbols, self.header, self.weights.tables[self.weights.row(self.quality)])
+        content = entropy.encode(symbols, self.header, self.tables)
         return self.spec.prototype.buffer.from_bytes(content)
 
     def symbols(self, frame: Buffer) -> Any:
-        tables = self.weights.tables[self.weights.row(self.quality)]
-        return entropy.decode(frame.as_numpy_array().tobytes(), self.header, tables)
+        return entropy.decode(frame.as_numpy_array().tobytes(), self.header, self.tables)
 
     def chunk(self, planes: Any) -> NDBuffer:
         pixels = to_chunk(planes, self.layout, self.spec.dtype.to_native_dtype(), self.value_range)

@@ -41,7 +41,7 @@ def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> byt
     def code(place: tuple[int, slice, slice]) -> bytes:
         plane, rows, columns = place
         tile = symbols[plane, :, rows, columns]
-        return rans.encode(np.ascontiguousarray(tile).reshape(tile.shape[0], -1), tables)
+        return rans.encode(np.ascontiguousarray(tile), tables)
 
     return framing.pack(header, list(_map(code, places)))
 
@@ -56,7 +56,7 @@ def decode(frame: bytes | memoryview, expected: framing.FrameHeader, tables: Tab
     def code(job: tuple[tuple[int, slice, slice], memoryview]) -> None:
         (plane, rows, columns), stream = job
         tile = symbols[plane, :, rows, columns]
-        tile[...] = rans.decode(stream, tile.shape[1] * tile.shape[2], tables).reshape(tile.shape)
+        tile[...] = rans.decode(stream, (tile.shape[1], tile.shape[2]), tables)
 
     for _ in _map(code, list(zip(places, streams, strict=True))):
         pass

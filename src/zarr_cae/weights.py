@@ -6,10 +6,13 @@ in a cache folder; never under a path or URL that metadata gives. It holds
     analysis.*, synthesis.*      the networks' parameters (float16 or float32), as `transforms` names them
     gain, shift   (Q, M) float32 symbol = rint(latent * gain - shift)
     step, offset  (Q, M) float32 dequantised latent = symbol * step + offset, in exactly these two operations
-    tables.minimum, tables.length (Q, M) int32 and tables.frequency (n,) uint16, integer frequency tables (`tables`)
+    tables.minimum, tables.length (Q, R) int32 and tables.frequency (n,) uint16, integer frequency tables (`tables`)
+    contexts.source (Q, M, S) int16, contexts.weight (Q, M, S) uint8, contexts.threshold (Q, M, K - 1) uint16,
+    contexts.predicted (Q, M) uint8, contexts.zero (Q, M) uint16, if the tables have contexts (`contexts`)
 
-for Q qualities and M latent channels, and in its metadata `format`, `model`, `metric`, `qualities`, `architecture`
-and `provenance`. Nothing is computed from floats at load, so symbols and latents are the same on every machine.
+for Q qualities, M latent channels and R = M or M K rows, and in its metadata `format`, `model`, `metric`, `qualities`,
+`architecture` and `provenance`. Nothing is computed from floats at load, so symbols and latents are the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -32,6 +35,7 @@ import safetensors.numpy
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
+from zarr_cae.contexts import Contexts
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.tables import Tables
 
@@ -176,15 +180,17 @@ def _parse(content: bytes, path: Path) -> Weights:
         raise CAEConfigurationError(f"cae: weights file {path} is not a safetensors file: {error}") from error
     count = len(info.qualities)
     shape = tensors["gain"].shape if "gain" in tensors else ()
+    rows = tensors["tables.minimum"].shape if "tables.minimum" in tensors else ()
     for name, dtype in {
         "gain": np.float32, "shift": np.float32, "step": np.float32, "offset": np.float32,
         "tables.minimum": np.int32, "tables.length": np.int32,
     }.items():  # fmt: skip
-        tensor = tensors.get(name)
-        if tensor is None or tensor.dtype != dtype or tensor.shape != shape or len(shape) != 2 or shape[0] != count:
+        tensor, wanted = tensors.get(name), rows if name.startswith("tables.") else shape
+        if tensor is None or tensor.dtype != dtype or tensor.shape != wanted or len(wanted) != 2 or wanted[0] != count:
             got = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+            of = "rows" if name.startswith("tables.") else "channels"
             raise CAEConfigurationError(
-                f"cae: weights file {path}: expected {name} as {np.dtype(dtype)} ({count}, channels), got {got}"
+                f"cae: weights file {path}: expected {name} as {np.dtype(dtype)} ({count}, {of}), got {got}"
             )
     frequency = tensors.get("tables.frequency", np.empty(0, np.uint16))
     lengths = tensors["tables.length"]
@@ -193,12 +199,26 @@ def _parse(content: bytes, path: Path) -> Weights:
         raise CAEConfigurationError(
             f"cae: weights file {path}: tables.frequency has {len(frequency)} entries, expected {ends[-1]}"
         )
-    rows = np.split(frequency, ends[:-1])
-    tables = tuple(
-        Tables(minimum, length, row)
-        for minimum, length, row in zip(tensors["tables.minimum"], lengths, rows, strict=True)
-    )
+    parts = np.split(frequency, ends[:-1])
+    contexts = [_contexts(tensors, row, path) for row in range(count)]
+    tables = tuple(map(Tables, tensors["tables.minimum"], lengths, parts, contexts))
+    if any(table.channels != shape[1] for table in tables):
+        raise CAEConfigurationError(
+            f"cae: weights file {path}: expected tables of {shape[1]} channels, got {tables[0].channels}"
+        )
     return Weights(info, tensors, tables)
+
+
+def _contexts(tensors: Mapping[str, npt.NDArray[Any]], row: int, path: Path) -> Contexts | None:
+    names = [field.name for field in fields(Contexts)]
+    present = [f"contexts.{name}" for name in names if f"contexts.{name}" in tensors]
+    if not present:
+        return None
+    if len(present) != len(names) or any(len(tensors[name]) <= row for name in present):
+        raise CAEConfigurationError(
+            f"cae: weights file {path}: expected contexts.{{{', '.join(names)}}}, one a quality"
+        )
+    return Contexts(*(tensors[f"contexts.{name}"][row] for name in names))
 
 
 def _header(content: bytes, path: Path) -> dict[str, Any]:
