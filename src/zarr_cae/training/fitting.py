@@ -16,6 +16,8 @@ SOURCES = 8
 """More of either gained less than 0.3 % on held-out images."""
 _WIDEST = 1023
 """Symbols beyond this are left to the escape."""
+_MARGIN = 16
+"""How far beyond the largest symbol seen a table may reach."""
 _PRIOR = 16.0
 """Symbols that the smoothed histogram of all classes counts for in the table of one."""
 _TAIL = 1e-3
@@ -110,12 +112,13 @@ def _thresholds(score: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
 
 def _rows(symbols: Symbols, classes: npt.NDArray[np.intp]) -> list[tuple[int, npt.NDArray[np.uint32]]]:
     """A trimmed table for each class, from its histogram and a smoothed one of all classes."""
-    size = 2 * _WIDEST + 1
-    index = symbols.astype(np.int64).clip(-_WIDEST, _WIDEST) + _WIDEST
+    limit = min(_WIDEST, int(np.abs(symbols.astype(np.int32)).max()) + _MARGIN)
+    size = 2 * limit + 1
+    index = symbols.astype(np.int64).clip(-limit, limit) + limit
     counts = np.bincount(classes * size + index, minlength=CLASSES * size).reshape(CLASSES, size).astype(float)
     everything = counts.sum(0)
     scale = np.abs(symbols.astype(np.float64)).mean() + 0.2
-    tail = np.exp(-np.abs(np.arange(size) - _WIDEST) / scale)
+    tail = np.exp(-np.abs(np.arange(size) - limit) / scale)
     smooth: npt.NDArray[Any] = np.convolve(everything, [0.25, 0.5, 0.25], "same")
     prior = (1 - _TAIL) * smooth / smooth.sum() + _TAIL * tail / tail.sum()
-    return [trimmed_frequencies((row + _PRIOR * prior) / (row.sum() + _PRIOR), -_WIDEST) for row in counts]
+    return [trimmed_frequencies((row + _PRIOR * prior) / (row.sum() + _PRIOR), -limit) for row in counts]
