@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,7 +171,8 @@ def test_channel_axis_may_be_anywhere(photograph, place):
 @pytest.mark.parametrize(
     ("dtype", "low", "high"),
     [("uint16", 0, 65535), ("uint16", 100, 4095), ("float32", -1.0, 1.0), ("float32", 0, 0.1), ("int16", -500, 500),
-     ("float64", 0.1, 0.7), ("uint8", 0, 100)],
+     ("float64", 0.1, 0.7), ("uint8", 0, 100), ("int16", -32768, 32767), ("int32", 10**9, 10**9 + 1000),
+     (">u2", 0, 4095), ("float16", 0, 1)],
 )  # fmt: skip
 def test_dtypes_with_a_value_range(pipeline, dtype, low, high):
     data = smooth((100, 90), low, high, dtype)
@@ -179,7 +181,7 @@ def test_dtypes_with_a_value_range(pipeline, dtype, low, high):
     assert back.dtype == data.dtype
     assert np.abs(back.astype(float) - data.astype(float)).max() < 0.06 * (high - low)
     array[10:20] = back[10:20]  # decoded values can be written again
-    if (low, high) != (0, 65535):  # which leaves uint16 nothing outside
+    if data.dtype.kind == "f" or high < np.iinfo(data.dtype).max:  # or nothing lies outside
         with pytest.raises(CAEDataError, match="value_range"):
             array[0, 0] = high + 1
 
@@ -236,6 +238,8 @@ def test_a_codec_is_a_frozen_hashable_value():
     assert hash(codec) == hash(pickle.loads(pickle.dumps(codec)))
     assert CAECodec.from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
     assert codec != CAECodec(quality=4)
+    numpy = CAECodec(np.int64(3), "ms-ssim", channel_axis=np.int8(2), value_range=np.array([0, 10], np.uint16))
+    assert json.loads(json.dumps(numpy.to_dict())) == json.loads(json.dumps(replace(codec, channel_axis=2).to_dict()))
     with pytest.raises(AttributeError):
         codec.quality = 5
 
@@ -322,6 +326,8 @@ def test_refused_at_creation(keywords, shape, dtype, message, sharded):
         ({"channel_axis": "last"}, "channel_axis"), ({"channel_axis": 1.5}, "channel_axis"),
         ({"value_range": 3}, "value_range"), ({"value_range": (0, float("inf"))}, "value_range"),
         ({"value_range": (0, 1, 2)}, "value_range"), ({"weights": "../evil"}, "sha256"),
+        ({"quality": 8.0}, "quality"), ({"quality": np.array([1, 2])}, "quality"),
+        ({"channel_axis": True}, "channel_axis"), ({"value_range": (0, 10**400)}, "value_range"),
         ({"weights": "http://x/y"}, "sha256"), ({"weights": MISSING[:-1] + "G"}, "sha256"),
     ],
 )  # fmt: skip
@@ -345,6 +351,12 @@ def test_arrays_whose_weights_are_missing_can_be_opened_but_not_read(photograph)
         opened[:]
 
 
+@pytest.mark.parametrize("configuration", [None, [1], "x", {"quality": 3.5}, {"channel_axis": {}}, {"weights": "/x"}])
+def test_metadata_that_make_no_sense_are_refused(configuration):
+    with pytest.raises(CAEConfigurationError, match="cae: "):
+        CAECodec.from_dict({"name": "cae", "configuration": configuration})
+
+
 def test_metadata_of_a_newer_version_is_refused():
     data = CAECodec().to_dict()
     data["configuration"]["classes"] = 4
@@ -353,7 +365,11 @@ def test_metadata_of_a_newer_version_is_refused():
 
 
 def test_settings_that_do_not_exist_are_refused(photograph):
-    for setting in ({"cae.device": "abacus"}, {"cae.device": "cuda:99"}, {"cae.sped": 9}, {"cae.threads": 0}):
+    for setting in (
+        {"cae.device": "abacus"}, {"cae.device": "cuda:99"}, {"cae.device": None}, {"cae.sped": 9}, {"cae.threads": 0},
+        {"cae.threads": 1.5}, {"cae.threads": "2"}, {"cae.tile": "abc"}, {"cae.tile": 64.5}, {"cae.tile": 15},
+        {"cae": 5},
+    ):  # fmt: skip
         with zarr.config.set(setting), pytest.raises(CAEConfigurationError, match=next(iter(setting))[:4]):
             create(photograph[:32, :32])
 

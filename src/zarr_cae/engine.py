@@ -42,9 +42,11 @@ class Settings:
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
 
     def __post_init__(self) -> None:
-        if self.tile < STRIDE or (self.threads is not None and self.threads < 1):
+        threads_fit = self.threads is None or (type(self.threads) is int and self.threads >= 1)
+        if not threads_fit or type(self.tile) is not int or self.tile < STRIDE:
             raise CAEConfigurationError(
-                f"cae: cae.tile must be at least {STRIDE} and cae.threads at least 1, got {self.tile}, {self.threads}"
+                f"cae: cae.tile must be an integer of at least {STRIDE} and cae.threads one of at least 1 (or None), "
+                f"got {self.tile!r}, {self.threads!r}"
             )
 
 
@@ -54,7 +56,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {name!r}") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise CAEConfigurationError(
