@@ -230,7 +230,16 @@ REFUSED = {
     "order": ({"filters": [{"name": "transpose", "configuration": {"order": "F"}}]}, "'F'"),
     "malformed": ({"chunk_grid": {"name": "regular"}}, "malformed"),
     "dimensions": ({"shape": [64]}, "shape"),
-}
+    "shape": ({"shape": None}, "malformed"),
+    "attributes": ({"attributes": [1]}, "malformed"),
+    "configuration": ({"codecs": [{"name": "cae", "configuration": [1]}]}, "malformed"),
+    "no configuration": ({"codecs": [{"name": "cae", "configuration": None}]}, "malformed"),
+    "transpose": ({"codecs": [{"name": "transpose", "configuration": 1}, "cae"]}, "malformed"),
+    "axis": ({"codecs": [{"name": "cae", "configuration": {"channel_axis": 7}}]}, "channel_axis 7"),
+    "chunk": ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 32, 3]}}}, ">= 1"),
+    "shards": ({"codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [8, 8, 3], "codecs": []}},
+                           "cae"]}, "malformed"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED.keys())
@@ -241,6 +250,15 @@ def test_what_cannot_be_served_is_refused_when_opened(small, changes, reason):
         open_bottleneck(store)
     with pytest.raises(CAEConfigurationError, match=reason):
         zarr.open_array(BottleneckStore(store), mode="r")
+
+
+def test_what_is_no_cae_array_is_left_to_zarr(small):
+    array = document(create(small, (32, 32, 3)))
+    assert rewrite({**array, "attributes": None})["shape"] == [4, 6, M]
+    shard = {**array, "codecs": [{"name": "sharding_indexed", "configuration": ["cae"]}]}
+    group = {"consolidated_metadata": {"metadata": {"a": [1], "b": None, "c": shard}}}
+    for other in (shard, group, {**array, "codecs": None}, {**array, "codecs": {"cae": 1}}):
+        assert rewrite(other) == other
 
 
 def test_weights_that_are_elsewhere_are_refused_when_opened(small):
