@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from zarr_cae import weights
-from zarr_cae.engine import Engine, Settings, choose_device, engine_for
+from zarr_cae.engine import HALO, Engine, Settings, choose_device, engine_for
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels import Layout, to_planes
 
@@ -46,6 +46,23 @@ def test_tiles_equal_the_whole(planes, device, quality):
     assert (symbols != expected).mean() < 1e-4
     pixels, pieces = (engine.synthesise(expected, quality, 3, settings) for settings in (whole, tiled))
     assert np.abs(pieces - pixels).max() < 1 / 255
+
+
+def test_memory_of_a_forward_pass_is_bounded(planes):
+    """However large or many the planes: no more pixels than a batch or a tile, and the tile's halo around each."""
+    settings = Settings(device="cpu", tile=128)
+    engine = Engine(bundled(1), torch.device("cpu"))
+    sizes = []
+    for network, unit in ((engine._analysis, 1), (engine._synthesis, 16)):
+        network.register_forward_pre_hook(lambda _, given, unit=unit: sizes.append(given[0].shape[-1] * unit))
+    engine.synthesise(engine.analyse(planes, 1, settings), 1, 3, settings)
+    assert len(sizes) == 2 * 4 * 3
+    assert 128 < max(sizes) <= 128 + 2 * 16 * HALO
+    counts = []
+    engine._analysis.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
+    many = np.zeros((300, 1, 64, 64), np.float32)
+    assert len(engine.analyse(many, 1, Settings(device="cpu"))) == 300
+    assert counts == [256, 44]
 
 
 @pytest.mark.parametrize("device", DEVICES)
