@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -84,6 +85,29 @@ def test_png_there_and_back_in_fresh_processes(here: Path, photo: np.ndarray) ->
     assert back.shape == (200, 300, 3)
     assert psnr(photo[:200, :300], back) > 30
     assert not left_over(here)
+
+
+def test_progress_on_a_terminal(here: Path, photo: np.ndarray) -> None:
+    termios = pytest.importorskip("termios", reason="this platform has no pseudo-terminals")
+    save(photo, "photo.png")
+    commands = {
+        "encode": ["encode", "photo.png", "photo.zarr", "-q", "1", "--chunks", "128"],
+        "decode": ["decode", "photo.zarr", "back.png"],
+        "bottleneck": ["bottleneck", "photo.zarr", "latents.npy"],
+    }
+    for name, arguments in commands.items():
+        seeing, shown = os.openpty()
+        termios.tcsetwinsize(shown, (24, 100))
+        done = subprocess.run([sys.executable, "-m", "zarr_cae", *arguments], stderr=shown, check=False)
+        os.close(shown)
+        screen = b""
+        with contextlib.suppress(OSError):  # which is how a terminal without a writer ends
+            while piece := os.read(seeing, 1 << 16):
+                screen += piece
+        os.close(seeing)
+        assert done.returncode == 0
+        assert f"{name}:   0%|".encode() in screen
+        assert b"Traceback" not in screen
 
 
 def test_help_and_info_import_nothing_heavy(here: Path, photo: np.ndarray) -> None:

@@ -20,6 +20,7 @@ from zarr.core.array_spec import ArrayConfig, ArraySpec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, ZipStore
 
 from zarr_cae import CAECodec, CAEConfigurationError, CAEDataError, CAEError, WeightsNotFoundError
+from zarr_cae.evaluation import ms_ssim
 
 MISSING = "sha256:" + "0" * 64
 
@@ -51,13 +52,14 @@ def test_create_with_codecs(photograph, pipeline):
 
 @pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
 def test_sixteen_configurations(photograph, metric):
-    rates, errors = [], []
+    rates, errors, similarities = [], [], []
     for quality in range(1, 9):
         array = create(photograph, codec=CAECodec(quality=quality, metric=metric))
         rates.append(stored_bytes(array))
         errors.append(psnr(array[:], photograph))
-    assert rates == sorted(set(rates))
-    assert errors == sorted(set(errors))
+        similarities.append(ms_ssim(array[:], photograph))
+    for figures in (rates, errors, similarities):
+        assert figures == sorted(set(figures))
 
 
 @pytest.mark.parametrize(
