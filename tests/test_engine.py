@@ -1,5 +1,7 @@
 """The engine: devices, tiles, batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,15 @@ def test_engines_are_made_once():
 def test_devices_that_do_not_exist_are_refused(name):
     with pytest.raises(CAEConfigurationError, match=r"cae\.device"):
         choose_device(name)
+
+
+@pytest.mark.parametrize("architecture", [[1], {"depth": 3}, {"latent": -1}, {"latent": "many"}], ids=str)
+def test_architectures_that_do_not_exist_are_refused(architecture):
+    loaded = bundled(1)
+    wrong = {**loaded.info.architecture, **architecture} if isinstance(architecture, dict) else architecture
+    broken = weights.Weights(replace(loaded.info, architecture=wrong), loaded.tensors, loaded.tables)
+    with pytest.raises(CAEConfigurationError, match="architecture"):
+        Engine(broken, torch.device("cpu"))
 
 
 def test_networks_that_do_not_fit_their_architecture_are_refused():

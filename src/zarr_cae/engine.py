@@ -84,15 +84,7 @@ class Engine:
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         self.weights, self.device = weights, device
-        architecture = dict(weights.info.architecture)
-        self._analysis: nn.Module
-        self._synthesis: nn.Module
-        if weights.info.model == DEFAULT_MODEL:
-            widths = Widths(**architecture)
-            self._analysis, self._synthesis = Analysis(widths), Synthesis(widths)
-        else:
-            self._analysis = FactorizedAnalysis(**architecture)
-            self._synthesis = FactorizedSynthesis(**architecture)
+        self._analysis, self._synthesis = _networks(weights)
         for name, module in (("analysis", self._analysis), ("synthesis", self._synthesis)):
             state = {
                 key.removeprefix(f"{name}."): torch.from_numpy(value.astype(np.float32))
@@ -186,6 +178,21 @@ class Engine:
                 rows, columns = (slice(s.start * up // down, s.stop * up // down) for s in place)
                 cut = tuple(slice(s.start * up // down, s.stop * up // down) for s in inner)
                 target[first : first + batch, :, rows, columns] = result[:, :, cut[0], cut[1]]
+
+
+def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:
+    """Analysis and synthesis, before they are given their parameters."""
+    info = weights.info
+    try:
+        architecture = dict(info.architecture)
+        if info.model == DEFAULT_MODEL:
+            widths = Widths(**architecture)
+            return Analysis(widths), Synthesis(widths)
+        return FactorizedAnalysis(**architecture), FactorizedSynthesis(**architecture)
+    except (TypeError, ValueError, RuntimeError) as error:  # what dict, signatures and torch say to senseless ones
+        raise CAEConfigurationError(
+            f"cae: weights file {info.path}: there is no network of architecture {info.architecture!r}: {error}"
+        ) from error
 
 
 Window = tuple[slice, slice]
