@@ -535,9 +535,7 @@ def test_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # train
 
 
-def test_train_resume_export_import_use(
-    here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
     Path("images").mkdir()
     for index in range(4):
         save(photo[64 * index : 64 * index + 160, 100:260], f"images/{index}.png")

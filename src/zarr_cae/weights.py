@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -51,6 +52,7 @@ FORMAT = "zarr-cae-weights-1"
 CACHE_VARIABLE = "ZARR_CAE_WEIGHTS"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LARGEST_HEADER = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ def available() -> Iterator[WeightsInfo]:
     for folder in (bundled_folder(), cache_folder()):
         for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
             if _DIGEST.fullmatch(f"sha256:{path.stem}"):
-                yield _info(path, path.stat().st_mtime_ns)
+                try:
+                    yield _info(path, path.stat().st_mtime_ns)
+                except CAEConfigurationError as error:  # one damaged file must not hide the others
+                    _log.warning("%s", error)
 
 
 def default_digest(model: str, quality: int, metric: str) -> str:
@@ -192,7 +197,14 @@ def _parse(content: bytes, path: Path) -> Weights:
             raise CAEConfigurationError(
                 f"cae: weights file {path}: expected {name} as {np.dtype(dtype)} ({count}, {of}), got {got}"
             )
+    for name in ("gain", "shift", "step", "offset"):
+        if not np.isfinite(tensors[name]).all() or (name in ("gain", "step") and (tensors[name] == 0).any()):
+            raise CAEConfigurationError(f"cae: weights file {path}: {name} must be finite, and gain and step not 0")
     frequency = tensors.get("tables.frequency", np.empty(0, np.uint16))
+    if frequency.dtype != np.uint16:
+        raise CAEConfigurationError(
+            f"cae: weights file {path}: expected tables.frequency as uint16, got {frequency.dtype}"
+        )
     lengths = tensors["tables.length"]
     ends = np.cumsum(lengths.astype(np.int64).sum(1))
     if (lengths < 2).any() or ends[-1] != len(frequency):
@@ -233,7 +245,8 @@ def _header(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _info_of_header(header: dict[str, Any], path: Path) -> WeightsInfo:
-    metadata = header.get("__metadata__", {})
+    found = header.get("__metadata__")
+    metadata: dict[str, Any] = found if isinstance(found, dict) else {}
     if metadata.get("format") != FORMAT:
         raise CAEConfigurationError(
             f"cae: weights file {path} has format {metadata.get('format')!r}, expected {FORMAT!r}; a CompressAI "
@@ -244,7 +257,14 @@ def _info_of_header(header: dict[str, Any], path: Path) -> WeightsInfo:
         architecture, provenance = json.loads(metadata["architecture"]), json.loads(metadata["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise CAEConfigurationError(f"cae: weights file {path}: metadata is incomplete: {error!r}") from error
-    if metric not in METRICS or not qualities or not set(qualities) <= set(QUALITIES) or model not in MODELS:
+    known = all(type(quality) is int and quality in QUALITIES for quality in qualities)
+    if (
+        metric not in METRICS
+        or not qualities
+        or not known
+        or len(set(qualities)) < len(qualities)
+        or model not in MODELS
+    ):
         raise CAEConfigurationError(
             f"cae: weights file {path} is for model {model!r}, metric {metric!r}, qualities {qualities}, which this "
             "zarr-cae does not know; install a newer one"
