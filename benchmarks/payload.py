@@ -1,10 +1,11 @@
-"""Real payloads against the ideal code length under the trained density.
+"""Real payloads against their ideal code lengths.
 
     python benchmarks/payload.py IMAGE... [--quality 1,4,8] [--metric mse]
 
-For each quality: bits per pixel of the frames, and their length over the sum of -log2 p of the same symbols under the
-float density that the network was trained with (stored in the weights file beside the integer tables), for the
-entropy-coded streams alone and for whole frames, with 256 x 256 chunks and with one chunk an image.
+For each quality: bits per pixel of the frames, and the bytes of their entropy-coded streams over the sum of -log2 p of
+the same symbols, once with p of the integer tables that the coder uses, once with p of the float density that the
+network was trained with (stored in the weights file beside the tables); then whole frames over the latter. With
+256 x 256 chunks and with one chunk an image.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from zarr_cae import entropy, weights
 from zarr_cae.engine import Settings, engine_for
 from zarr_cae.framing import FrameHeader, unpack
 from zarr_cae.pixels import Layout, to_planes
+from zarr_cae.tables import ideal_bits
 from zarr_cae.training.density import Density
 
 
@@ -30,41 +32,48 @@ def main() -> None:
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
     images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     print(f"{len(images)} images, metric {arguments.metric}")
-    print("quality  chunk   bpp      streams/ideal  frames/ideal")
+    print("quality  chunk   bpp      streams/tables  streams/density  frames/density")
     for quality in map(int, arguments.quality.split(",")):
         digest = weights.default_digest(weights.DEFAULT_MODEL, quality, arguments.metric)
         info = weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric=arguments.metric)
         for edge in (256, None):
-            pixels = ideal = streams = frames = 0.0
+            pixels, bits = 0, np.zeros(4)
             for image in images:
                 step = (edge, edge) if edge else image.shape[:2]
                 for top in range(0, image.shape[0] - step[0] + 1, step[0]):
                     for left in range(0, image.shape[1] - step[1] + 1, step[1]):
                         chunk = image[top : top + step[0], left : left + step[1]]
-                        sizes = measure(weights.load(info.path), quality, chunk)
                         pixels += chunk.shape[0] * chunk.shape[1]
-                        ideal, streams, frames = ideal + sizes[0], streams + sizes[1], frames + sizes[2]
-            name = str(edge or "image")
-            print(f"{quality:7d}  {name:6s}  {frames / pixels:.4f}  {streams / ideal:.4f}         {frames / ideal:.4f}")
+                        bits += measure(weights.load(info.path), quality, chunk)
+            tables, density, streams, frames = bits
+            print(
+                f"{quality:7d}  {edge or 'image':<6}  {frames / pixels:.4f}  {streams / tables:14.4f}  "
+                f"{streams / density:15.4f}  {frames / density:14.4f}"
+            )
 
 
-def measure(loaded: weights.Weights, quality: int, chunk: np.ndarray) -> tuple[float, float, float]:
-    """Bits of the ideal code, of the streams and of the frame of one chunk (rows, columns, 3)."""
+def measure(loaded: weights.Weights, quality: int, chunk: np.ndarray) -> tuple[float, float, float, float]:
+    """Bits of one chunk (rows, columns, 3): ideal under the tables and the density, of the streams, of the frame."""
     settings, row = Settings(), loaded.row(quality)
+    tables = loaded.tables[row]
     planes = to_planes(chunk, Layout(chunk.shape, 2), (0, 255))
     symbols = engine_for(loaded, settings).analyse(planes, quality, settings)
-    header = FrameHeader(1, chunk.shape[0], chunk.shape[1], grey=False)
-    frame = entropy.encode(symbols, header, loaded.tables[row])
+    header = FrameHeader(1, chunk.shape[0], chunk.shape[1], grey=False, version=tables.frame_version)
+    frame = entropy.encode(symbols, header, tables)
     streams = sum(len(stream) for stream in unpack(frame, header)[1])
-    density = Density(len(loaded.info.qualities), loaded.latent_channels)
+    count = len(loaded.info.qualities)
+    density = Density(count, loaded.latent_channels)
     density.load_state_dict(
-        {name: torch.from_numpy(loaded.tensors[f"density.{name}"]) for name in density.state_dict()}
+        {name: torch.from_numpy(loaded.tensors[f"density.{name}"].astype(np.float32)) for name in density.state_dict()}
     )
-    limit = int(np.abs(symbols.astype(int)).max())
-    with torch.inference_mode():
-        table = density.probabilities(max(limit, 1))[row].clamp(min=1e-12).log2().numpy()
-    ideal = -np.take_along_axis(table, symbols[0].reshape(len(table), -1).astype(int) + max(limit, 1), 1).sum()
-    return float(ideal), 8.0 * streams, 8.0 * len(frame)
+    under_tables = under_density = 0.0
+    for rows, columns in header.tiles():
+        tile = np.ascontiguousarray(symbols[0, :, rows, columns])
+        under_tables += ideal_bits(tile, tables)
+        values = torch.from_numpy(tile).float().expand(count, 1, -1, -1, -1)
+        with torch.inference_mode():
+            under_density += float(density.bits(values, values)[row, 0])
+    return under_tables, under_density, 8.0 * streams, 8.0 * len(frame)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "zarr_cae"
 ROOMS = [
-    "errors", "framing", "tables", "rans", "entropy", "pixels", "windows", "transforms", "microbatch", "weights", "zoo",
-    "engine", "chunks", "partial", "codec", "latents", "rewriting", "bottleneck", "patches", "training", "bjontegaard",
-    "evaluation", "rivals", "cli", "__main__", "__init__",
+    "errors", "framing", "contexts", "tables", "kernels", "rans", "entropy", "pixels", "windows", "transforms",
+    "microbatch", "weights", "zoo", "engine", "chunks", "partial", "codec", "latents", "rewriting", "bottleneck",
+    "patches", "training", "bjontegaard", "evaluation", "rivals", "cli", "__main__", "__init__",
 ]  # fmt: skip
 ONLY = {
     "torch": {"transforms", "engine", "training", "zoo"},
     "zarr": {"chunks", "codec", "latents", "bottleneck", "patches", "cli", "training", "__init__"},
-    "numba": {"rans"},
+    "numba": {"kernels"},
     "compressai": {"zoo"},
     "PIL": {"training", "evaluation", "rivals", "cli"},
 }

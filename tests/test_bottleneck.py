@@ -230,7 +230,16 @@ REFUSED = {
     "order": ({"filters": [{"name": "transpose", "configuration": {"order": "F"}}]}, "'F'"),
     "malformed": ({"chunk_grid": {"name": "regular"}}, "malformed"),
     "dimensions": ({"shape": [64]}, "shape"),
-}
+    "shape": ({"shape": None}, "malformed"),
+    "attributes": ({"attributes": [1]}, "malformed"),
+    "configuration": ({"codecs": [{"name": "cae", "configuration": [1]}]}, "malformed"),
+    "no configuration": ({"codecs": [{"name": "cae", "configuration": None}]}, "malformed"),
+    "transpose": ({"codecs": [{"name": "transpose", "configuration": 1}, "cae"]}, "malformed"),
+    "axis": ({"codecs": [{"name": "cae", "configuration": {"channel_axis": 7}}]}, "channel_axis 7"),
+    "chunk": ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 32, 3]}}}, ">= 1"),
+    "shards": ({"codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [8, 8, 3], "codecs": []}},
+                           "cae"]}, "malformed"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED.keys())
@@ -241,6 +250,34 @@ def test_what_cannot_be_served_is_refused_when_opened(small, changes, reason):
         open_bottleneck(store)
     with pytest.raises(CAEConfigurationError, match=reason):
         zarr.open_array(BottleneckStore(store), mode="r")
+
+
+def test_what_is_no_cae_array_is_left_to_zarr(small):
+    array = document(create(small, (32, 32, 3)))
+    assert rewrite({**array, "attributes": None})["shape"] == [4, 6, M]
+    shard = {**array, "codecs": [{"name": "sharding_indexed", "configuration": ["cae"]}]}
+    group = {"consolidated_metadata": {"metadata": {"a": [1], "b": None, "c": shard}}}
+    for other in (shard, group, {**array, "codecs": None}, {**array, "codecs": {"cae": 1}}):
+        assert rewrite(other) == other
+
+
+@pytest.mark.skipif("array.rectilinear_chunks" not in zarr.config, reason="this zarr has no rectilinear grids")
+def test_a_rectilinear_array_is_coded_but_its_latents_are_refused(small, pipeline):
+    with zarr.config.set({"array.rectilinear_chunks": True}):
+        array = create(small, [[40, 24], [96], [3]])
+        alone = create(small[:40], (40, 96, 3))
+        assert np.abs(array[:40].astype(int) - alone[...]).max() <= 1
+        with pytest.raises(CAEConfigurationError, match="rectilinear"):
+            open_bottleneck(array.store)
+
+
+def test_every_selection_of_zarr(small, pipeline):
+    view = open_bottleneck(create(small, (32, 32, 3)).store)
+    whole = view[...]
+    assert np.array_equal(view.oindex[[1, 3], :, [5, 9]], whole[np.ix_([1, 3], range(6), [5, 9])])
+    assert np.array_equal(view.vindex[[1, 2], [3, 4], [5, 6]], whole[[1, 2], [3, 4], [5, 6]])
+    assert np.array_equal(view.blocks[1, 2], whole[2:4, 4:6])
+    assert np.array_equal(view[::3, -1], whole[::3, -1])
 
 
 def test_weights_that_are_elsewhere_are_refused_when_opened(small):
@@ -613,10 +650,15 @@ def test_xarray(archive, tmp_path, small):
         compressors=None, dimension_names=["y", "x", "c"], attributes={"units": "1"},
     )  # fmt: skip
     array[...] = small
-    with xarray.open_zarr(BottleneckStore(tmp_path / "x.zarr"), consolidated=False, chunks=None) as data:
-        assert dict(data.sizes) == {"y": 4, "x": 6, "c": M}
-        assert data.photo.attrs["units"] == "1"
-        assert data.photo.values.tobytes() == archive[1].tobytes()
+    for consolidated in (False, True):
+        if consolidated:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                zarr.consolidate_metadata(tmp_path / "x.zarr")
+        with xarray.open_zarr(BottleneckStore(tmp_path / "x.zarr"), consolidated=consolidated, chunks=None) as data:
+            assert dict(data.sizes) == {"y": 4, "x": 6, "c": M}
+            assert data.photo.attrs["units"] == "1"
+            assert data.photo.values.tobytes() == archive[1].tobytes()
 
 
 def test_dask(archive):
@@ -642,7 +684,7 @@ def test_patches(small, photograph, pipeline):
         assert item.flags.c_contiguous
         assert label == "abcdef"[i]
     assert np.array_equal(data[-1][0], data[5][0])
-    overlapping = as_torch_dataset(view, (3, 2), step=(1, 2))
+    overlapping = as_torch_dataset(view, (np.int64(3), 2), step=np.array([1, 2]))
     assert len(overlapping) == 2 * 3
     assert np.array_equal(overlapping[4], whole[:, 1:4, 2:4])
     with pytest.raises(IndexError):
@@ -680,7 +722,10 @@ def test_blank_chunks_have_latents_if_they_are_written(small):
 def test_patches_that_do_not_fit(small):
     array = create(small, (32, 32, 3))
     view = open_bottleneck(array.store)
-    for keywords in ({"patch": 5}, {"patch": 0}, {"patch": 2, "step": 0}, {"patch": 2, "labels": [1]}):
+    for keywords in (
+        {"patch": 5}, {"patch": 0}, {"patch": 2, "step": 0}, {"patch": 2, "labels": [1]}, {"patch": (2, 2, 2)},
+        {"patch": 1.5}, {"patch": "ab"},
+    ):  # fmt: skip
         with pytest.raises(CAEConfigurationError):
             as_torch_dataset(view, **keywords)
     with pytest.raises(CAEConfigurationError, match="open_bottleneck"):

@@ -1,11 +1,13 @@
 """The engine: devices, tiles, batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from zarr_cae import weights
-from zarr_cae.engine import Engine, Settings, choose_device, engine_for
+from zarr_cae.engine import HALO, Engine, Settings, choose_device, engine_for
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels import Layout, to_planes
 
@@ -48,6 +50,23 @@ def test_tiles_equal_the_whole(planes, device, quality):
     assert np.abs(pieces - pixels).max() < 1 / 255
 
 
+def test_memory_of_a_forward_pass_is_bounded(planes):
+    """However large or many the planes: no more pixels than a batch or a tile, and the tile's halo around each."""
+    settings = Settings(device="cpu", tile=128)
+    engine = Engine(bundled(1), torch.device("cpu"))
+    sizes = []
+    for network, unit in ((engine._analysis, 1), (engine._synthesis, 16)):
+        network.register_forward_pre_hook(lambda _, given, unit=unit: sizes.append(given[0].shape[-1] * unit))
+    engine.synthesise(engine.analyse(planes, 1, settings), 1, 3, settings)
+    assert len(sizes) == 2 * 4 * 3
+    assert 128 < max(sizes) <= 128 + 2 * 16 * HALO
+    counts = []
+    engine._analysis.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
+    many = np.zeros((300, 1, 64, 64), np.float32)
+    assert len(engine.analyse(many, 1, Settings(device="cpu"))) == 300
+    assert counts == [256, 44]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_symbols_do_not_depend_on_the_batch(planes, device):
     settings = Settings(device=device)
@@ -88,6 +107,15 @@ def test_engines_are_made_once():
 def test_devices_that_do_not_exist_are_refused(name):
     with pytest.raises(CAEConfigurationError, match=r"cae\.device"):
         choose_device(name)
+
+
+@pytest.mark.parametrize("architecture", [[1], {"depth": 3}, {"latent": -1}, {"latent": "many"}], ids=str)
+def test_architectures_that_do_not_exist_are_refused(architecture):
+    loaded = bundled(1)
+    wrong = {**loaded.info.architecture, **architecture} if isinstance(architecture, dict) else architecture
+    broken = weights.Weights(replace(loaded.info, architecture=wrong), loaded.tensors, loaded.tables)
+    with pytest.raises(CAEConfigurationError, match="architecture"):
+        Engine(broken, torch.device("cpu"))
 
 
 def test_networks_that_do_not_fit_their_architecture_are_refused():

@@ -123,8 +123,9 @@ def test_each_flipped_bit():
 # The small frame: magic 0-3, version 4, flags 5, planes 6, height 7, width 8, tile 9, lengths 10-14.
 MALFORMED = {
     "no frame": (slice(0, 4), b"\x89PNG", "not a cae frame"),
-    "newer version": (slice(4, 5), b"\x02", "upgrade zarr-cae"),
-    "version 0": (slice(4, 5), b"\x00", "version must be 1; got 0"),
+    "newer version": (slice(4, 5), b"\x03", "upgrade zarr-cae"),
+    "other weights": (slice(4, 5), b"\x02", "version must be 1, which the weights of the array call for; got 2"),
+    "version 0": (slice(4, 5), b"\x00", "version must be one of \\(1, 2\\); got 0"),
     "unknown flag": (slice(5, 6), b"\x03", "flags must be 0 or 1; got 3"),
     "RGB for grey": (slice(5, 6), b"\x00", "2 RGB planes of 40 x 17: it is of another array"),
     "other planes": (slice(6, 7), b"\x03", "got 3 grey planes of 40 x 17"),

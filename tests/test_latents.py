@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from zarr_cae import (
     entropy,
     latents,
     open_bottleneck,
+    rans,
 )
 from zarr_cae.codec import loaded
 from zarr_cae.pixels import Layout, to_planes
@@ -54,6 +56,24 @@ def test_golden_latents_at_any_thread_count(synthetic, pipeline, monkeypatch, th
         monkeypatch.setattr(entropy, "_pool", lambda: pool)
         found = open_bottleneck(FIXTURES / "golden.zarr")[:]
     assert found.tobytes() == np.load(FIXTURES / "golden.npy").tobytes()
+
+
+@pytest.mark.parametrize("chunks", [(1024, 512, 3), (512, 512, 3)], ids=["tiles of a chunk", "chunks"])
+def test_decoding_is_parallel(photograph, pipeline, monkeypatch, chunks):
+    """Two streams wait for each other inside the decoder, which only two at a time can."""
+    array = create(np.concatenate([photograph, photograph[::-1]]), chunks)
+    view = open_bottleneck(array.store)
+    expected = view[...]
+    meeting, decode = threading.Barrier(2, timeout=60), rans.decode
+
+    def met(*arguments):
+        meeting.wait()
+        return decode(*arguments)
+
+    with ThreadPoolExecutor(2) as pool, zarr.config.set({"threading.max_workers": 2}):
+        monkeypatch.setattr(entropy, "_pool", lambda: pool)
+        monkeypatch.setattr(rans, "decode", met)
+        assert view[...].tobytes() == expected.tobytes()
 
 
 READ = """

@@ -58,6 +58,12 @@ def frame_of(array, key=None):
     return only, array.store._store_dict[only].to_bytes()
 
 
+def expected_header(array, height, width, tile=32):
+    weights = loaded(array.metadata.codecs[0])
+    version = weights.tables[weights.row(array.metadata.codecs[0].quality)].frame_version
+    return FrameHeader(1, height, width, grey=False, tile=tile, version=version)
+
+
 def replace(array, key, content):
     array.store._store_dict[key] = default_buffer_prototype().buffer.from_bytes(bytes(content))
 
@@ -86,7 +92,7 @@ def test_a_window_reads_the_index_and_its_own_tiles(large, pipeline):
     array, whole = large[0], large[1]
     array = zarr.open_array(array.store, mode="r")
     _, frame = frame_of(array)
-    index = parse_index(frame, FrameHeader(1, 1536, 2048, grey=False))
+    index = parse_index(frame, expected_header(array, 1536, 2048))
     array.store.reads.clear()
     found = array[700:956, 600:856]  # rows 37 to 65, columns 31 to 59 of latents, surroundings included
     assert difference(found, whole[700:956, 600:856]) <= 1
@@ -272,7 +278,7 @@ def test_damage_in_a_window(large, pipeline):
     array = zarr.open_array(large[0].store, mode="r")
     expected = large[1][10:20, 10:20]
     key, frame = frame_of(array)
-    index = parse_index(frame, FrameHeader(1, 1536, 2048, grey=False))
+    index = parse_index(frame, expected_header(array, 1536, 2048))
     begin, end = index.offsets[:2]
     rng = np.random.default_rng(5)
     refused = 0
@@ -307,8 +313,8 @@ def test_frames_with_other_tiles(photograph, pipeline, tile):
     whole, (key, frame) = array[...], frame_of(array)
     weights = loaded(array.metadata.codecs[0])
     tables = weights.tables[weights.row(3)]
-    symbols = entropy.decode(frame, FrameHeader(1, 512, 1024, grey=False), tables)
-    header = FrameHeader(1, 512, 1024, grey=False, tile=tile)
+    symbols = entropy.decode(frame, expected_header(array, 512, 1024), tables)
+    header = expected_header(array, 512, 1024, tile)
     replace(array, key, entropy.encode(symbols, header, tables))
     array.store.reads.clear()
     assert difference(array[100:110, 10:20], whole[100:110, 10:20]) <= 1
@@ -384,7 +390,7 @@ def test_writing_back_what_was_read_changes_nothing(photograph, pipeline):
 
 def test_tiles_out_of_reach_keep_their_bytes(large, pipeline):
     array = create(large[1])
-    expected = FrameHeader(1, 1536, 2048, grey=False)
+    expected = expected_header(array, 1536, 2048)
     _, before = framing.unpack(frame_of(array)[1], expected)
     array[600:640, 600:640] = 255 - large[1][600:640, 600:640]
     _, after = framing.unpack(frame_of(array)[1], expected)

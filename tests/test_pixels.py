@@ -75,6 +75,41 @@ def test_value_ranges(dtype, value_range):
     to_planes(back, layout, value_range)  # what was decoded can be encoded: ends are not rounded outwards
 
 
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [("int8", -128, 127), ("int16", -32768, 32767), ("uint16", 100, 65535), ("int32", -(2**31), 2**31 - 1),
+     ("int32", 10**9, 10**9 + 255), ("uint32", 2**31, 2**32 - 1), ("int64", -(2**63), 2**63 - 1),
+     ("int64", 10**18, 10**18 + 255), ("uint64", 0, 2**64 - 1), ("uint64", 2**63, 2**63 + 255)],
+)  # fmt: skip
+def test_integers_do_not_overflow_and_small_ranges_far_from_0_are_exact(dtype, low, high):
+    """Ends, and values between, of ranges whose extent or whose ends their own dtype or float32 cannot hold."""
+    values = np.array([low + (high - low) * n // 255 for n in range(256)], dtype).reshape(16, 16)
+    layout = Layout(values.shape, None)
+    value_range = resolve_value_range(np.dtype(dtype), (low, high))
+    planes = to_planes(values, layout, value_range)
+    np.testing.assert_allclose(planes.ravel(), np.linspace(0, 1, 256), atol=0.005)
+    back = to_chunk(planes, layout, np.dtype(dtype), value_range)
+    assert back.dtype == np.dtype(dtype)
+    errors = [abs(int(a) - int(b)) for a, b in zip(values.ravel(), back.ravel(), strict=True)]
+    assert max(errors) <= (high - low) * 2.0**-24
+    to_planes(back, layout, value_range)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [("float64", 1e9, 1e9 + 1), ("float64", -8e307, 8e307), ("float64", 0, 1e-300), ("float32", -3e38, 3e38),
+     ("float32", 1e6, 1e6 + 4), ("float16", -65504, 65504)],
+)  # fmt: skip
+def test_float_ranges_that_float32_cannot_hold(dtype, low, high):
+    values = np.linspace(low, high, 64).astype(dtype).clip(low, high).reshape(8, 8)
+    layout = Layout(values.shape, None)
+    value_range = resolve_value_range(np.dtype(dtype), (low, high))
+    planes = to_planes(values, layout, value_range)
+    back = to_chunk(planes, layout, np.dtype(dtype), value_range)
+    assert np.abs(back.astype(np.longdouble) - values).max() <= 1e-3 * (np.longdouble(high) - low)
+    to_planes(back, layout, value_range)
+
+
 @pytest.mark.parametrize("wild", [-0.5, 1.5, 9.0])
 def test_decoded_values_stay_in_range(wild):
     layout = Layout((16, 16), None)
@@ -121,7 +156,8 @@ def test_channel_axis_refused(shape, asked, message):
     [
         ("uint16", None, "needs value_range"), ("float32", None, "needs value_range"), ("complex64", (0, 1), "dtype"),
         ("bool", (0, 1), "dtype"), ("uint8", (0, 256), "ascending pair"), ("uint16", (5, 5), "ascending pair"),
-        ("float32", (1, 0), "ascending pair"), ("M8[s]", None, "dtype"),
+        ("float32", (1, 0), "ascending pair"), ("M8[s]", None, "dtype"), ("int16", (0.5, 7), "ascending pair"),
+        ("float64", (-1e308, 1e308), "ascending pair"), ("float16", (0, 70000), "ascending pair"),
     ],
 )  # fmt: skip
 def test_value_range_refused(dtype, value_range, message):

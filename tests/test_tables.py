@@ -90,7 +90,7 @@ def test_escape_bytes(value, size):
 def test_ideal_bits_of_a_known_row():
     row = np.array([TOTAL // 4, TOTAL // 2, TOTAL // 8, TOTAL // 8])  # -1, 0, 1, escape
     tables = Tables(np.array([-1]), np.array([4]), row)
-    symbols = np.array([[0, -1, 1, 0, 2, -2, 64, 32767]], np.int16)
+    symbols = np.array([[[0, -1, 1, 0], [2, -2, 64, 32767]]], np.int16)
     assert ideal_bits(symbols, tables) == 1 + 2 + 3 + 1 + 4 * 3 + 8 * (1 + 1 + 2 + 3)
 
 

@@ -29,6 +29,37 @@ def tiny(**changes) -> bytes:
     return weights.pack(tensors, **keywords)
 
 
+def contexts(**changes):
+    """The tensors of contexts with two sources and one class, for `tiny`."""
+    arrays = {
+        "source": np.array([[[-1, -1], [0, -1], [0, 1]]] * 2, np.int16), "weight": np.full((2, 3, 2), 100, np.uint8),
+        "threshold": np.empty((2, 3, 0), np.uint16), "predicted": np.array([[1, 0, 0]] * 2, np.uint8),
+        "zero": np.full((2, 3), 4000, np.uint16),
+    }  # fmt: skip
+    return {f"contexts__{name}": value for name, value in {**arrays, **changes}.items()}
+
+
+def with_metadata(metadata):
+    """A file whose header's `__metadata__` is of another kind."""
+    header = json.dumps({"__metadata__": metadata, "a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def test_contexts_are_read(cache):
+    info = weights.store(tiny(**contexts()))
+    for table in weights.load(info.path).tables:
+        assert table.contexts is not None
+        assert table.contexts.predicted.tolist() == [True, False, False]
+        assert table.frame_version == 2
+
+
+def test_a_damaged_file_does_not_hide_the_others(cache, caplog):
+    info = weights.store(tiny())
+    (cache / f"{'0' * 64}.safetensors").write_bytes(b"junk")
+    assert info in list(weights.available())
+    assert "0000" in caplog.text
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "cache"))
@@ -115,7 +146,16 @@ def test_a_damaged_file_is_refused(cache):
         (tiny(shift=np.ones((2, 3), np.float64)), "expected shift"), (tiny(step=np.ones((1, 3), np.float32)), "step"),
         (tiny(tables__length=np.full((2, 3), 5, np.int32)), "expected 30"),
         (tiny(tables__length=np.full((2, 3), 1, np.int32)), "tables.frequency"),
-        (tiny(tables__frequency=None), "has 0 entries"),
+        (tiny(tables__frequency=None), "has 0 entries"), (tiny(qualities=[[1], [2]]), "does not know"),
+        (tiny(qualities=(1, 1)), "does not know"), (tiny(qualities=(1.0, 2.0)), "does not know"),
+        (with_metadata([1]), "format None"), (with_metadata(None), "format None"),
+        (tiny(gain=np.full((2, 3), np.nan, np.float32)), "gain must be finite"),
+        (tiny(step=np.zeros((2, 3), np.float32)), "step not 0"),
+        (tiny(tables__frequency=np.tile(np.array([1, 4000, 50, 45]), 6)), "tables.frequency as uint16"),
+        (tiny(contexts__source=np.zeros((2, 3, 1), np.int16)), "expected contexts"),
+        (tiny(**contexts(weight=np.full((2, 3, 2), 200, np.uint8))), "channel 0 need earlier channels"),
+        (tiny(**contexts(threshold=np.ones((2, 3, 2), np.uint16))), "3 channels in 3 classes"),
+        (tiny(**contexts(zero=np.ones((1, 3), np.uint16))), "expected contexts"),
         (tiny(tables__frequency=np.tile(np.array([0, 4000, 50, 46], np.uint16), 6)), "frequenc"),
         (tiny(tables__frequency=np.tile(np.array([1, 4000, 50, 46], np.uint16), 6)), "frequenc"),
     ],

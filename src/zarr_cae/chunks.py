@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -200,10 +200,15 @@ class ChunkJob:
         return 1 if self.layout.grey else RGB
 
     @property
-    def header(self) -> FrameHeader:
-        """What the chunk's frame must hold."""
+    def outline(self) -> FrameHeader:
+        """What the chunk's frame must hold, but for its version, which only the weights know."""
         layout = self.layout
         return FrameHeader(layout.planes, layout.height, layout.width, layout.grey)
+
+    @property
+    def header(self) -> FrameHeader:
+        """What the chunk's frame must hold."""
+        return replace(self.outline, version=self.tables.frame_version)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from numbers import Integral
 from types import FrameType
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -66,7 +67,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     channel_axis
         Axis of the colour channels, counted in the array as the codec sees it (after any transpose). Length 3 is
         coded as RGB, any other as independent grey planes; None is no such axis. Of the other axes the last two are
-        rows and columns. "auto" takes the only axis of length 3, or none, and refuses what is ambiguous.
+        rows and columns. "auto" takes the only axis of length 3, or none, and refuses what is ambiguous. Inside
+        shards zarr shows it the shape of one inner chunk in place of the array's.
     value_range
         (lowest, highest) value of the data; needed for every dtype but uint8. Writing values outside it is an error.
 
@@ -107,6 +109,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         channel_axis: object,
         value_range: object,
     ) -> None:
+        quality = _integer(quality)
         _check_choice("quality", quality, tuple(QUALITIES))
         _check_choice("metric", metric, METRICS)
         _check_choice("model", model, MODELS)
@@ -119,7 +122,10 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     @classmethod
     def from_dict(cls, data: dict[str, JSON]) -> Self:
         """The codec that `zarr.json` describes; its weights need not be on this machine until chunks are read."""
-        _, found = parse_named_configuration(data, NAME, require_configuration=False)
+        try:
+            _, found = parse_named_configuration(data, NAME, require_configuration=False)
+        except (TypeError, ValueError) as error:
+            raise CAEConfigurationError(f"cae: metadata of the codec are malformed: {error}; got {data!r}") from error
         configuration = {"quality": 8, "metric": "mse", "model": DEFAULT_MODEL, "channel_axis": "auto", **(found or {})}
         unknown = sorted(set(configuration) - set(_FIELDS))
         if unknown:
@@ -241,14 +247,20 @@ def _after_filters(codec: CAECodec, array_spec: ArraySpec, frame: FrameType | No
     return array_spec
 
 
+def _integer(value: object) -> object:
+    """NumPy's integers as Python's, which JSON can hold; anything else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise CAEConfigurationError(f"cae: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _channel_axis(value: object) -> ChannelAxis:
-    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
+    value = _integer(value)
+    if value is None or type(value) is int or (isinstance(value, str) and value == "auto"):
+        return cast("ChannelAxis", value)
     raise CAEConfigurationError(f"cae: channel_axis must be an integer, None or 'auto', got {value!r}")
 
 
@@ -257,9 +269,15 @@ def _value_range(value: object) -> ValueRange | None:
         return None
     try:
         low, high = cast("Any", value)
-        pair = tuple(int(v) if float(v).is_integer() else float(v) for v in (low, high))
-    except (TypeError, ValueError) as error:
+        pair = tuple(_number(v) for v in (low, high))
+    except (TypeError, ValueError, OverflowError) as error:
         raise CAEConfigurationError(f"cae: value_range must be a pair (lowest, highest), got {value!r}") from error
     if not all(map(math.isfinite, pair)):
         raise CAEConfigurationError(f"cae: value_range must be finite, got {value!r}")
     return cast("ValueRange", pair)
+
+
+def _number(value: Any) -> float:
+    """An integer where `value` is one and a float holds it exactly, or where it came as one."""
+    number = float(value)
+    return int(value) if isinstance(value, Integral) or (number.is_integer() and abs(number) <= 1 << 53) else number

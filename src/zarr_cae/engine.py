@@ -41,9 +41,11 @@ class Settings:
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
 
     def __post_init__(self) -> None:
-        if self.tile < STRIDE or (self.threads is not None and self.threads < 1):
+        threads_fit = self.threads is None or (type(self.threads) is int and self.threads >= 1)
+        if not threads_fit or type(self.tile) is not int or self.tile < STRIDE:
             raise CAEConfigurationError(
-                f"cae: cae.tile must be at least {STRIDE} and cae.threads at least 1, got {self.tile}, {self.threads}"
+                f"cae: cae.tile must be an integer of at least {STRIDE} and cae.threads one of at least 1 (or None), "
+                f"got {self.tile!r}, {self.threads!r}"
             )
 
 
@@ -53,7 +55,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {name!r}") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise CAEConfigurationError(
@@ -81,15 +83,7 @@ class Engine:
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         self.weights, self.device = weights, device
-        architecture = dict(weights.info.architecture)
-        self._analysis: nn.Module
-        self._synthesis: nn.Module
-        if weights.info.model == DEFAULT_MODEL:
-            widths = Widths(**architecture)
-            self._analysis, self._synthesis = Analysis(widths), Synthesis(widths)
-        else:
-            self._analysis = FactorizedAnalysis(**architecture)
-            self._synthesis = FactorizedSynthesis(**architecture)
+        self._analysis, self._synthesis = _networks(weights)
         for name, module in (("analysis", self._analysis), ("synthesis", self._synthesis)):
             state = {
                 key.removeprefix(f"{name}."): torch.from_numpy(value.astype(np.float32))
@@ -183,6 +177,21 @@ class Engine:
                 rows, columns = (slice(s.start * up // down, s.stop * up // down) for s in place)
                 cut = tuple(slice(s.start * up // down, s.stop * up // down) for s in inner)
                 target[first : first + batch, :, rows, columns] = result[:, :, cut[0], cut[1]]
+
+
+def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:
+    """Analysis and synthesis, before they are given their parameters."""
+    info = weights.info
+    try:
+        architecture = dict(info.architecture)
+        if info.model == DEFAULT_MODEL:
+            widths = Widths(**architecture)
+            return Analysis(widths), Synthesis(widths)
+        return FactorizedAnalysis(**architecture), FactorizedSynthesis(**architecture)
+    except (TypeError, ValueError, RuntimeError) as error:  # what dict, signatures and torch say to senseless ones
+        raise CAEConfigurationError(
+            f"cae: weights file {info.path}: there is no network of architecture {info.architecture!r}: {error}"
+        ) from error
 
 
 Window = tuple[slice, slice]

@@ -36,12 +36,12 @@ def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> 
 
 def encode_tile(tile: Symbols, tables: Tables) -> bytes:
     """The stream of one tile of symbols (M, h, w)."""
-    return rans.encode(np.ascontiguousarray(tile).reshape(tile.shape[0], -1), tables)
+    return rans.encode(np.ascontiguousarray(tile), tables)
 
 
 def decode_tile(stream: bytes | memoryview, rows: int, columns: int, tables: Tables) -> Symbols:
     """The symbols (M, rows, columns) of one tile's stream. Raises StreamError if it is malformed."""
-    return rans.decode(stream, rows * columns, tables).reshape(-1, rows, columns)
+    return rans.decode(stream, (rows, columns), tables)
 
 
 def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> bytes:

@@ -1,10 +1,11 @@
 """The chunk frame: a header and one stream per tile, checked by CRC32C.
 
-Version 1, little endian; varints are base 128, 7 bits a byte, low bits first, high bit set on all but the last byte,
-never with a superfluous last byte, below 2^32:
+Versions 1 and 2 differ only in the streams, which the weights decide: tables without contexts make version 1, tables
+with contexts version 2 (see `rans`). Little endian; varints are base 128, 7 bits a byte, low bits first, high bit set
+on all but the last byte, never with a superfluous last byte, below 2^32:
 
     4 bytes      magic, the ASCII characters ZCAE
-    1 byte       version, 1
+    1 byte       version, 1 or 2
     1 byte       flags: bit 0 set if the planes are grey, clear if they are RGB; the others clear
     varint       planes: images in the chunk, three colours counting as one
     varint       height of a plane in pixels
@@ -33,7 +34,7 @@ __all__ = ["STRIDE", "FrameHeader", "FrameIndex", "pack", "parse_index", "unpack
 STRIDE = 16  # pixels per latent position, along each edge
 
 _MAGIC = b"ZCAE"
-_VERSION = 1
+_VERSIONS = (1, 2)
 _GREY = 1
 _CHECKSUM_BYTES = 4
 _MAX_LOG2_TILE = 10
@@ -48,7 +49,8 @@ class FrameHeader:
     Raises
     ------
     CAEConfigurationError
-        If planes, height or width are not in [1, 2^32), or `tile` is not a power of two in [1, 1024].
+        If planes, height or width are not in [1, 2^32), `tile` is not a power of two in [1, 1024], or the version is
+        unknown.
     """
 
     planes: int
@@ -56,12 +58,15 @@ class FrameHeader:
     width: int
     grey: bool
     tile: int = 32
+    version: int = 1
 
     def __post_init__(self) -> None:
         for name in ("planes", "height", "width"):
             value = getattr(self, name)
             if not 1 <= value < _VARINT_END:
                 raise CAEConfigurationError(f"cae: frame's {name} must be in [1, 2^32); got {value}")
+        if self.version not in _VERSIONS:
+            raise CAEConfigurationError(f"cae: frame's version must be one of {_VERSIONS}; got {self.version}")
         if self.tile not in {1 << n for n in range(_MAX_LOG2_TILE + 1)}:
             raise CAEConfigurationError(
                 f"cae: frame's tile must be a power of two in [1, {1 << _MAX_LOG2_TILE}]; got {self.tile}"
@@ -121,7 +126,7 @@ def pack(header: FrameHeader, streams: Sequence[bytes | memoryview]) -> bytes:
     if longest >= _VARINT_END:
         raise CAEConfigurationError(f"cae: frame's tile streams must be shorter than 2^32 bytes; got {longest}")
     frame = bytearray(_MAGIC)
-    frame += bytes([_VERSION, _GREY if header.grey else 0])
+    frame += bytes([header.version, _GREY if header.grey else 0])
     for value in (header.planes, header.height, header.width):
         frame += _varint(value)
     frame.append(header.tile.bit_length() - 1)
@@ -154,7 +159,7 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeade
     body = view[:-_CHECKSUM_BYTES]
     computed, stored = crc32c.crc32c(body), int.from_bytes(view[-_CHECKSUM_BYTES:], "little")
     if computed != stored:
-        hint = "" if view[4] == _VERSION else f" (or written by a zarr-cae with frame version {view[4]}: upgrade)"
+        hint = "" if view[4] in _VERSIONS else f" (or written by a zarr-cae with frame version {view[4]}: upgrade)"
         raise FrameError(
             f"cae: frame's checksum must be {stored:#010x}; its bytes have {computed:#010x}: "
             f"the stored chunk is damaged{hint}"
@@ -205,6 +210,11 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
             return start + 4 - len(dimensions) - len(view)
         dimensions.append(value)
     _check_expected(dimensions, bool(view[5] & _GREY), expected)
+    if view[4] != expected.version:
+        raise FrameError(
+            f"cae: frame's version must be {expected.version}, which the weights of the array call for; got {view[4]}: "
+            "it was written with other weights"
+        )
     if start == len(view):
         return 2
     if view[start] > _MAX_LOG2_TILE:
@@ -212,7 +222,9 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
             f"cae: frame's log2 of the tile size must be 0 to {_MAX_LOG2_TILE}; got {view[start]}: "
             "the stored chunk is damaged"
         )
-    header = FrameHeader(expected.planes, expected.height, expected.width, expected.grey, 1 << view[start])
+    header = FrameHeader(
+        expected.planes, expected.height, expected.width, expected.grey, 1 << view[start], expected.version
+    )
     start += 1
     lengths: list[int] = []
     count = header.tile_count
@@ -236,9 +248,9 @@ def _check_magic(view: memoryview) -> None:
 
 def _check_prefix(view: memoryview) -> None:
     _check_magic(view)
-    if len(view) > 4 and view[4] != _VERSION:
-        advice = "upgrade zarr-cae to read this array" if view[4] > _VERSION else "the stored chunk is damaged"
-        raise FrameError(f"cae: frame's version must be {_VERSION}; got {view[4]}: {advice}")
+    if len(view) > 4 and view[4] not in _VERSIONS:
+        advice = "upgrade zarr-cae to read this array" if view[4] > max(_VERSIONS) else "the stored chunk is damaged"
+        raise FrameError(f"cae: frame's version must be one of {_VERSIONS}; got {view[4]}: {advice}")
     if len(view) > 5 and view[5] & ~_GREY:
         raise FrameError(f"cae: frame's flags must be 0 or {_GREY}; got {view[5]}: the stored chunk is damaged")
 

@@ -192,11 +192,12 @@ def _prepared(own: CAEBottleneckCodec) -> _Prepared:
     """Raises WeightsNotFoundError if the weights are not on this machine."""
     weights, layout = codec.loaded(own.cae), own.layout
     row = weights.row(own.cae.quality)
+    tables = weights.tables[row]
     return _Prepared(
         layout,
-        FrameHeader(layout.planes, layout.height, layout.width, layout.grey),
+        FrameHeader(layout.planes, layout.height, layout.width, layout.grey, version=tables.frame_version),
         latent_shape(layout.shape, layout, weights.latent_channels),
-        weights.tables[row],
+        tables,
         spread(weights.tensors["step"][row], layout),
         spread(weights.tensors["offset"][row], layout),
     )

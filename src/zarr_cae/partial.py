@@ -52,7 +52,7 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
     MissingChunkError
         If there is no chunk.
     """
-    expected = job.header
+    expected = job.outline  # the weights, which a missing chunk doesn't need, come after the first bytes
     frame = None
     if not ranges or expected.tile_count == 1:
         (frame,) = yield Fetch(None)  # at once: most missing chunks of an array cost no more than this
@@ -62,11 +62,11 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
     if frame is None and 2 * len(tiles(expected, planes, patch)) > expected.tile_count:
         (frame,) = yield Fetch(None)
     if frame is None:
-        index = yield from _index(expected)
+        index = yield from _index(job)
         wanted = tiles(index.header, planes, patch)
         streams = yield from _streams(index, [tile.number for tile in wanted])
     else:
-        header, streams = _unpacked(frame, expected)
+        header, streams = _unpacked(frame, job.header)
         wanted = tiles(header, planes, patch)
     _ = job.engine  # on this thread, not on the event loop's
     synthesised = yield Synthesise(job, assembled(_decoded(wanted, streams, job), len(planes), patch))
@@ -74,13 +74,13 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
     return pixels
 
 
-def _index(expected: FrameHeader) -> Plan[framing.FrameIndex]:
+def _index(job: ChunkJob) -> Plan[framing.FrameIndex]:
     """The index of a frame, from as few bytes of its beginning as it takes."""
-    head, more = b"", _FIXED_BYTES + _LENGTH_BYTES * expected.tile_count
+    head, more = b"", _FIXED_BYTES + _LENGTH_BYTES * job.outline.tile_count
     while True:
         (part,) = yield Fetch([(len(head), len(head) + more)])
         head += part
-        index = framing.parse_index(head, expected)
+        index = framing.parse_index(head, job.header)
         if not isinstance(index, int):
             return index
         if len(part) < more:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -114,4 +115,8 @@ class LatentPatches:
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+    try:
+        rows, columns = map(operator.index, value if isinstance(value, Iterable) else (value, value))
+    except (TypeError, ValueError) as error:
+        raise CAEConfigurationError(f"cae: sizes are one or two whole numbers of positions; got {value!r}") from error
+    return rows, columns

@@ -124,13 +124,18 @@ def resolve_value_range(dtype: np.dtype[Any], value_range: ValueRange | None) ->
         raise CAEConfigurationError(f"cae: dtype {dtype} cannot be coded; expected a real integer or float dtype")
     if value_range is None:
         if dtype == np.uint8:
-            return 0.0, 255.0
+            return 0, 255
         raise CAEConfigurationError(
             f"cae: dtype {dtype} needs value_range=(lowest, highest) of the data; only uint8 has a default, (0, 255)"
         )
     low, high = value_range
-    limits = np.iinfo(dtype) if dtype.kind in "ui" else np.finfo(dtype)
-    if not (limits.min <= low < high <= limits.max):
+    if dtype.kind == "f":
+        largest = float(np.finfo(dtype).max)  # a float of Python: NumPy's would convert what it is compared with
+        fits = -largest <= low < high <= largest and math.isfinite(float(high) - float(low))
+    else:
+        fits = np.iinfo(dtype).min <= low < high <= np.iinfo(dtype).max and low == int(low) and high == int(high)
+        low, high = (int(low), int(high)) if fits else (low, high)
+    if not fits:
         raise CAEConfigurationError(f"cae: value_range {low, high} is not an ascending pair of values of dtype {dtype}")
     return low, high
 
@@ -141,21 +146,28 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
     The chunk is not changed. Raises CAEDataError for values outside the range, which could not be given back.
     """
     low, high = value_range
-    scale = np.float32(1 / (high - low))
     if not (chunk.dtype == np.uint8 and value_range == (0, 255)):
         _check_range(chunk, value_range)
     ordered = chunk.transpose(layout.channels_first)
     ordered = ordered.reshape(layout.planes, 1 if layout.grey else RGB, layout.height, layout.width)
     planes = np.empty((*ordered.shape[:2], *(-(-side // STRIDE) * STRIDE for side in ordered.shape[2:])), np.float32)
     inside = planes[:, :, : layout.height, : layout.width]
-    if low == 0:
-        np.multiply(ordered, scale, out=inside, casting="unsafe")
+    if chunk.dtype.kind == "f":
+        np.divide(np.subtract(ordered, low, dtype=np.float64), float(high) - float(low), out=inside, casting="unsafe")
     else:
-        np.subtract(ordered, low, out=inside, casting="unsafe")
-        inside *= scale
+        np.multiply(_above(ordered, int(low)), np.float32(1 / (high - low)), out=inside, casting="unsafe")
     planes[:, :, : layout.height, layout.width :] = planes[:, :, : layout.height, layout.width - 1 : layout.width]
     planes[:, :, layout.height :] = planes[:, :, layout.height - 1 : layout.height]
     return planes
+
+
+def _above(integers: Chunk, low: int) -> Chunk:
+    """How far integers lie above `low`, exactly: modulo 2^n, as their own dtype may not hold the distance."""
+    if low == 0:
+        return integers
+    distance = integers.astype(f"u{integers.itemsize}")
+    distance -= distance.dtype.type(low % (1 << 8 * distance.itemsize))
+    return distance
 
 
 def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
@@ -170,19 +182,30 @@ def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
 def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
     """Planes (N, 3 or 1, H', W') back to a chunk: cropped, clipped to the range, rounded where dtype is integer."""
     low, high = value_range
-    values = planes[:, :, : layout.height, : layout.width] * np.float32(high - low)
-    if low:
-        values += np.float32(low)
-    np.clip(values, np.float32(low), np.float32(high), out=values)
-    if dtype.kind in "ui":
-        np.rint(values, out=values)
+    inside = planes[:, :, : layout.height, : layout.width]
+    values = _floats(inside, low, high) if dtype.kind == "f" else _integers(inside, dtype, int(low), int(high))
     order = layout.channels_first
     ordered = values.reshape([layout.shape[axis] for axis in order])
-    return _exact(ordered.transpose(np.argsort(order)), dtype, value_range)
+    return np.ascontiguousarray(ordered.transpose(np.argsort(order)).astype(dtype))
 
 
-def _exact(values: Chunk, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
-    """Convert to dtype, again inside the range whose ends float32 may have rounded outwards."""
-    if dtype.itemsize > 4 or (dtype.kind in "ui" and dtype.itemsize == 4):
-        return np.ascontiguousarray(np.clip(values.astype(np.float64), *value_range).astype(dtype))
-    return np.ascontiguousarray(values.astype(dtype))
+def _floats(planes: Planes, low: float, high: float) -> Chunk:
+    """Values in [low, high]; in float64, as a small range far from 0 has few values of float32."""
+    values = planes * np.float64(float(high) - float(low))
+    values += low
+    return np.clip(values, low, high, out=values)
+
+
+def _integers(planes: Planes, dtype: np.dtype[Any], low: int, high: int) -> Chunk:
+    """Values in [low, high] in dtype, or modulo 2^n in the unsigned type of its size."""
+    extent = high - low
+    values = planes * (np.float32(extent) if extent < 1 << 16 else np.float64(extent))
+    largest = float(extent)
+    if largest > extent:  # float64 has rounded it up
+        largest = math.nextafter(largest, 0)
+    np.clip(values, 0, values.dtype.type(largest), out=values)
+    np.rint(values, out=values)
+    integers: Chunk = values.astype(f"u{dtype.itemsize}")
+    if low:
+        integers += integers.dtype.type(low % (1 << 8 * integers.itemsize))
+    return integers

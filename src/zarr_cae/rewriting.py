@@ -55,28 +55,32 @@ def rewrite(document: Mapping[str, Any]) -> Document:
             return _rewrite_array(result)
         except CAEConfigurationError:
             raise
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise CAEConfigurationError(f"cae: the metadata of the array are malformed: {error!r}") from error
     consolidated = result.get("consolidated_metadata")
     if isinstance(consolidated, dict) and isinstance(consolidated.get("metadata"), dict):
         try:
-            consolidated["metadata"] = {path: rewrite(node) for path, node in consolidated["metadata"].items()}
+            consolidated["metadata"] = {
+                path: rewrite(node) if isinstance(node, dict) else node
+                for path, node in consolidated["metadata"].items()
+            }
         except CAEConfigurationError:
             del result["consolidated_metadata"]  # zarr reads the members one by one, and meets the reason there
     return result
 
 
-def _named(entry: object) -> tuple[str, Document]:
-    """Name and configuration of a codec's entry, which may be the bare name."""
+def _named(entry: object) -> tuple[str, Any]:
+    """Name and configuration, which may be anything, of a codec's entry, which may be the bare name."""
     if isinstance(entry, dict):
-        return str(entry.get("name")), entry.get("configuration") or {}
+        return str(entry.get("name")), entry.get("configuration", {})
     return str(entry), {}
 
 
 def holds(codecs: object, name: str) -> bool:
     """Whether a chain of codecs, as metadata writes it, has one of this name, also in shards."""
     for own, configuration in map(_named, codecs if isinstance(codecs, list | tuple) else ()):
-        if own == name or (own == _SHARDING and holds(configuration.get("codecs"), name)):
+        inside = configuration.get("codecs") if own == _SHARDING and isinstance(configuration, dict) else None
+        if own == name or holds(inside, name):
             return True
     return False
 
@@ -115,7 +119,7 @@ def _rewrite_array(array: Document) -> Document:
     chunk_of_array = [0] * len(axes)
     for axis, length in zip(view.axes, view.codec.chunk_shape, strict=True):
         chunk_of_array[axis] = length
-    array["attributes"] = {**array.get("attributes", {}), ATTRIBUTE: _mapping(view, array, chunk_of_array)}
+    array["attributes"] = {**(array.get("attributes") or {}), ATTRIBUTE: _mapping(view, array, chunk_of_array)}
     array["shape"] = view.shape(shape, axes)
     grid["chunk_shape"] = view.shape(chunk, axes)
     array["data_type"], array["fill_value"] = "float32", "NaN"
@@ -159,7 +163,9 @@ def _find(codecs: Sequence[object], axes: tuple[int, ...], shape: Sequence[int],
                 f"cae: latents behind filter {name!r} can't be served: how it changes shapes is not known here; only "
                 "'transpose' is"
             )
-    raise AssertionError
+    raise CAEConfigurationError(
+        "cae: the metadata of the array are malformed: a shard without 'cae' stands before 'cae' in the chain of codecs"
+    )
 
 
 def _rewrite_codecs(codecs: Sequence[Any], axes: tuple[int, ...], view: _View) -> list[Any]:

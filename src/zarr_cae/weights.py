@@ -6,21 +6,25 @@ in a cache folder; never under a path or URL that metadata gives. It holds
     analysis.*, synthesis.*      the networks' parameters (float16 or float32), as `transforms` names them
     gain, shift   (Q, M) float32 symbol = rint(latent * gain - shift)
     step, offset  (Q, M) float32 dequantised latent = symbol * step + offset, in exactly these two operations
-    tables.minimum, tables.length (Q, M) int32 and tables.frequency (n,) uint16, integer frequency tables (`tables`)
+    tables.minimum, tables.length (Q, R) int32 and tables.frequency (n,) uint16, integer frequency tables (`tables`)
+    contexts.source (Q, M, S) int16, contexts.weight (Q, M, S) uint8, contexts.threshold (Q, M, K - 1) uint16,
+    contexts.predicted (Q, M) uint8, contexts.zero (Q, M) uint16, if the tables have contexts (`contexts`)
 
-for Q qualities and M latent channels, and in its metadata `format`, `model`, `metric`, `qualities`, `architecture`
-and `provenance`. Nothing is computed from floats at load, so symbols and latents are the same on every machine.
+for Q qualities, M latent channels and R = M or M K rows, and in its metadata `format`, `model`, `metric`, `qualities`,
+`architecture` and `provenance`. Nothing is computed from floats at load, so symbols and latents are the same on every
+machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -32,6 +36,7 @@ import safetensors.numpy
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
+from zarr_cae.contexts import Contexts
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.tables import Tables
 
@@ -47,6 +52,7 @@ FORMAT = "zarr-cae-weights-1"
 CACHE_VARIABLE = "ZARR_CAE_WEIGHTS"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LARGEST_HEADER = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,10 @@ def available() -> Iterator[WeightsInfo]:
     for folder in (bundled_folder(), cache_folder()):
         for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
             if _DIGEST.fullmatch(f"sha256:{path.stem}"):
-                yield _info(path, path.stat().st_mtime_ns)
+                try:
+                    yield _info(path, path.stat().st_mtime_ns)
+                except CAEConfigurationError as error:  # one damaged file must not hide the others
+                    _log.warning("%s", error)
 
 
 def default_digest(model: str, quality: int, metric: str) -> str:
@@ -176,29 +185,52 @@ def _parse(content: bytes, path: Path) -> Weights:
         raise CAEConfigurationError(f"cae: weights file {path} is not a safetensors file: {error}") from error
     count = len(info.qualities)
     shape = tensors["gain"].shape if "gain" in tensors else ()
+    rows = tensors["tables.minimum"].shape if "tables.minimum" in tensors else ()
     for name, dtype in {
         "gain": np.float32, "shift": np.float32, "step": np.float32, "offset": np.float32,
         "tables.minimum": np.int32, "tables.length": np.int32,
     }.items():  # fmt: skip
-        tensor = tensors.get(name)
-        if tensor is None or tensor.dtype != dtype or tensor.shape != shape or len(shape) != 2 or shape[0] != count:
+        tensor, wanted = tensors.get(name), rows if name.startswith("tables.") else shape
+        if tensor is None or tensor.dtype != dtype or tensor.shape != wanted or len(wanted) != 2 or wanted[0] != count:
             got = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+            of = "rows" if name.startswith("tables.") else "channels"
             raise CAEConfigurationError(
-                f"cae: weights file {path}: expected {name} as {np.dtype(dtype)} ({count}, channels), got {got}"
+                f"cae: weights file {path}: expected {name} as {np.dtype(dtype)} ({count}, {of}), got {got}"
             )
+    for name in ("gain", "shift", "step", "offset"):
+        if not np.isfinite(tensors[name]).all() or (name in ("gain", "step") and (tensors[name] == 0).any()):
+            raise CAEConfigurationError(f"cae: weights file {path}: {name} must be finite, and gain and step not 0")
     frequency = tensors.get("tables.frequency", np.empty(0, np.uint16))
+    if frequency.dtype != np.uint16:
+        raise CAEConfigurationError(
+            f"cae: weights file {path}: expected tables.frequency as uint16, got {frequency.dtype}"
+        )
     lengths = tensors["tables.length"]
     ends = np.cumsum(lengths.astype(np.int64).sum(1))
     if (lengths < 2).any() or ends[-1] != len(frequency):
         raise CAEConfigurationError(
             f"cae: weights file {path}: tables.frequency has {len(frequency)} entries, expected {ends[-1]}"
         )
-    rows = np.split(frequency, ends[:-1])
-    tables = tuple(
-        Tables(minimum, length, row)
-        for minimum, length, row in zip(tensors["tables.minimum"], lengths, rows, strict=True)
-    )
+    parts = np.split(frequency, ends[:-1])
+    contexts = [_contexts(tensors, row, path) for row in range(count)]
+    tables = tuple(map(Tables, tensors["tables.minimum"], lengths, parts, contexts))
+    if any(table.channels != shape[1] for table in tables):
+        raise CAEConfigurationError(
+            f"cae: weights file {path}: expected tables of {shape[1]} channels, got {tables[0].channels}"
+        )
     return Weights(info, tensors, tables)
+
+
+def _contexts(tensors: Mapping[str, npt.NDArray[Any]], row: int, path: Path) -> Contexts | None:
+    names = [field.name for field in fields(Contexts)]
+    present = [f"contexts.{name}" for name in names if f"contexts.{name}" in tensors]
+    if not present:
+        return None
+    if len(present) != len(names) or any(len(tensors[name]) <= row for name in present):
+        raise CAEConfigurationError(
+            f"cae: weights file {path}: expected contexts.{{{', '.join(names)}}}, one a quality"
+        )
+    return Contexts(*(tensors[f"contexts.{name}"][row] for name in names))
 
 
 def _header(content: bytes, path: Path) -> dict[str, Any]:
@@ -213,7 +245,8 @@ def _header(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _info_of_header(header: dict[str, Any], path: Path) -> WeightsInfo:
-    metadata = header.get("__metadata__", {})
+    found = header.get("__metadata__")
+    metadata: dict[str, Any] = found if isinstance(found, dict) else {}
     if metadata.get("format") != FORMAT:
         raise CAEConfigurationError(
             f"cae: weights file {path} has format {metadata.get('format')!r}, expected {FORMAT!r}; a CompressAI "
@@ -224,7 +257,14 @@ def _info_of_header(header: dict[str, Any], path: Path) -> WeightsInfo:
         architecture, provenance = json.loads(metadata["architecture"]), json.loads(metadata["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise CAEConfigurationError(f"cae: weights file {path}: metadata is incomplete: {error!r}") from error
-    if metric not in METRICS or not qualities or not set(qualities) <= set(QUALITIES) or model not in MODELS:
+    known = all(type(quality) is int and quality in QUALITIES for quality in qualities)
+    if (
+        metric not in METRICS
+        or not qualities
+        or not known
+        or len(set(qualities)) < len(qualities)
+        or model not in MODELS
+    ):
         raise CAEConfigurationError(
             f"cae: weights file {path} is for model {model!r}, metric {metric!r}, qualities {qualities}, which this "
             "zarr-cae does not know; install a newer one"

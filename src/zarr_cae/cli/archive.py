@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,11 +11,13 @@ import numpy as np
 from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, progress, quality, refuse, value_range
 from zarr_cae.cli.images import (
     Pixels,
+    arrays_at,
     megapixels,
     open_array,
     open_source,
     picture,
     picture_format,
+    refusing_damage,
     replacing,
     save_picture,
 )
@@ -123,7 +124,9 @@ def _read(array: zarr.Array[Any], target: Pixels) -> None:
     size = _positions(array) / 1e6
     with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:
         for window in slabs(array.shape, array.shards or array.chunks):
-            target[window] = array[window]
+            with refusing_damage(str(array.store_path)):
+                pixels = array[window]
+            target[window] = pixels
             bar.update(size * target[window].size / array.size)
 
 
@@ -140,24 +143,16 @@ def _picture_axes(array: zarr.Array[Any]) -> list[int]:
 
 def info(arguments: argparse.Namespace) -> None:
     """`zarr-cae info`."""
-    found = list(_arrays(arguments.array))
+    found = _arrays(arguments.array)
     if not found:
         refuse(f"{arguments.array} holds no arrays")
     print("\n\n".join(_describe(array) for array in found))
 
 
-def _arrays(path: Path) -> Iterator[zarr.Array[Any]]:
+def _arrays(path: Path) -> list[zarr.Array[Any]]:
     """The array at a path, or all arrays of the group there, by name."""
-    import zarr
-
-    if not path.exists():
-        refuse(f"{path} does not exist")
-    node = zarr.open(path, mode="r")
-    if isinstance(node, zarr.Array):
-        yield node
-    else:
-        members = sorted(node.members(max_depth=None), key=lambda member: member[0])
-        yield from (member for _, member in members if isinstance(member, zarr.Array))
+    array, members = arrays_at(path)
+    return list(members.values()) if array is None else [array]
 
 
 def _codec(array: zarr.Array[Any]) -> CAECodec | None:

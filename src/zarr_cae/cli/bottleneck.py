@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from zarr_cae.cli.arguments import Commands, command, progress, refuse
-from zarr_cae.cli.images import replacing
+from zarr_cae.cli.images import arrays_at, refusing_damage, replacing
 from zarr_cae.cli.writing import replacing_zarr, slabs
 
 if TYPE_CHECKING:
@@ -37,38 +40,34 @@ def bottleneck(arguments: argparse.Namespace) -> None:
     if out.suffix.lower() == ".npy":
         with replacing(out) as partial:
             target = np.lib.format.open_memmap(partial, mode="w+", dtype=array.dtype, shape=array.shape)
-            _copy(array, target)
+            for window, values in _pieces(array):
+                target[window] = values
             target.flush()
     else:
         with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
-            _copy(array, _create(partial, array))
+            asyncio.run(_write(array, partial))  # a loop of its own, so that Ctrl-C stops all work before it returns
     shape = " x ".join(map(str, array.shape))
     print(f"{out}: {shape} {array.dtype}, {array.nbytes:,} bytes in memory")
 
 
 def _open(path: Path) -> zarr.Array[Any]:
     """The latents of the array at a path, or of the only one with latents in the group there."""
-    import zarr
-
     from zarr_cae.bottleneck import has_latents, open_bottleneck
 
-    if not path.exists():
-        refuse(f"{path} does not exist")
-    node = open_bottleneck(path)
-    if isinstance(node, zarr.Array):
-        return node
-    members = node.members(max_depth=None)
-    found = {name: member for name, member in members if isinstance(member, zarr.Array) and has_latents(member)}
+    array, members = arrays_at(path, open_bottleneck)
+    if array is not None:
+        return array
+    found = {name: member for name, member in members.items() if has_latents(member)}
     if len(found) != 1:
         examples = ", ".join(f"{path}/{name}" for name in sorted(found)[:4])
         refuse(f"{path} is a group of {len(found)} arrays with latents" + (f"; name one: {examples}" if found else ""))
     return next(iter(found.values()))
 
 
-def _create(path: Path, array: zarr.Array[Any]) -> zarr.Array[Any]:
-    import zarr
+async def _write(array: zarr.Array[Any], path: Path) -> None:
+    import zarr.api.asynchronous
 
-    return zarr.create_array(
+    target = await zarr.api.asynchronous.create_array(
         path,
         shape=array.shape,
         chunks=array.chunks,
@@ -78,11 +77,15 @@ def _create(path: Path, array: zarr.Array[Any]) -> zarr.Array[Any]:
         attributes=array.attrs.asdict(),
         dimension_names=cast("Any", array.metadata).dimension_names,
     )
+    for window, values in _pieces(array):
+        await target.setitem(window, values)
 
 
-def _copy(array: zarr.Array[Any], target: Any) -> None:
+def _pieces(array: zarr.Array[Any]) -> Iterator[tuple[tuple[slice, ...], npt.NDArray[np.float32]]]:
+    """All windows of an array with their values, under a progress bar."""
     with progress(array.nbytes, "B", "bottleneck", unit_scale=True) as bar:
         for window in slabs(array.shape, array.shards or array.chunks):
-            values = np.asarray(array[window])
-            target[window] = values
+            with refusing_damage(str(array.store_path)):
+                values = np.asarray(array[window])
+            yield window, values
             bar.update(values.nbytes)

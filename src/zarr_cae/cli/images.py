@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import secrets
+import struct
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.cli.arguments import refuse
+from zarr_cae.errors import CAEError
 
 if TYPE_CHECKING:
     import zarr
@@ -32,6 +35,10 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 """So that a decoded image is not spoilt by the format it is put into."""
 _METADATA = ("zarr.json", ".zarray", ".zgroup")
+_METADATA_DAMAGE = (AttributeError, KeyError, TypeError, ValueError)
+_CHUNK_DAMAGE = (EOFError, RuntimeError, ValueError, zlib.error)
+_IMAGE_DAMAGE = (*_CHUNK_DAMAGE, IndexError, KeyError, MemoryError, SyntaxError, TypeError, struct.error)
+"""What zarr raises for metadata, zarr's codecs for chunks, and Pillow's plugins for images that make no sense."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def megapixels(path: Path) -> float:
     if _is_array(path):
         source = open_source(path)
         return math.prod(source.shape) / (3e6 if 3 in source.shape else 1e6)
-    with _no_size_limit(), Image.open(path) as image:
+    with _no_size_limit(), refusing_damage(str(path), _IMAGE_DAMAGE), Image.open(path) as image:
         return image.width * image.height / 1e6
 
 
@@ -103,20 +110,45 @@ def _no_size_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def open_array(path: Path) -> zarr.Array[Any]:
-    """The zarr array at a path, or the only one in the group there; read only."""
+@contextmanager
+def refusing_damage(what: str, errors: tuple[type[Exception], ...] = _CHUNK_DAMAGE) -> Iterator[None]:
+    """Refuse `what` for the errors by which other libraries say that stored bytes make no sense."""
+    try:
+        yield
+    except (CAEError, OSError):
+        raise
+    except errors as error:
+        refuse(f"{what} can't be read; is it damaged? {type(error).__name__}: {error}")
+
+
+def arrays_at(
+    path: Path, open_node: Callable[[Path], zarr.Array[Any] | zarr.Group] | None = None
+) -> tuple[zarr.Array[Any] | None, dict[str, zarr.Array[Any]]]:
+    """The array at a path, or else the arrays in the group there, by name; opened by `open_node` or by zarr, read only.
+
+    Raises CAEConfigurationError if there is nothing, or if its metadata are damaged.
+    """
     import zarr
 
     if not path.exists():
         refuse(f"{path} does not exist")
-    node = zarr.open(path, mode="r")
-    if isinstance(node, zarr.Array):
-        return node
-    arrays = [name for name, member in node.members(max_depth=None) if isinstance(member, zarr.Array)]
-    if len(arrays) != 1:
-        examples = ", ".join(f"{path}/{name}" for name in sorted(arrays)[:4])
-        refuse(f"{path} is a group of {len(arrays)} arrays; name one of them" + (f": {examples}" if arrays else ""))
-    return cast("zarr.Array[Any]", node[arrays[0]])
+    with refusing_damage(f"the metadata of {path}", _METADATA_DAMAGE):
+        node = zarr.open(path, mode="r") if open_node is None else open_node(path)
+        if isinstance(node, zarr.Array):
+            return node, {}
+        members = sorted(node.members(max_depth=None), key=lambda member: member[0])
+    return None, {name: member for name, member in members if isinstance(member, zarr.Array)}
+
+
+def open_array(path: Path) -> zarr.Array[Any]:
+    """The zarr array at a path, or the only one in the group there; read only."""
+    array, members = arrays_at(path)
+    if array is not None:
+        return array
+    if len(members) != 1:
+        examples = ", ".join(f"{path}/{name}" for name in list(members)[:4])
+        refuse(f"{path} is a group of {len(members)} arrays; name one of them" + (f": {examples}" if members else ""))
+    return next(iter(members.values()))
 
 
 def read_image(path: Path) -> Pixels:
@@ -126,15 +158,11 @@ def read_image(path: Path) -> Pixels:
     """
     from PIL import Image, ImageOps
 
-    with _no_size_limit(), Image.open(path) as image:
+    with _no_size_limit(), refusing_damage(str(path), _IMAGE_DAMAGE), Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format in _FRAMES_MATTER:
             refuse(f"{path} has {frames} frames; give them as separate images, or stacked in one .npy file")
-        try:
-            upright = ImageOps.exif_transpose(image)
-        except (SyntaxError, ValueError, EOFError) as error:  # what Pillow's plugins raise for damaged files
-            refuse(f"{path} cannot be read: {error}")
-        return _pixels(upright, path)
+        return _pixels(ImageOps.exif_transpose(image), path)
 
 
 def _pixels(image: Image.Image, path: Path) -> Pixels:

@@ -21,11 +21,14 @@ from zarr_cae.cli.arguments import Commands, command, note, progress, refuse
 from zarr_cae.cli.weights_files import described
 
 if TYPE_CHECKING:
+    from zarr_cae.training.data import Crops
     from zarr_cae.training.loop import Progress, Recipe, Trainer
 
 _COLUMNS = ("step", "seconds", "quality", "bpp", "psnr", "ms_ssim")
 _FINE_TUNING_RATE = 4e-4
 """Peak learning rate from weights that are good already; a higher one would first undo them."""
+_TABLE_IMAGES = 400
+"""Images whose symbols the exported tables are fitted to."""
 
 
 def add(commands: Commands) -> None:
@@ -54,7 +57,11 @@ def add(commands: Commands) -> None:
     start.add_argument(
         "--from", dest="start", metavar="DIGEST|CHECKPOINT", help="start from these weights (sha256:...) or this .pt"
     )
-    start.add_argument("--export-only", action="store_true", help="only export FOLDER/checkpoint.pt as it stands")
+    start.add_argument(
+        "--export-only",
+        action="store_true",
+        help="only export FOLDER/checkpoint.pt as it stands, with tables fitted to IMAGES",
+    )
 
 
 def _positive(number: type[int | float]) -> Any:
@@ -74,26 +81,39 @@ def train(arguments: argparse.Namespace) -> None:
     checkpoint = folder / "checkpoint.pt"
     if (arguments.resume or arguments.export_only) and not checkpoint.is_file():
         refuse(f"{checkpoint} does not exist")
-    if not arguments.export_only:
-        if not arguments.paths:
-            refuse("give images to train on")
-        if checkpoint.exists() and not arguments.resume:
-            refuse(f"{checkpoint} exists; go on with --resume, or give another --out")
-        _run(arguments, folder, checkpoint)
-    info = _export(folder, checkpoint)
+    if not arguments.paths:
+        refuse("give images to train on, or to fit the tables of the export to")
+    if checkpoint.exists() and not (arguments.resume or arguments.export_only):
+        refuse(f"{checkpoint} exists; go on with --resume, or give another --out")
+    crops = _export_only(arguments, checkpoint) if arguments.export_only else _run(arguments, folder, checkpoint)
+    info = _export(folder, checkpoint, crops)
     print(described(info))
     print(f"Make it known with `zarr-cae weights import {info.path}`.")
 
 
-def _run(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> None:
-    """Set up a trainer and run it to the end of its schedule."""
+def _crops(arguments: argparse.Namespace, recipe: Recipe) -> Crops:
     from zarr_cae.training.data import Crops
+
+    paths = [Path(path) for path in arguments.paths]
+    return Crops(paths, crop=recipe.crop, seed=recipe.seed, holdout=recipe.holdout)
+
+
+def _export_only(arguments: argparse.Namespace, checkpoint: Path) -> Crops:
+    """Only read the images."""
+    from zarr_cae.training.loop import Recipe, prepare, read_checkpoint
+
+    prepare(arguments.device, arguments.threads)
+    return _crops(arguments, Recipe(**read_checkpoint(checkpoint)["recipe"]))
+
+
+def _run(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> Crops:
+    """Set up a trainer, run it to the end of its schedule, and return its images."""
     from zarr_cae.training.loop import Trainer, prepare, train
 
     device = prepare(arguments.device, arguments.threads)
     start = None if arguments.start is None else _Start.find(arguments.start)
     recipe = _recipe(arguments, checkpoint, start)
-    crops = Crops([Path(path) for path in arguments.paths], crop=recipe.crop, seed=recipe.seed, holdout=recipe.holdout)
+    crops = _crops(arguments, recipe)
     trainer = Trainer(recipe, crops, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.resume:
@@ -119,6 +139,7 @@ def _run(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> None:
             trainer.save(checkpoint)
             note(f"saved {checkpoint} at step {trainer.step}; --resume goes on from it, --export-only exports it")
             raise
+    return crops
 
 
 @dataclass(frozen=True)
@@ -188,8 +209,8 @@ def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | Non
     return Recipe(**{**chosen, **given, **length})
 
 
-def _export(folder: Path, checkpoint: Path) -> weights.WeightsInfo:
-    """The averaged network of a checkpoint as a weights file."""
+def _export(folder: Path, checkpoint: Path, crops: Crops) -> weights.WeightsInfo:
+    """The averaged network of a checkpoint as a weights file, its tables fitted to the images."""
     from zarr_cae.training.export import export
     from zarr_cae.training.loop import Recipe, read_checkpoint
     from zarr_cae.training.model import GainedAutoencoder
@@ -204,7 +225,7 @@ def _export(folder: Path, checkpoint: Path) -> weights.WeightsInfo:
         "recipe": asdict(recipe), "steps": state["step"], "minutes": round(state["seconds"] / 60, 1),
         **(json.loads(run.read_text("utf-8")) if run.is_file() else {}),
     }  # fmt: skip
-    return weights.store(export(model, recipe.metric, provenance), folder)
+    return weights.store(export(model, recipe.metric, provenance, crops.tiles(_TABLE_IMAGES)), folder)
 
 
 class _Display:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from zarr_cae.cli.arguments import note, progress, refuse
-from zarr_cae.cli.images import Source, is_zarr
+from zarr_cae.cli.images import Source, is_zarr, refusing_damage
 from zarr_cae.pixels import Layout, resolve_channel_axis
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def _value_range(source: Source, chosen: tuple[float, float] | None) -> tuple[fl
     if source.dtype == np.uint16:
         note(f"{source.name} is uint16, coded as values from 0 to 65535; give --value-range 0,4095 if it has 12 bits")
         return 0, 65535
+    if source.dtype.kind not in "uif":
+        refuse(f"{source.name} has dtype {source.dtype}, which can't be coded; expected integers or floats")
     return refuse(f"{source.name} has dtype {source.dtype}; give --value-range LO,HI, the lowest and highest it holds")
 
 
@@ -163,7 +165,8 @@ async def _write(plans: Iterable[Plan], path: Path, advance: Callable[[float], o
             dimension_names=item.dimension_names,
         )
         for window in slabs(source.shape, item.shards or item.chunks):
-            pixels = np.asarray(source.array[window])
+            with refusing_damage(source.name):
+                pixels = np.asarray(source.array[window])
             await array.setitem(window, pixels)
             advance(item.megapixels * pixels.size / math.prod(source.shape))
 

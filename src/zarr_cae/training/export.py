@@ -1,51 +1,57 @@
-"""From a trained network to a weights file: half-precision parameters, gains and integer frequency tables."""
+"""From a trained network to a weights file: half-precision parameters, gains, contexts and integer tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from zarr_cae import weights
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.tables import trimmed_frequencies
+from zarr_cae.training.fitting import fit
 from zarr_cae.training.model import GainedAutoencoder
 
-_WIDEST = 2047
-"""Symbols beyond this are left to the escape whatever the density says."""
-
-
-def integer_tables(probabilities: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[Any]]:
-    """Trim and quantise bin probabilities (Q, M, 2 limit + 1) of the integers -limit to limit, once and for all."""
-    limit = probabilities.shape[2] // 2
-    rows = [[trimmed_frequencies(channel, -limit) for channel in quality] for quality in probabilities]
-    return {
-        "tables.minimum": np.array([[minimum for minimum, _ in row] for row in rows], np.int32),
-        "tables.length": np.array([[len(frequency) for _, frequency in row] for row in rows], np.int32),
-        "tables.frequency": np.concatenate([frequency for row in rows for _, frequency in row]).astype(np.uint16),
-    }
+_LARGEST_SYMBOL = 32767
 
 
 @torch.no_grad()
-def export(model: GainedAutoencoder, metric: weights.Metric, provenance: Mapping[str, Any]) -> bytes:
-    """The bytes of the weights file of a trained network; put them in place with `weights.store`."""
-    model = model.cpu()
+def export(
+    model: GainedAutoencoder, metric: weights.Metric, provenance: Mapping[str, Any], images: Sequence[Tensor]
+) -> bytes:
+    """The bytes of a weights file of a trained network; put them in place with `weights.store`.
+
+    The contexts and integer tables are fitted to the symbols of `images`: a few hundred, each float32 (1, 3, H, W) in
+    [0, 1], sides multiples of 16 and at most 512, so that each is one tile.
+    """
+    model.to("cpu")
     tensors: dict[str, npt.NDArray[Any]] = {
         f"{part}.{name}": value.numpy().astype(np.float16)
         for part, module in (("analysis", model.analysis), ("synthesis", model.synthesis))
         for name, value in module.state_dict().items()
     }
-    gain = model.log_gain.exp().numpy()
-    tensors["gain"], tensors["shift"] = gain, np.zeros_like(gain)
+    gain = model.log_gain.exp()
+    tensors["gain"], tensors["shift"] = gain.numpy(), np.zeros_like(gain.numpy())
     step = model.log_step.exp().numpy()
     tensors["step"], tensors["offset"] = step, np.zeros_like(step)
-    tensors |= integer_tables(model.density.probabilities(_WIDEST).numpy())
+    latents = [model.analysis(image)[0] for image in images]
+    predicted = model.density.predicted.bool().numpy()
+    fitted = []
+    for row in gain[:, :, None, None]:
+        rounded = [(values * row).round().clamp(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).short() for values in latents]
+        fitted.append(fit([tile.numpy() for tile in rounded], predicted))
+    for name in ("minimum", "length"):
+        tensors[f"tables.{name}"] = np.stack([getattr(own, name) for own in fitted])
+    tensors["tables.frequency"] = np.concatenate([own.frequency for own in fitted])
+    for name in ("source", "weight", "threshold", "predicted", "zero"):
+        stacked = np.stack([getattr(own.contexts, name) for own in fitted])
+        tensors[f"contexts.{name}"] = stacked.astype(np.uint8) if stacked.dtype == np.bool_ else stacked
     for name, value in model.density.state_dict().items():
-        tensors[f"density.{name}"] = value.numpy()
+        tensors[f"density.{name}"] = value.numpy().astype(np.float16)
     return weights.pack(
         tensors,
         model=weights.DEFAULT_MODEL,

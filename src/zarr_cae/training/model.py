@@ -72,10 +72,9 @@ class GainedAutoencoder(nn.Module):
     def forward(self, pixels: Tensor, *, noisy: bool, straight_through: bool, tune_decoder: bool) -> Coded:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not tune_decoder):
             latents = self.scaled(pixels)
-        rounded = latents + (latents.round() - latents).detach() if straight_through else latents
+        rounded = latents + (latents.round() - latents).detach()
         noise = torch.rand_like(latents) - 0.5
-        for_rate = latents + noise if noisy else latents.round()
-        bits = self.density.bits(for_rate)
+        bits = self.density.bits(latents + noise if noisy else rounded, rounded)
         decoded = self.reconstruct(rounded if straight_through else latents + noise)
         return Coded(decoded, bits / (pixels.shape[-1] * pixels.shape[-2]))
 

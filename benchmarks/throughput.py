@@ -1,0 +1,227 @@
+"""Megapixels a second through zarr, against bare networks, CompressAI one chunk at a time, and classical codecs.
+
+    python benchmarks/throughput.py [IMAGE ...] [--edge 4096] [--chunks 256,512] [--quality 4,8] [--repeats 3]
+        [--against compressai,networks,jpegxl,avif,webp,jpeg] [--threads N]
+
+The picture is made of the images (default: the photograph that the package holds), mirrored at the seams, edge x edge
+RGB, and is written to and read from a memory store with `zarr.create_array`. In the same process, in turn with each
+repeat, on the same picture:
+
+networks    forward passes of the same networks over the same chunks, in the batches that the engine makes, nothing
+            else: what is left over is the cost of everything around the networks
+zoo         the network of `bmshj2018-factorized` with random weights through `CAECodec`
+compressai  CompressAI's `bmshj2018-factorized` with random weights, `compress` and `decompress`, one chunk at a time,
+            as caecodec did (compressai must be importable); at --sample of the chunks
+jpeg, ...   classical codecs, one chunk at a time on one thread, at the setting whose PSNR is nearest; through the
+            functions of `zarr_cae.rivals`; at --sample of the chunks
+
+Seconds are the least of the repeats; ratios are to the first line of each table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from PIL import Image
+from zarr.storage import MemoryStore
+
+from zarr_cae import CAECodec, weights
+from zarr_cae.engine import Settings, engine_for
+from zarr_cae.pixels import Layout, to_planes
+from zarr_cae.rivals import RIVALS
+
+RIVAL_NAMES = ("jpegxl", "avif", "webp", "jpeg")
+Chunk = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def picture(files: list[Path], edge: int) -> Chunk:
+    """Edge x edge x 3: the images side by side, each mirrored to fill a square of its own."""
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    count = int(np.ceil(len(images) ** 0.5))
+    side = -(-edge // count)
+    rows = []
+    for row in range(count):
+        cells = [images[(row * count + column) % len(images)] for column in range(count)]
+        padded = [
+            np.pad(cell[:side, :side], [(0, max(0, side - n)) for n in cell.shape[:2]] + [(0, 0)], mode="symmetric")
+            for cell in cells
+        ]
+        rows.append(np.concatenate(padded, 1))
+    return np.ascontiguousarray(np.concatenate(rows)[:edge, :edge])
+
+
+def cut(pixels: Chunk, edge: int) -> Iterator[Chunk]:
+    for top in range(0, pixels.shape[0], edge):
+        for left in range(0, pixels.shape[1], edge):
+            yield pixels[top : top + edge, left : left + edge]
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def through_zarr(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, float, int, Chunk]:
+    store = MemoryStore()
+    array: zarr.Array[Any] = zarr.create_array(
+        store, shape=pixels.shape, chunks=(edge, edge, 3), dtype="uint8", serializer=codec, compressors=None
+    )
+
+    def write() -> None:
+        array[...] = pixels
+
+    written, _ = timed(write)
+    read, decoded = timed(lambda: np.asarray(array[...]))
+    return written, read, array.nbytes_stored(), decoded
+
+
+def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, float]:
+    """Seconds of the forward passes alone."""
+    info = weights.find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
+    engine = engine_for(weights.load(info.path), Settings())
+    layout = Layout((edge, edge, 3), 2)
+    batch = max(1, (1 << 20) // edge**2)
+    planes = [to_planes(chunk, layout, (0, 255)) for chunk in cut(pixels, edge)]
+    batches = [
+        torch.from_numpy(np.concatenate(planes[n : n + batch])).contiguous(memory_format=torch.channels_last)
+        for n in range(0, len(planes), batch)
+    ]
+    with torch.inference_mode():
+        written, latents = timed(lambda: [engine.networks[0](part) for part in batches])
+        read, _ = timed(lambda: [engine.networks[1](part) for part in latents])
+    return written, read
+
+
+def compressai_model(quality: int) -> Any:
+    from compressai.models import FactorizedPrior
+
+    torch.manual_seed(0)
+    model = FactorizedPrior(*((128, 192) if quality <= 5 else (192, 320))).eval()
+    for name, parameter in model.named_parameters():  # lively latents: some 100 of them are not zero at a position
+        if name == "g_a.6.weight":
+            parameter.data *= 30
+    model.update()
+    return model
+
+
+def one_at_a_time(model: Any, chunks: list[Chunk]) -> tuple[float, float]:
+    def tensor(chunk: Chunk) -> torch.Tensor:
+        return torch.from_numpy(chunk.copy()).permute(2, 0, 1)[None].float() / 255
+
+    with torch.no_grad():
+        written, coded = timed(lambda: [model.compress(tensor(chunk)) for chunk in chunks])
+        read, _ = timed(
+            lambda: [
+                (model.decompress(one["strings"], one["shape"])["x_hat"][0] * 255)
+                .round()
+                .byte()
+                .permute(1, 2, 0)
+                .numpy()
+                for one in coded
+            ]
+        )
+    return written, read
+
+
+def random_zoo(quality: int, folder: Path) -> str:
+    """Import a random network of the zoo's form and return its digest."""
+    from zarr_cae.zoo import convert
+
+    path = folder / f"random-{quality}.pth.tar"
+    torch.save(compressai_model(quality).state_dict(), path)
+    return weights.store(convert(path, quality=quality, metric="mse"), folder).digest
+
+
+def psnr(one: Chunk, other: Chunk) -> float:
+    return float(10 * np.log10(255**2 / np.mean((one.astype(np.float32) - other) ** 2)))
+
+
+def matched(name: str, sample: list[Chunk], wanted: float) -> tuple[float, float, float, float]:
+    """Setting, bits per pixel and seconds of a rival at the setting whose PSNR on the sample is nearest."""
+    rival, best = RIVALS[name], (np.inf, 0.0, 0.0, 0.0, 0.0)
+    for setting in rival.settings:
+        written, coded = timed(lambda s=setting: [rival.encode(chunk, s) for chunk in sample])
+        read, decoded = timed(lambda c=coded: [rival.decode(data) for data in c])
+        off = abs(psnr(np.stack(sample), np.stack(decoded)) - wanted)
+        bits = 8 * sum(map(len, coded)) / sum(chunk.shape[0] * chunk.shape[1] for chunk in sample)
+        best = min(best, (off, setting, bits, written, read))
+    return best[1:]
+
+
+def row(name: str, megapixels: float, seconds: tuple[float, float], first: tuple[float, float], note: str = "") -> None:
+    rates = [megapixels / value for value in seconds]
+    ratios = [own / base for own, base in zip(seconds, first, strict=True)]
+    print(f"  {name:32}{rates[0]:9.2f}{rates[1]:9.2f}{ratios[0]:9.2f}{ratios[1]:9.2f}  {note}", flush=True)
+
+
+def compare(pixels: Chunk, edge: int, quality: int, arguments: argparse.Namespace, folder: Path) -> None:
+    codec, megapixels = CAECodec(quality, channel_axis=2), pixels[..., 0].size / 1e6
+    chunks = list(cut(pixels, edge))
+    sample = chunks[:: max(1, len(chunks) // max(1, int(arguments.sample * len(chunks))))]
+    share = len(chunks) / len(sample)
+    through_zarr(pixels[: 2 * edge, : 2 * edge], edge, codec)  # loads networks and coder
+    times: dict[str, list[tuple[float, float]]] = {}
+    zoo = CAECodec(quality, model=weights.ZOO_MODEL, weights=random_zoo(quality, folder), channel_axis=2) if (
+        "compressai" in arguments.against
+    ) else None  # fmt: skip
+    model = compressai_model(quality) if zoo is not None else None
+    for _ in range(arguments.repeats):
+        written, read, stored, decoded = through_zarr(pixels, edge, codec)
+        times.setdefault("cae-v1 through zarr", []).append((written, read))
+        if "networks" in arguments.against:
+            times.setdefault("its networks alone", []).append(bare_networks(pixels, edge, codec))
+        if zoo is not None:
+            times.setdefault("zoo network through zarr", []).append(through_zarr(pixels, edge, zoo)[:2])
+            one, other = one_at_a_time(model, sample)
+            times.setdefault("CompressAI, a chunk at a time", []).append((one * share, other * share))
+    quality_db = psnr(pixels, decoded)
+    print(f"\nquality {quality}, chunks of {edge}: {8 * stored / pixels[..., 0].size:.3f} bit/px, {quality_db:.2f} dB")
+    print(f"  {'':32}{'MP/s write':>9}{'read':>8}{'time write':>11}{'read':>7}")
+    least = {name: (min(w for w, _ in runs), min(r for _, r in runs)) for name, runs in times.items()}
+    first = least["cae-v1 through zarr"]
+    for name, seconds in least.items():
+        row(name, megapixels, seconds, first)
+    for name in RIVAL_NAMES:
+        if name in arguments.against:
+            setting, bits, written, read = matched(name, sample, quality_db)
+            row(name, megapixels, (written * share, read * share), first, f"setting {setting:g}, {bits:.3f} bit/px")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="*", type=Path)
+    parser.add_argument("--edge", type=int, default=4096)
+    parser.add_argument("--chunks", default="256,512")
+    parser.add_argument("--quality", default="4,8")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sample", type=float, default=0.1, help="share of the chunks for CompressAI and the rivals")
+    parser.add_argument("--against", default=f"compressai,networks,{','.join(RIVAL_NAMES)}")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    arguments.against = arguments.against.split(",")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
+    pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
+    print(f"{arguments.edge} x {arguments.edge} RGB, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        import os
+
+        os.environ[weights.CACHE_VARIABLE] = folder
+        for edge in map(int, arguments.chunks.split(",")):
+            for quality in map(int, arguments.quality.split(",")):
+                compare(pixels, edge, quality, arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
