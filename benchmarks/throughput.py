@@ -21,6 +21,8 @@ Seconds are the least of the repeats; ratios are to the first line of each table
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +105,8 @@ def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, flo
 
 
 def compressai_model(quality: int) -> Any:
+    here = str(Path(__file__).parent)
+    sys.path[:] = [path for path in sys.path if path != here]  # its bottleneck.py is not the one pandas asks for
     from compressai.models import FactorizedPrior
 
     torch.manual_seed(0)
@@ -215,8 +219,6 @@ def main() -> None:
     pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
     print(f"{arguments.edge} x {arguments.edge} RGB, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        import os
-
         os.environ[weights.CACHE_VARIABLE] = folder
         for edge in map(int, arguments.chunks.split(",")):
             for quality in map(int, arguments.quality.split(",")):

@@ -107,6 +107,11 @@ class Engine:
             max_pending=16 * _BATCH_PIXELS[device.type],
         )
 
+    @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """The analysis and the synthesis transform, on the device."""
+        return self._analysis, self._synthesis
+
     def analyse(self, planes: Array, quality: int, settings: Settings) -> Array:
         """Planes (N, 3 or 1, H, W) float32 in [0, 1], sides multiples of 16, to symbols (N, M, H/16, W/16) int16."""
         return self.batcher.submit(*_analysis_request(planes, quality, settings)).result()
