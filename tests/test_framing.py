@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import crc32c
@@ -18,8 +19,11 @@ GOLDEN_FRAMES = {
     "rgb": (FrameHeader(1, 256, 256, grey=False), [bytes(range(200))]),
     "grey_ragged": (FrameHeader(2, 33, 70, grey=True, tile=2), [bytes([n]) * n for n in range(12)]),
     "one_pixel": (FrameHeader(1, 1, 1, grey=True, tile=1024), [b"x"]),
+    "rgb_2": (FrameHeader(1, 256, 256, grey=False, version=2), [bytes(range(200))]),
+    "grey_ragged_2": (FrameHeader(2, 33, 70, grey=True, tile=2, version=2), [bytes([n]) * n for n in range(12)]),
 }
 SMALL = FrameHeader(2, 40, 17, grey=True, tile=2)
+SMALL_2 = replace(SMALL, version=2)
 SMALL_STREAMS = [b"\x01\x02\x03", b"", b"\xff" * 130, b"z"]
 
 
@@ -42,6 +46,7 @@ headers = st.builds(
     width=st.integers(1, 300),
     grey=st.booleans(),
     tile=st.sampled_from([1, 2, 4, 8, 32, 1024]),
+    version=st.sampled_from([1, 2]),
 ).filter(lambda header: header.tile_count <= 400)
 
 
@@ -57,7 +62,7 @@ def test_round_trip(header, data):
     index = parse_index(frame, header)
     assert isinstance(index, FrameIndex)
     assert index.frame_bytes == len(frame)
-    assert frame[index.offsets[0] : index.offsets[1]] == streams[0]
+    assert index.stream(0, memoryview(frame)[index.offsets[0] : index.offsets[1]]) == streams[0]
 
 
 @given(header=headers)
@@ -82,25 +87,27 @@ def test_golden_frames(name):
     assert (got, [bytes(view) for view in views]) == (header, streams)
 
 
-def test_overhead_of_a_usual_chunk():
-    assert len(pack(FrameHeader(1, 256, 256, grey=False), [b"s" * 10_000])) - 10_000 - 2 <= 24
+@pytest.mark.parametrize("version", [1, 2])
+def test_overhead_of_a_usual_chunk(version):
+    assert len(pack(FrameHeader(1, 256, 256, grey=False, version=version), [b"s" * 10_000])) - 10_000 - 2 <= 24
 
 
-def test_index_from_prefixes_says_how_much_is_missing():
-    frame = pack(SMALL, SMALL_STREAMS)
-    whole = parse_index(frame, SMALL)
+@pytest.mark.parametrize("expected", [SMALL, SMALL_2])
+def test_index_from_prefixes_says_how_much_is_missing(expected):
+    frame = pack(expected, SMALL_STREAMS)
+    whole = parse_index(frame, expected)
     assert isinstance(whole, FrameIndex)
     for size in range(1, len(frame)):
-        index = parse_index(frame[:size], SMALL)
+        index = parse_index(frame[:size], expected)
         if size >= whole.offsets[0]:
             assert index == whole
         else:
             assert isinstance(index, int)
             assert 1 <= index <= whole.offsets[0] - size
     size = reads = 1
-    while isinstance(missing := parse_index(frame[:size], SMALL), int):
+    while isinstance(missing := parse_index(frame[:size], expected), int):
         size, reads = size + missing, reads + 1
-    assert reads <= 5
+    assert reads <= 6
 
 
 @pytest.mark.parametrize("checksum", ["stale", "recomputed"])
@@ -118,6 +125,33 @@ def test_each_flipped_bit():
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(FrameError, match=r"checksum|must begin with"):
             unpack(bytes(damaged), SMALL)
+
+
+def test_each_flipped_bit_of_version_2_also_in_parts():
+    frame = pack(SMALL_2, SMALL_STREAMS)
+    whole = parse_index(frame, SMALL_2)
+    assert isinstance(whole, FrameIndex)
+    for bit in range(8 * len(frame)):
+        damaged = bytearray(frame)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FrameError, match=r"^cae: frame"):
+            unpack(bytes(damaged), SMALL_2)
+        if bit // 8 < whole.offsets[0]:
+            with pytest.raises(FrameError, match=r"^cae: frame"):
+                assert isinstance(parse_index(bytes(damaged), SMALL_2), FrameIndex)
+        else:
+            (tile,) = (n for n in range(4) if whole.offsets[n] <= bit // 8 < whole.offsets[n + 1])
+            with pytest.raises(FrameError, match=f"tile {tile}'s checksum must be"):
+                whole.stream(tile, memoryview(damaged)[whole.offsets[tile] : whole.offsets[tile + 1]])
+
+
+def test_truncation_of_version_2_at_each_byte_and_a_tail():
+    frame = pack(SMALL_2, SMALL_STREAMS)
+    for size in range(len(frame)):
+        with pytest.raises(FrameError, match=r"^cae: frame"):
+            unpack(frame[:size], SMALL_2)
+    with pytest.raises(FrameError, match="foreign tail"):
+        unpack(frame + b"\0", SMALL_2)
 
 
 # The small frame: magic 0-3, version 4, flags 5, planes 6, height 7, width 8, tile 9, lengths 10-14.

@@ -1,8 +1,8 @@
 """The chunk frame: a header and one stream per tile, checked by CRC32C.
 
-Versions 1 and 2 differ only in the streams, which the weights decide: tables without contexts make version 1, tables
-with contexts version 2 (see `rans`). Little endian; varints are base 128, 7 bits a byte, low bits first, high bit set
-on all but the last byte, never with a superfluous last byte, below 2^32:
+The weights decide the version: tables without contexts make version 1, tables with contexts version 2 (see `rans`).
+Little endian; varints are base 128, 7 bits a byte, low bits first, high bit set on all but the last byte, never with a
+superfluous last byte, below 2^32:
 
     4 bytes      magic, the ASCII characters ZCAE
     1 byte       version, 1 or 2
@@ -12,8 +12,16 @@ on all but the last byte, never with a superfluous last byte, below 2^32:
     varint       width of a plane in pixels
     1 byte       log2 of the edge of a tile in latent positions, 0 to 10
     varints      bytes of each tile's stream
+
+and then, in version 1,
+
     ...          the tiles' streams, one after the other
     4 bytes      CRC32C (Castagnoli) of all before it
+
+in version 2, where what is read of a frame can be checked without the rest,
+
+    4 bytes      CRC32C of all before it
+    ...          for each tile, its stream and the CRC32C of that, 4 bytes
 
 A plane has ceil(height / 16) x ceil(width / 16) latent positions, cut into tiles from its upper left corner; tiles at
 the lower and right edge are smaller. Tiles are ordered by plane, then tile row, then tile column.
@@ -99,7 +107,7 @@ class FrameHeader:
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Where the streams of a frame lie: tile i is frame[offsets[i]:offsets[i + 1]]."""
+    """Where the tiles of a frame lie: tile i is stored as frame[offsets[i]:offsets[i + 1]]."""
 
     header: FrameHeader
     offsets: tuple[int, ...]
@@ -107,7 +115,15 @@ class FrameIndex:
     @property
     def frame_bytes(self) -> int:
         """Length of the whole frame."""
-        return self.offsets[-1] + _CHECKSUM_BYTES
+        return self.offsets[-1] + (_CHECKSUM_BYTES if self.header.version == 1 else 0)
+
+    def stream(self, tile: int, stored: memoryview) -> memoryview:
+        """The stream in what is stored of a tile. Raises FrameError if version 2's checksum does not match."""
+        if self.header.version == 1:
+            return stored
+        stream = stored[:-_CHECKSUM_BYTES]
+        _check_checksum(f"tile {tile}'s", stream, stored[-_CHECKSUM_BYTES:])
+        return stream
 
 
 def pack(header: FrameHeader, streams: Sequence[bytes | memoryview]) -> bytes:
@@ -132,8 +148,22 @@ def pack(header: FrameHeader, streams: Sequence[bytes | memoryview]) -> bytes:
     frame.append(header.tile.bit_length() - 1)
     for stream in streams:
         frame += _varint(len(stream))
-    frame += b"".join(streams)
-    return bytes(frame + crc32c.crc32c(frame).to_bytes(_CHECKSUM_BYTES, "little"))
+    if header.version == 1:
+        return _sealed(frame + b"".join(streams))
+    return _sealed(frame) + b"".join(map(_sealed, streams))
+
+
+def _sealed(content: bytes | bytearray | memoryview) -> bytes:
+    return bytes(content) + crc32c.crc32c(content).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def _check_checksum(whose: str, content: memoryview, checksum: memoryview, hint: str = "") -> None:
+    computed, stored = crc32c.crc32c(content), int.from_bytes(checksum, "little")
+    if computed != stored:
+        raise FrameError(
+            f"cae: frame's {whose} checksum must be {stored:#010x}; its bytes have {computed:#010x}: "
+            f"the stored chunk is damaged{hint}"
+        )
 
 
 def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, list[memoryview]]:
@@ -156,14 +186,9 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeade
     smallest = len(_MAGIC) + 1 + _CHECKSUM_BYTES
     if len(view) < smallest:
         raise FrameError(f"cae: frame needs at least {smallest} bytes; got {len(view)}: the stored chunk is truncated")
-    body = view[:-_CHECKSUM_BYTES]
-    computed, stored = crc32c.crc32c(body), int.from_bytes(view[-_CHECKSUM_BYTES:], "little")
-    if computed != stored:
+    if view[4] != max(_VERSIONS):
         hint = "" if view[4] in _VERSIONS else f" (or written by a zarr-cae with frame version {view[4]}: upgrade)"
-        raise FrameError(
-            f"cae: frame's checksum must be {stored:#010x}; its bytes have {computed:#010x}: "
-            f"the stored chunk is damaged{hint}"
-        )
+        _check_checksum("whole", view[:-_CHECKSUM_BYTES], view[-_CHECKSUM_BYTES:], hint)
     index = parse_index(view, expected)
     missing = index if isinstance(index, int) else max(index.frame_bytes - len(view), 0)
     if missing:
@@ -173,11 +198,12 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeade
         raise FrameError(
             f"cae: frame must end after {index.frame_bytes} bytes; got {len(view)}: the stored chunk has a foreign tail"
         )
-    return index.header, [view[begin:end] for begin, end in pairwise(index.offsets)]
+    stored = [view[begin:end] for begin, end in pairwise(index.offsets)]
+    return index.header, [index.stream(tile, part) for tile, part in enumerate(stored)]
 
 
 def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex | int:
-    """Read header and tile lengths from the first bytes of a frame, without the checksum.
+    """Read header and tile lengths from the first bytes of a frame; the checksum only where it covers these alone.
 
     Parameters
     ----------
@@ -209,12 +235,7 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
         if start > len(view):
             return start + 4 - len(dimensions) - len(view)
         dimensions.append(value)
-    _check_expected(dimensions, bool(view[5] & _GREY), expected)
-    if view[4] != expected.version:
-        raise FrameError(
-            f"cae: frame's version must be {expected.version}, which the weights of the array call for; got {view[4]}: "
-            "it was written with other weights"
-        )
+    _check_expected(dimensions, view[4], bool(view[5] & _GREY), expected)
     if start == len(view):
         return 2
     if view[start] > _MAX_LOG2_TILE:
@@ -235,6 +256,17 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
         if start > len(view):
             return start + count - tile - 1 - len(view)
         lengths.append(length)
+    return _index(header, lengths, view, start)
+
+
+def _index(header: FrameHeader, lengths: list[int], view: memoryview, start: int) -> FrameIndex | int:
+    """What `parse_index` returns once all before `start` is read."""
+    if header.version > 1:
+        end = start + _CHECKSUM_BYTES
+        if end > len(view):
+            return end - len(view)
+        _check_checksum("index's", view[:start], view[start:end])
+        start, lengths = end, [length + _CHECKSUM_BYTES for length in lengths]
     return FrameIndex(header, tuple(accumulate(lengths, initial=start)))
 
 
@@ -255,9 +287,14 @@ def _check_prefix(view: memoryview) -> None:
         raise FrameError(f"cae: frame's flags must be 0 or {_GREY}; got {view[5]}: the stored chunk is damaged")
 
 
-def _check_expected(dimensions: list[int], grey: bool, expected: FrameHeader) -> None:
+def _check_expected(dimensions: list[int], version: int, grey: bool, expected: FrameHeader) -> None:
     if (*dimensions, grey) == (expected.planes, expected.height, expected.width, expected.grey):
-        return
+        if version == expected.version:
+            return
+        raise FrameError(
+            f"cae: frame's version must be {expected.version}, which the weights of the array call for; got {version}: "
+            "it was written with other weights"
+        )
     planes, height, width = dimensions
     raise FrameError(
         f"cae: frame must hold {_described(expected)}; got {planes} {'grey' if grey else 'RGB'} planes of "

@@ -1,7 +1,7 @@
 """Part of a chunk: plans that read a selection of its pixels, and that write one and leave the rest as it is.
 
-Reading fetches, decodes and synthesises only the tiles under the selection and its surroundings. Those ranges of the
-frame are checked one by one, not by the frame's CRC32C: see `reading`.
+Reading fetches, decodes and synthesises only the tiles under the selection and its surroundings. Frames of version 2
+have a CRC32C for each tile; those of version 1 only one for all: see `reading`.
 
 Writing replaces only latents that the written pixels reach. All others keep their symbols, and tiles without a changed
 symbol their bytes, so that however often parts of a chunk are written, the rest of it stays what it was.
@@ -25,7 +25,7 @@ from zarr_cae.windows import Patch, Tile, assembled, enclosing, everything, runs
 
 Pixels = npt.NDArray[Any]
 Streams = dict[int, memoryview]
-_FIXED_BYTES = 16
+_FIXED_BYTES = 20
 _LENGTH_BYTES = 3
 """Of the header, and of each tile's length: what is fetched at first, which is less than the smallest frame."""
 
@@ -40,9 +40,9 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
     selection
         Of the chunk's pixels, as numpy takes it.
     ranges
-        Whether fetching parts of the frame is cheaper than fetching it whole. The frame is fetched whole, and its
-        CRC32C checked, also where the selection needs more than half of its tiles. Otherwise each part is checked by
-        itself: the header against the array, the lengths against the bytes that came, and each stream by its decoder,
+        Whether fetching parts of the frame is cheaper than fetching it whole. It is fetched whole also where the
+        selection needs more than half of its tiles. Otherwise each part is checked by itself: the header against the
+        array, the lengths against the bytes that came, in version 2 each part's CRC32C, and each stream by its decoder,
         whose lanes must end in the state in which the encoder started and at the last word.
 
     Raises
@@ -100,7 +100,8 @@ def _streams(index: framing.FrameIndex, numbers: Sequence[int]) -> Plan[Streams]
                 f"cae: frame needs bytes {begin} to {end} for its tiles; got {len(part)}: the stored chunk is truncated"
             )
         for number in range(first, last + 1):
-            streams[number] = part[index.offsets[number] - begin : index.offsets[number + 1] - begin]
+            stored = part[index.offsets[number] - begin : index.offsets[number + 1] - begin]
+            streams[number] = index.stream(number, stored)
     return streams
 
 
