@@ -2,7 +2,6 @@
 
 Convolution kernels, as tensors (outputs, inputs, taps), are rotated along each axis into the eigenbasis of the running
 second moment of their gradient along that axis; there Adam scales them. Everything else has plain Adam.
-`benchmarks/RUNS.md` has what it buys here over AdamW.
 """
 
 from __future__ import annotations
