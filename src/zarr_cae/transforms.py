@@ -2,6 +2,7 @@
 
 Every transform maps float32 NCHW to float32 NCHW. Pixels are in [0, 1]; latents sit at 1/16 of the image's height
 and width. Nothing here knows of quality: the per-quality gains stand outside the convolutions (see `engine`).
+Parameters may be of a lower precision (see `inference`): what goes into a convolution is cast to its dtype.
 
 Sources: Ballé et al. 2018, "Variational image compression with a scale hyperprior" (arXiv:1802.01436), the
 factorized-prior model; Johnston et al. 2019 (arXiv:1912.08771) for GDN with exponents of one; Cui et al. 2021
@@ -62,7 +63,8 @@ class Residual(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.expand(nn.functional.leaky_relu(self.reduce(x), inplace=True))
+        low = x.to(self.reduce.weight.dtype)
+        branch: Tensor = self.expand(nn.functional.leaky_relu(self.reduce(low), inplace=True))
         return x + branch
 
 
@@ -99,11 +101,20 @@ class Analysis(nn.Module):
         self.conv3 = nn.Conv2d(w.eighth, w.latent, 4, stride=2, padding=1)
         self.residual3 = Residual(w.latent, w.latent_hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.residual1(self.gdn1(self.conv1(x - 0.5)))
-        x = self.residual2(self.gdn2(self.conv2(x)))
-        latents: Tensor = self.residual3(self.conv3(x))
+    def fine(self, x: Tensor) -> Tensor:
+        """Pixels to features (N, C, H/8, W/8): most of the arithmetic, and little harmed by half precision."""
+        x = (x - 0.5).to(self.conv1.weight.dtype)
+        x = self.residual1(self.gdn1(self.conv1(x)))
+        features: Tensor = self.residual2(self.gdn2(self.conv2(x)))
+        return features
+
+    def coarse(self, features: Tensor) -> Tensor:
+        """Features to latents, of which some are in the hundreds and rounded to integers."""
+        latents: Tensor = self.residual3(self.conv3(features.to(self.conv3.weight.dtype)))
         return latents
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.coarse(self.fine(x))
 
 
 class Synthesis(nn.Module):
@@ -121,11 +132,20 @@ class Synthesis(nn.Module):
         self.gdn1 = GDN(w.quarter, inverse=True)
         self.conv1 = nn.ConvTranspose2d(w.quarter, 3, 8, stride=4, padding=2)
 
-    def forward(self, y: Tensor) -> Tensor:
-        y = self.conv3(self.residual3(y))
-        y = self.conv2(self.gdn2(self.residual2(y)))
+    def coarse(self, y: Tensor) -> Tensor:
+        """Latents to features (N, C, 2 h, 2 w)."""
+        features: Tensor = self.conv3(self.residual3(y))
+        return features
+
+    def fine(self, features: Tensor) -> Tensor:
+        """Features to pixels: most of the arithmetic, and little harmed by half precision."""
+        y = self.residual2(features.to(self.conv2.weight.dtype))
+        y = self.conv2(self.gdn2(y))
         centred: Tensor = self.conv1(self.gdn1(self.residual1(y)))
-        return centred + 0.5
+        return centred.float() + 0.5
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fine(self.coarse(y))
 
 
 class FactorizedAnalysis(nn.Sequential):

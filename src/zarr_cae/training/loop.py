@@ -37,6 +37,8 @@ class Recipe:
     """Peak learning rate of the convolutions; GDN has a tenth of it."""
     seed: int = 0
     holdout: float = 0.05
+    bfloat16: bool = False
+    """Multiply in bfloat16, except around the latents: several times as fast on GPUs and on CPUs with AMX."""
 
     def __post_init__(self) -> None:
         if self.crop % 16 or self.crop < 32:
@@ -79,7 +81,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, crops: Crops, *, device: str = "cpu") -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.crops, self.device = recipe, crops, torch.device(device)
-        self.model = GainedAutoencoder(recipe.rates)
+        self.model = GainedAutoencoder(recipe.rates, bfloat16=recipe.bfloat16)
         start_from_klt(self.model, crops.batch(96))
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}

@@ -36,8 +36,10 @@ class Coded:
 class GainedAutoencoder(nn.Module):
     """Several qualities in one network through gains at the latents (Cui et al. 2021, arXiv:2003.02012)."""
 
-    def __init__(self, rates: Range) -> None:
+    def __init__(self, rates: Range, *, bfloat16: bool = False) -> None:
         super().__init__()
+        self.low_precision = bfloat16
+        """Multiply in bfloat16 where the transforms say that it does little harm."""
         self.qualities, self.widths = QUALITIES[rates], WIDTHS[rates]
         count, latent = len(self.qualities), self.widths.latent
         self.analysis, self.synthesis = Analysis(self.widths), Synthesis(self.widths)
@@ -60,13 +62,19 @@ class GainedAutoencoder(nn.Module):
 
     def scaled(self, pixels: Tensor) -> Tensor:
         """Pixels (Q n, 3, H, W), grouped by quality, to latents before rounding (Q, n, M, h, w)."""
-        latents: Tensor = self.analysis(pixels).unflatten(0, (len(self.qualities), -1))
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.low_precision):
+            features = self.analysis.fine(pixels)
+        flat: Tensor = self.analysis.coarse(features.float())
+        latents: Tensor = flat.unflatten(0, (len(self.qualities), -1))  # type: ignore[no-untyped-call]
         return latents * self.log_gain.exp()[:, None, :, None, None]
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Rounded latents (Q, n, M, h, w) to pixels (Q, n, 3, H, W)."""
         received = latents * self.log_step.exp()[:, None, :, None, None]
-        pixels: Tensor = self.synthesis(received.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        features = self.synthesis.coarse(received.flatten(0, 1))
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.low_precision):
+            flat: Tensor = self.synthesis.fine(features)
+        pixels: Tensor = flat.unflatten(0, latents.shape[:2])  # type: ignore[no-untyped-call]
         return pixels
 
     def forward(self, pixels: Tensor, *, noisy: bool, straight_through: bool, tune_decoder: bool) -> Coded:

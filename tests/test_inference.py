@@ -1,0 +1,81 @@
+"""Networks made ready for inference: the recast last layer, and lowered precision."""
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import nn
+
+from zarr_cae import CAECodec, weights
+from zarr_cae.engine import Engine, Settings, engine_for
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.inference import SubpixelConv, bfloat16_is_fast, choose_precision, prepare
+from zarr_cae.pixels import Layout, to_planes
+from zarr_cae.transforms import FactorizedSynthesis
+
+CPU = torch.device("cpu")
+
+
+def bundled(quality):
+    digest = weights.default_digest("cae-v1", quality, "mse")
+    return weights.load(weights.find(digest, model="cae-v1", quality=quality, metric="mse").path)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "stride"), [(5, 3, 4), (4, 7, 2), (1, 1, 8)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_subpixel_convolution_is_the_transposed_one(inputs, outputs, stride, size):
+    torch.manual_seed(0)
+    transposed = nn.ConvTranspose2d(inputs, outputs, 2 * stride, stride=stride, padding=stride // 2)
+    given = torch.randn(2, inputs, *size)
+    with torch.no_grad():
+        expected, result = transposed(given), SubpixelConv(transposed)(given)
+    assert result.shape == expected.shape == (2, outputs, stride * size[0], stride * size[1])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "levels", "rms"), [("auto", 1, 0.1), ("bfloat16", 4, 0.6)])
+@pytest.mark.parametrize("quality", [4, 8])
+def test_lowered_precision_keeps_the_pixels(photograph, precision, levels, rms, quality):
+    """How far the pixels of the same symbols may be from those in float32, in grey levels."""
+    loaded, settings = bundled(quality), Settings(device="cpu")
+    planes = to_planes(np.array(photograph[:256, :256]), Layout((256, 256, 3), 2), (0, 255))
+    exact, low = Engine(loaded, CPU, "float32"), Engine(loaded, CPU, precision)
+    symbols = exact.analyse(planes, quality, settings)
+    apart = 255 * (low.synthesise(symbols, quality, 3, settings) - exact.synthesise(symbols, quality, 3, settings))
+    assert 0 < np.abs(apart).max() < levels
+    assert np.sqrt(np.square(apart).mean()) < rms
+    assert (low.analyse(planes, quality, settings) != symbols).mean() < 0.05
+
+
+def test_layers_at_the_latents_scale_stay_exact():
+    network = Engine(bundled(4), CPU, "bfloat16").networks[1]
+    dtypes = {name: next(module.parameters()).dtype for name, module in network.named_children()}
+    assert dtypes.pop("conv3") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_other_networks_stay_in_float32():
+    network = prepare(FactorizedSynthesis(4, 6), "bfloat16", CPU)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_auto_is_float32_where_bfloat16_is_slow(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert not bfloat16_is_fast(CPU)
+    assert choose_precision("auto", CPU) == "float32"
+    assert choose_precision("bfloat16", CPU) == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert choose_precision("auto", CPU) == "auto"
+
+
+def test_precision_is_a_setting():
+    with pytest.raises(CAEConfigurationError, match=r"cae\.precision must be one of .*, got 'int8'"):
+        choose_precision("int8", CPU)
+    loaded = bundled(1)
+    engines = {engine_for(loaded, Settings(device="cpu", precision=name)) for name in ("float32", "bfloat16")}
+    assert len(engines) == 2
+    array = zarr.create_array(
+        {}, shape=(32, 32, 3), chunks=(32, 32, 3), dtype="uint8", serializer=CAECodec(quality=1), compressors=None
+    )
+    with zarr.config.set({"cae.precision": "half"}), pytest.raises(CAEConfigurationError, match=r"cae\.precision"):
+        array[:] = 5
