@@ -4,8 +4,9 @@
 
 For each quality: bits per pixel of the frames, and the bytes of their entropy-coded streams over the sum of -log2 p of
 the same symbols, once with p of the integer tables that the coder uses, once with p of the float density that the
-network was trained with (stored in the weights file beside the tables); then whole frames over the latter. With
-256 x 256 chunks and with one chunk an image.
+network was trained with (stored in the weights file beside the tables); then whole frames over the latter. Last, what
+contexts save: the streams over the least that any coder without contexts could need, one table a channel, even if it
+knew these very images: the entropy of each channel's symbols. With 256 x 256 chunks and with one chunk an image.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from zarr_cae.pixels import Layout, to_planes
 from zarr_cae.tables import ideal_bits
 from zarr_cae.training.density import Density
 
+LARGEST = 2000
+"""Symbols beyond are an IndexError; the largest on photographs are some hundreds."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,32 +36,46 @@ def main() -> None:
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
     images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     print(f"{len(images)} images, metric {arguments.metric}")
-    print("quality  chunk   bpp      streams/tables  streams/density  frames/density")
+    print("quality  chunk   bpp      streams/tables  streams/density  frames/density  streams/blind")
     for quality in map(int, arguments.quality.split(",")):
         digest = weights.default_digest(weights.DEFAULT_MODEL, quality, arguments.metric)
         info = weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric=arguments.metric)
         for edge in (256, None):
             pixels, bits = 0, np.zeros(4)
+            counts = np.zeros((weights.load(info.path).latent_channels, 2 * LARGEST + 1), np.int64)
             for image in images:
                 step = (edge, edge) if edge else image.shape[:2]
                 for top in range(0, image.shape[0] - step[0] + 1, step[0]):
                     for left in range(0, image.shape[1] - step[1] + 1, step[1]):
                         chunk = image[top : top + step[0], left : left + step[1]]
                         pixels += chunk.shape[0] * chunk.shape[1]
-                        bits += measure(weights.load(info.path), quality, chunk)
+                        bits += measure(weights.load(info.path), quality, chunk, counts)
             tables, density, streams, frames = bits
             print(
                 f"{quality:7d}  {edge or 'image':<6}  {frames / pixels:.4f}  {streams / tables:14.4f}  "
-                f"{streams / density:15.4f}  {frames / density:14.4f}"
+                f"{streams / density:15.4f}  {frames / density:14.4f}  "
+                f"{streams / blind(counts):13.4f}"
             )
 
 
-def measure(loaded: weights.Weights, quality: int, chunk: np.ndarray) -> tuple[float, float, float, float]:
-    """Bits of one chunk (rows, columns, 3): ideal under the tables and the density, of the streams, of the frame."""
+def blind(counts: np.ndarray) -> float:
+    """Bits of all symbols with one ideal table a channel; counts (M, values)."""
+    shares = counts / counts.sum(1, keepdims=True)
+    return float(-(counts * np.log2(shares, where=counts > 0, out=np.zeros(counts.shape))).sum())
+
+
+def measure(
+    loaded: weights.Weights, quality: int, chunk: np.ndarray, counts: np.ndarray
+) -> tuple[float, float, float, float]:
+    """Bits of one chunk (rows, columns, 3): ideal under the tables and the density, of the streams, of the frame.
+
+    Counts its symbols in `counts` (M, 2 LARGEST + 1).
+    """
     settings, row = Settings(), loaded.row(quality)
     tables = loaded.tables[row]
     planes = to_planes(chunk, Layout(chunk.shape, 2), (0, 255))
     symbols = engine_for(loaded, settings).analyse(planes, quality, settings)
+    np.add.at(counts, (np.arange(len(counts))[:, None], symbols[0].reshape(len(counts), -1) + LARGEST), 1)
     header = FrameHeader(1, chunk.shape[0], chunk.shape[1], grey=False, version=tables.frame_version)
     frame = entropy.encode(symbols, header, tables)
     streams = sum(len(stream) for stream in unpack(frame, header)[1])

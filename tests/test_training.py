@@ -7,6 +7,7 @@ import io
 import math
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,33 @@ def trainer(started: Trainer, folder: Path) -> Trainer:
     trainer = copy.deepcopy(started)
     trainer.crops = Crops([folder], crop=32, seed=0)
     return trainer
+
+
+def test_bfloat16_gives_nearly_the_same_loss(folder: Path, started: Trainer) -> None:
+    """What is multiplied in bfloat16 changes the loss a little; parameters and gradients stay in float32."""
+    pixels = Crops([folder], crop=64, seed=5).batch(5)
+    losses = []
+    for low in (False, True):
+        model = copy.deepcopy(started.model)
+        model.low_precision = low
+        torch.manual_seed(1)
+        coded = model(pixels, noisy=True, straight_through=False, tune_decoder=False)
+        loss = rate_distortion(coded, pixels[:, None], "mse", model.qualities)
+        loss.backward()
+        losses.append(loss.item())
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_the_decoder_is_tuned_in_float32(trainer: Trainer) -> None:
+    trainer.recipe = replace(RECIPE, bfloat16=True, steps=2)
+    lowered = []
+    for trainer.step in (0, 1, 2):
+        trainer.train_step()
+        lowered.append(trainer.model.low_precision)
+    assert lowered == [True, True, False]
 
 
 # data

@@ -26,8 +26,6 @@ from zarr_cae.windows import HALO
 Array = npt.NDArray[Any]
 
 _LARGEST_SYMBOL = 32767
-_BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Pixels in one forward pass: on a CPU few enough for its caches, on a GPU enough to fill it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,11 @@ class Settings:
                 f"cae: cae.tile must be an integer of at least {STRIDE} and cae.threads one of at least 1 (or None), "
                 f"got {self.tile!r}, {self.threads!r}"
             )
+
+
+def batch_pixels(device: torch.device) -> int:
+    """Pixels in one forward pass: on a CPU few enough for the caches of each core, on a GPU enough to fill it."""
+    return 1 << 24 if device.type == "cuda" else torch.get_num_threads() << 17
 
 
 def choose_device(name: str) -> torch.device:
@@ -105,8 +108,8 @@ class Engine:
         self.batcher: MicroBatcher[Array, Array] = MicroBatcher(
             self._run,
             name=f"cae-{weights.info.model}-{device}",
-            max_weight=_BATCH_PIXELS[device.type],
-            max_pending=16 * _BATCH_PIXELS[device.type],
+            max_weight=batch_pixels(device),
+            max_pending=16 * batch_pixels(device),
         )
 
     @property
@@ -176,7 +179,7 @@ class Engine:
         """Run `code` over pieces of bounded size, with their surroundings."""
         side = STRIDE // up
         tile = min(settings.tile, up * source.shape[2]) * min(settings.tile, up * source.shape[3])
-        batch = max(1, _BATCH_PIXELS[self.device.type] // tile)
+        batch = max(1, batch_pixels(self.device) // tile)
         for first in range(0, len(source), batch):
             for outer, inner, place in _tiles(source.shape[2:], settings, side):
                 piece = torch.from_numpy(np.ascontiguousarray(source[first : first + batch, :, outer[0], outer[1]]))

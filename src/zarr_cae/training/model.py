@@ -36,9 +36,9 @@ class Coded:
 class GainedAutoencoder(nn.Module):
     """Several qualities in one network through gains at the latents (Cui et al. 2021, arXiv:2003.02012)."""
 
-    def __init__(self, rates: Range, *, bfloat16: bool = False) -> None:
+    def __init__(self, rates: Range) -> None:
         super().__init__()
-        self.low_precision = bfloat16
+        self.low_precision = False
         """Multiply in bfloat16 where the transforms say that it does little harm."""
         self.qualities, self.widths = QUALITIES[rates], WIDTHS[rates]
         count, latent = len(self.qualities), self.widths.latent
