@@ -37,7 +37,7 @@ from PIL import Image
 from zarr.storage import MemoryStore
 
 from zarr_cae import CAECodec, weights
-from zarr_cae.engine import Settings, batch_pixels, engine_for
+from zarr_cae.engine import PASS_PIXELS, Settings, engine_for
 from zarr_cae.pixels import Layout, to_planes
 from zarr_cae.rivals import RIVALS
 
@@ -92,7 +92,7 @@ def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, flo
     info = weights.find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
     engine = engine_for(weights.load(info.path), Settings())
     layout = Layout((edge, edge, 3), 2)
-    batch = max(1, batch_pixels(engine.device) // edge**2)
+    batch = max(1, PASS_PIXELS[engine.device.type] // edge**2)
     planes = [to_planes(chunk, layout, (0, 255)) for chunk in cut(pixels, edge)]
     batches = [
         torch.from_numpy(np.concatenate(planes[n : n + batch])).contiguous(memory_format=torch.channels_last)

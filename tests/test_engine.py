@@ -1,5 +1,7 @@
 """The engine: devices, tiles, batches."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from zarr_cae import weights
-from zarr_cae.engine import HALO, Engine, Settings, batch_pixels, choose_device, engine_for
+from zarr_cae.engine import HALO, PASS_PIXELS, Engine, Settings, choose_device, engine_for
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels import Layout, to_planes
 
@@ -62,10 +64,28 @@ def test_memory_of_a_forward_pass_is_bounded(planes):
     assert 128 < max(sizes) <= 128 + 2 * 16 * HALO
     counts = []
     engine._analysis.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
-    limit = batch_pixels(torch.device("cpu")) // 64**2
-    many = np.zeros((2 * limit + 3, 1, 64, 64), np.float32)
-    assert len(engine.analyse(many, 1, Settings(device="cpu"))) == len(many)
-    assert counts == [limit, limit, 3]
+    many = np.zeros((300, 1, 64, 64), np.float32)
+    assert len(engine.analyse(many, 1, Settings(device="cpu"))) == 300
+    assert sum(counts) == 300
+    assert max(counts) <= PASS_PIXELS["cpu"] // 64**2
+
+
+def test_threads_share_a_batch(planes):
+    """Each runs whole networks on its part of the batch; torch's own threads stay what they were."""
+    settings = Settings(device="cpu", threads=3)
+    engine, seen = Engine(bundled(1), torch.device("cpu")), set()
+    engine._analysis.register_forward_pre_hook(lambda *_: seen.add((threading.get_ident(), torch.get_num_threads())))
+    crops = np.concatenate([planes[:, :, n : n + 64, :64] for n in range(0, 112, 16)])
+    together = engine.analyse(crops, 1, settings)
+    assert {threads for _, threads in seen} == {1}
+    assert len({ident for ident, _ in seen}) > 1
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == 3
+    seen.clear()
+    np.testing.assert_array_equal(engine.analyse(crops[:1], 1, settings), together[:1])
+    assert {threads for _, threads in seen} == {3}  # a lone request has them all
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("device", DEVICES)

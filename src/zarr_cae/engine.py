@@ -1,6 +1,7 @@
 """The networks at work: device choice, one cached network per weights and device, tiled and batched.
 
-Requests from any thread or event loop meet in one `MicroBatcher` per engine, whose single worker owns the device.
+Requests from any thread or event loop meet in one `MicroBatcher` per engine, whose single worker owns the device. On a
+CPU it parts a batch between threads that run the whole network each: they need not wait for each other at every layer.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +38,7 @@ class Settings:
     device: str = "auto"
     """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"."""
     threads: int | None = None
-    """Threads of one network on the CPU; None leaves torch's own choice."""
+    """Threads of the networks on the CPU; None leaves torch's own choice."""
     tile: int = 2048
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
     precision: str = "auto"
@@ -50,9 +53,13 @@ class Settings:
             )
 
 
+PASS_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Pixels in one forward pass: on a CPU few enough for the caches of a core, on a GPU enough to fill it."""
+
+
 def batch_pixels(device: torch.device) -> int:
-    """Pixels in one forward pass: on a CPU few enough for the caches of each core, on a GPU enough to fill it."""
-    return 1 << 24 if device.type == "cuda" else torch.get_num_threads() << 17
+    """Pixels in one batch: a forward pass for each thread."""
+    return PASS_PIXELS[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1)
 
 
 def choose_device(name: str) -> torch.device:
@@ -139,8 +146,7 @@ class Engine:
             torch.set_num_threads(key.settings.threads)
         counts = [len(request) for request in requests]
         whole = requests[0] if len(requests) == 1 else np.concatenate(requests)
-        with torch.inference_mode():
-            result = self._analyse(whole, key) if key.direction == "analyse" else self._synthesise(whole, key)
+        result = self._analyse(whole, key) if key.direction == "analyse" else self._synthesise(whole, key)
         return np.split(result, np.cumsum(counts)[:-1])
 
     def _gain(self, name: str, job: _Job) -> Tensor:
@@ -176,17 +182,39 @@ class Engine:
     def _pieces(
         self, code: Callable[[Tensor], Tensor], source: Array, target: Array, settings: Settings, up: int, down: int
     ) -> None:
-        """Run `code` over pieces of bounded size, with their surroundings."""
+        """Run `code` over pieces of bounded size, with their surroundings; small ones each on a thread of their own."""
         side = STRIDE // up
         tile = min(settings.tile, up * source.shape[2]) * min(settings.tile, up * source.shape[3])
-        batch = max(1, batch_pixels(self.device) // tile)
-        for first in range(0, len(source), batch):
-            for outer, inner, place in _tiles(source.shape[2:], settings, side):
-                piece = torch.from_numpy(np.ascontiguousarray(source[first : first + batch, :, outer[0], outer[1]]))
-                result = code(piece.to(self.device)).cpu().numpy()
-                rows, columns = (slice(s.start * up // down, s.stop * up // down) for s in place)
-                cut = tuple(slice(s.start * up // down, s.stop * up // down) for s in inner)
-                target[first : first + batch, :, rows, columns] = result[:, :, cut[0], cut[1]]
+        threads = torch.get_num_threads() if self.device.type == "cpu" and tile <= PASS_PIXELS["cpu"] else 1
+        count = max(1, min(PASS_PIXELS[self.device.type] // tile, -(-len(source) // threads)))
+
+        def run(piece: tuple[int, tuple[Window, Window, Window]]) -> None:
+            first, (outer, inner, place) = piece
+            part = torch.from_numpy(np.ascontiguousarray(source[first : first + count, :, outer[0], outer[1]]))
+            with torch.inference_mode():
+                result = code(part.to(self.device)).cpu().numpy()
+            rows, columns = (slice(s.start * up // down, s.stop * up // down) for s in place)
+            cut = tuple(slice(s.start * up // down, s.stop * up // down) for s in inner)
+            target[first : first + count, :, rows, columns] = result[:, :, cut[0], cut[1]]
+
+        tiles = list(_tiles(source.shape[2:], settings, side))
+        pieces = [(first, tile) for first in range(0, len(source), count) for tile in tiles]
+        for _ in _lanes(threads).map(run, pieces) if 1 < threads <= len(pieces) else map(run, pieces):
+            pass
+
+
+@lru_cache
+def _lanes(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch runs each operation on one thread."""
+
+    def alone(usual: int) -> None:
+        torch.get_num_threads()  # or the next line would be undone at the first operation
+        torch.set_num_threads(1)  # of this thread, and of every thread that starts later, whence:
+        other = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        other.start()
+        other.join()
+
+    return ThreadPoolExecutor(count, "cae-lane", alone, (torch.get_num_threads(),))
 
 
 def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:
@@ -251,6 +279,7 @@ def _after_fork() -> None:
     global _lock  # noqa: PLW0603
     _lock = threading.Lock()
     _engines.clear()
+    _lanes.cache_clear()
     torch.set_num_threads(1)
 
 

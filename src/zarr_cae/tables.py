@@ -128,9 +128,10 @@ class Tables:
         The decoder goes on from there entry by entry. A bucket is 16 slots: with a byte for each slot the tables of a
         tile's channels did not fit the cache, and decoding took three times as long.
         """
-        entry = np.arange(self.frequency.size) - np.repeat(self.offset, self.length)
-        firsts = np.repeat(entry, self.frequency)[:: 1 << PRECISION - BUCKETS]
-        return _frozen(np.minimum(firsts, 255).astype(np.uint8))
+        rows = np.arange(len(self.length))[:, None]
+        slots = (rows << PRECISION) + np.arange(0, _TOTAL, 1 << PRECISION - BUCKETS)
+        firsts = np.searchsorted(np.cumsum(self.frequency, dtype=np.int64), slots, side="right") - self.offset[:, None]
+        return _frozen(np.minimum(firsts, 255).astype(np.uint8).reshape(-1))
 
     @cached_property
     def entropy(self) -> NDArray[np.float32]:
