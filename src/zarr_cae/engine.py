@@ -39,7 +39,7 @@ class Settings:
     """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"."""
     threads: int | None = None
     """Threads of the networks on the CPU; None leaves torch's own choice."""
-    tile: int = 2048
+    tile: int = 1024
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
     precision: str = "auto"
     """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16"."""

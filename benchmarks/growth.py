@@ -1,0 +1,130 @@
+"""Time and memory as work grows: more chunks, larger chunks, chunks that are missing.
+
+    python benchmarks/growth.py [IMAGE ...] [--quality 4] [--largest 268]
+
+Each line is a process of its own: an RGB array made of the images (default: the photograph that the package holds),
+repeated, is written to and read from a folder. Seconds are those of one write and one read of the whole array after a
+first chunk has warmed up the networks. Memory is the highest resident size of the process, less what it had before
+plus the array of pixels itself (twice for reading: the second is the result). `--largest` limits the megapixels.
+
+Missing chunks, 64 x 64 px each, are only read; beside them the same with zarr's uncompressed chunks, as what it costs
+zarr itself to find that a chunk is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from PIL import Image
+
+from zarr_cae import CAECodec
+
+CHUNKED = [(256, 256), (1024, 256), (4096, 256), (16384, 256), (16384, 512)]
+WHOLE = [(1024, 1024), (2048, 2048), (4096, 4096), (10240, 10240)]
+MISSING = [(2048, 64), (6400, 64), (20224, 64)]
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def pixels(files: list[Path], edge: int) -> np.ndarray:
+    """(edge, edge, 3) uint8: the images, cut or repeated to squares of 512, side by side over and over."""
+    squares = [np.resize(np.asarray(Image.open(file).convert("RGB"))[:512, :512], (512, 512, 3)) for file in files]
+    result = np.empty((edge, edge, 3), np.uint8)
+    for row in range(0, edge, 512):
+        for column in range(0, edge, 512):
+            part = result[row : row + 512, column : column + 512]
+            part[...] = squares[(row // 512 * 7 + column // 512) % len(squares)][: part.shape[0], : part.shape[1]]
+    return result
+
+
+def create(folder: str, edge: int, chunk: int, codec: CAECodec | None) -> zarr.Array[Any]:
+    serializer = "auto" if codec is None else codec
+    shape, chunks = (edge, edge, 3), (chunk, chunk, 3)
+    return zarr.create_array(folder, shape=shape, chunks=chunks, dtype="uint8", serializer=serializer, compressors=None)
+
+
+def one(edge: int, chunk: int, quality: int, files: list[Path], *, missing: bool) -> dict[str, float]:
+    """What this process needs for one line."""
+    codec = CAECodec(quality=quality, channel_axis=2)
+    with tempfile.TemporaryDirectory() as folder:
+        warm = create(f"{folder}/warm", 256, 256, codec)
+        warm[...] = pixels(files, 256)
+        _ = warm[...]
+        array = create(f"{folder}/array", edge, chunk, codec)
+        if missing:
+            plain = create(f"{folder}/plain", edge, chunk, None)
+            return {"read": seconds(lambda: array[...]), "plain": seconds(lambda: plain[...])}
+        before = resident()
+        source = pixels(files, edge)
+        written = seconds(lambda: array.__setitem__(..., source))
+        after_write = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        read = seconds(lambda: array[...])
+        after_read = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "write": written, "read": read, "write_memory": after_write - before - source.nbytes,
+        "read_memory": after_read - before - 2 * source.nbytes,
+    }  # fmt: skip
+
+
+def seconds(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measured(edge: int, chunk: int, arguments: argparse.Namespace, *flags: str) -> dict[str, float]:
+    command = [sys.executable, __file__, *map(str, arguments.images), "--quality", str(arguments.quality)]
+    done = subprocess.run(
+        [*command, "--one", str(edge), str(chunk), *flags], check=True, stdout=subprocess.PIPE, text=True
+    )
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="*", type=Path)
+    parser.add_argument("--quality", type=int, default=4)
+    parser.add_argument("--largest", type=float, default=300, metavar="MP")
+    parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--missing", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    files = arguments.images or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
+    if arguments.one:
+        print(json.dumps(one(*arguments.one, arguments.quality, files, missing=arguments.missing)))
+        return
+    print(f"quality {arguments.quality}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{'array':>7}{'chunk':>7}{'chunks':>8}{'s/MP write':>12}{'read':>8}{'MB above: write':>17}{'read':>7}")
+    for edge, chunk in [*CHUNKED, *WHOLE]:
+        megapixels = edge**2 / 1e6
+        if megapixels <= arguments.largest:
+            line = measured(edge, chunk, arguments)
+            print(
+                f"{edge:7d}{chunk:7d}{(edge // chunk) ** 2:8d}{line['write'] / megapixels:12.3f}"
+                f"{line['read'] / megapixels:8.3f}{line['write_memory'] / 1e6:17.0f}{line['read_memory'] / 1e6:7.0f}",
+                flush=True,
+            )
+    print(f"\n{'missing chunks':>14}{'ms each':>9}{'uncompressed':>14}")
+    for edge, chunk in MISSING:
+        line, count = measured(edge, chunk, arguments, "--missing"), (edge // chunk) ** 2
+        print(f"{count:14d}{line['read'] / count * 1e3:9.3f}{line['plain'] / count * 1e3:14.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
