@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from torch import nn
 
 from zarr_cae import CAECodec, weights
 from zarr_cae.engine import Engine, Settings, engine_for
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.inference import SubpixelConv, bfloat16_is_fast, choose_precision, prepare
 from zarr_cae.pixels import Layout, to_planes
-from zarr_cae.transforms import FactorizedSynthesis
+from zarr_cae.transforms import FactorizedSynthesis, Upsampling
 
 CPU = torch.device("cpu")
 
@@ -25,7 +24,7 @@ def bundled(quality):
 @pytest.mark.parametrize("size", [(1, 1), (3, 5)])
 def test_subpixel_convolution_is_the_transposed_one(inputs, outputs, stride, size):
     torch.manual_seed(0)
-    transposed = nn.ConvTranspose2d(inputs, outputs, 2 * stride, stride=stride, padding=stride // 2)
+    transposed = Upsampling(inputs, outputs, stride)
     given = torch.randn(2, inputs, *size)
     with torch.no_grad():
         expected, result = transposed(given), SubpixelConv(transposed)(given)

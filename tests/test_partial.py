@@ -395,6 +395,14 @@ def test_writing_back_what_was_read_changes_nothing(photograph, pipeline):
     assert frame_of(array)[1] == before
 
 
+def test_small_changes_are_written(photograph, pipeline):
+    """One grey level over a region is no rounding."""
+    array = create(photograph)
+    _, before = frame_of(array)
+    array[64:96, 64:96] = np.minimum(array[64:96, 64:96], 250) + 1
+    assert frame_of(array)[1] != before
+
+
 def test_tiles_out_of_reach_keep_their_bytes(large, pipeline):
     array = create(large[1])
     expected = expected_header(array, 1536, 2048)

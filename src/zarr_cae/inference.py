@@ -13,26 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.transforms import Analysis, Residual, Synthesis
+from zarr_cae.transforms import Analysis, Residual, Synthesis, Upsampling
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class SubpixelConv(nn.Module):
-    """A transposed convolution of stride s, kernel 2 s and padding s / 2 as a 2 x 2 convolution and a pixel shuffle.
+    """An `Upsampling` as a 2 x 2 convolution and a pixel shuffle: (N, I, h, w) to (N, O, s h, s w).
 
-    Shifted by s / 2, each s x s block of the output depends on 2 x 2 inputs. (N, I, h, w) to (N, O, s h, s w). Pays
-    where the outputs are few: for the last layer, oneDNN needs four times as long for the transposed form.
+    Shifted by s / 2, each s x s block of the output depends on 2 x 2 inputs. Pays where the outputs are few: for the
+    last layer, oneDNN needs four times as long for the transposed form.
     """
 
-    def __init__(self, transposed: nn.ConvTranspose2d) -> None:
+    def __init__(self, transposed: Upsampling) -> None:
         super().__init__()
         inputs, outputs = transposed.weight.shape[:2]
         self.stride = transposed.stride[0]
-        assert transposed.kernel_size == (2 * self.stride,) * 2
-        assert transposed.padding == (self.stride // 2,) * 2
         taps = transposed.weight.detach().reshape(inputs, outputs, 2, self.stride, 2, self.stride).flip(2, 4)
-        self.conv = nn.Conv2d(inputs, outputs * self.stride**2, 2, padding=1)
+        self.conv = nn.Conv2d(inputs, outputs * self.stride**2, 2, padding=1, padding_mode="replicate")
         self.conv.weight = nn.Parameter(taps.permute(1, 3, 5, 0, 2, 4).reshape(self.conv.weight.shape))
         assert transposed.bias is not None
         self.conv.bias = nn.Parameter(transposed.bias.detach().repeat_interleave(self.stride**2))

@@ -52,13 +52,33 @@ class SquareGDN(GDN):
         return x * norm.sqrt() if self.inverse else x * norm.rsqrt()
 
 
+class Downsampling(nn.Conv2d):
+    """Stride s, kernel 2 s, edges continued by s / 2 of their values: (N, I, s h, s w) to (N, O, h, w)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, 2 * stride, stride, stride // 2, padding_mode="replicate")
+
+
+class Upsampling(nn.ConvTranspose2d):
+    """The transposed form, its input continued by its edge values: (N, I, h, w) to (N, O, s h, s w).
+
+    With zeros around, the outermost pixels had half of their inputs, and twice the error: seams between chunks.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, 2 * stride, stride, stride + stride // 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"))
+
+
 class Residual(nn.Module):
     """`x + conv3x3(leaky_relu(conv3x3(x)))` with a narrower middle; the branch starts at zero."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.expand = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.reduce = nn.Conv2d(channels, hidden, 3, padding=1, padding_mode="replicate")
+        self.expand = nn.Conv2d(hidden, channels, 3, padding=1, padding_mode="replicate")
         for parameter in self.expand.parameters():
             nn.init.zeros_(parameter)
 
@@ -92,13 +112,13 @@ class Analysis(nn.Module):
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         w = widths
-        self.conv1 = nn.Conv2d(3, w.quarter, 8, stride=4, padding=2)
+        self.conv1 = Downsampling(3, w.quarter, 4)
         self.gdn1 = GDN(w.quarter)
         self.residual1 = Residual(w.quarter, w.quarter_hidden)
-        self.conv2 = nn.Conv2d(w.quarter, w.eighth, 4, stride=2, padding=1)
+        self.conv2 = Downsampling(w.quarter, w.eighth, 2)
         self.gdn2 = GDN(w.eighth)
         self.residual2 = Residual(w.eighth, w.eighth_hidden)
-        self.conv3 = nn.Conv2d(w.eighth, w.latent, 4, stride=2, padding=1)
+        self.conv3 = Downsampling(w.eighth, w.latent, 2)
         self.residual3 = Residual(w.latent, w.latent_hidden)
 
     def fine(self, x: Tensor) -> Tensor:
@@ -124,13 +144,13 @@ class Synthesis(nn.Module):
         super().__init__()
         w = widths
         self.residual3 = Residual(w.latent, w.latent_hidden)
-        self.conv3 = nn.ConvTranspose2d(w.latent, w.eighth, 4, stride=2, padding=1)
+        self.conv3 = Upsampling(w.latent, w.eighth, 2)
         self.residual2 = Residual(w.eighth, w.eighth_hidden)
         self.gdn2 = GDN(w.eighth, inverse=True)
-        self.conv2 = nn.ConvTranspose2d(w.eighth, w.quarter, 4, stride=2, padding=1)
+        self.conv2 = Upsampling(w.eighth, w.quarter, 2)
         self.residual1 = Residual(w.quarter, w.quarter_hidden)
         self.gdn1 = GDN(w.quarter, inverse=True)
-        self.conv1 = nn.ConvTranspose2d(w.quarter, 3, 8, stride=4, padding=2)
+        self.conv1 = Upsampling(w.quarter, 3, 4)
 
     def coarse(self, y: Tensor) -> Tensor:
         """Latents to features (N, C, 2 h, 2 w)."""
