@@ -528,3 +528,25 @@ def test_a_frame_of_another_shape_is_refused(photograph):
     small.store._store_dict["c/0/0/0"] = large.store._store_dict["c/0/0/0"]
     with pytest.raises(CAEDataError, match="48"):
         small[:]
+
+
+def test_dask_workers_in_processes(tmp_path, photograph):
+    """Two workers of dask.distributed write the chunks of an array and read them."""
+    dask = pytest.importorskip("dask.array")
+    distributed = pytest.importorskip("distributed")
+    pixels = np.array(photograph[:256, :384])
+    array = zarr.create_array(
+        tmp_path / "photo.zarr", shape=pixels.shape, chunks=(128, 128, 3), dtype="uint8",
+        serializer=CAECodec(quality=4), compressors=None,
+    )  # fmt: skip
+    options = {"dashboard_address": None, "worker_dashboard_address": None, "local_directory": str(tmp_path)}
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, **options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        dask.from_array(pixels, chunks=(128, 128, 3)).store(array, lock=False)
+        lazy = dask.from_zarr(tmp_path / "photo.zarr").astype("int64")
+        total = int(lazy.sum().compute())
+        assert len(client.scheduler_info()["workers"]) == 2
+    assert abs(total - int(array[...].astype("int64").sum())) < 0.01 * pixels.size
+    assert psnr(array[...], pixels) > 28

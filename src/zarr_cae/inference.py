@@ -44,7 +44,8 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies matrices of bfloat16 in hardware: CPUs with AMX, GPUs since Ampere."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have no public way to tell
+    return bool(known.get("amx_bf16", False))
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
