@@ -24,6 +24,7 @@ from zarr_cae.evaluation import (
     load_published,
     measure,
     plot,
+    read_csv,
     to_curves,
     write_csv,
 )
@@ -57,7 +58,9 @@ def add(commands: Commands) -> None:
         "--against", type=several(_one_of("rival", tuple(RIVALS))), default=[], metavar=",".join(RIVALS),
         help="other codecs to measure on the same images",
     )  # fmt: skip
-    parser.add_argument("--published", type=Path, metavar="JSON", help="published curves to compare with")
+    parser.add_argument(
+        "--published", type=Path, metavar="JSON|CSV", help="published curves, or what --csv wrote, to compare with"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every measurement")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves; .png, .pdf or .svg")
 
@@ -86,8 +89,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from zarr_cae.codec import CAECodec
 
     files = _files([Path(path) for path in arguments.paths])
-    published = [] if arguments.published is None else list(load_published(arguments.published).values())
-    published = [replace(curve, name=f"{curve.name} (published)") for curve in published]
+    published = [] if arguments.published is None else _curves(arguments.published)
     for path in (arguments.csv, arguments.plot):
         if path is not None and not path.parent.is_dir():
             refuse(f"folder {path.parent} does not exist")
@@ -116,6 +118,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
             write_csv(points, partial)
     if arguments.plot is not None:
         _plot([*to_curves(points).values(), *published], arguments.plot)
+
+
+def _curves(path: Path) -> list[Curve]:
+    """Published curves, or those of an earlier run."""
+    if path.suffix.lower() == ".csv":
+        found, origin = to_curves(read_csv(path)), path.name
+    else:
+        found, origin = load_published(path), "published"
+    return [replace(curve, name=f"{curve.name} ({origin})") for curve in found.values()]
 
 
 def _configurations(arguments: argparse.Namespace) -> tuple[str, list[tuple[Any, int]]]:
