@@ -44,7 +44,9 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies matrices of bfloat16 in hardware: CPUs with AMX, GPUs since Ampere."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have no public way to tell
+    known: dict[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older versions of torch have no public way to tell
     return bool(known.get("amx_bf16", False))
 
 
