@@ -26,7 +26,8 @@ MISSING = "sha256:" + "0" * 64
 
 
 def psnr(a, b, peak=255.0):
-    return 10 * np.log10(peak**2 / np.square(a.astype(float) - b.astype(float)).mean())
+    error = np.square(a.astype(float) - b.astype(float)).mean()
+    return 10 * np.log10(peak**2 / max(error, 1e-9))
 
 
 def create(data, *, codec=None, chunks=None, store=None, **keywords):
