@@ -60,10 +60,7 @@ class Downsampling(nn.Conv2d):
 
 
 class Upsampling(nn.ConvTranspose2d):
-    """The transposed form, its input continued by its edge values: (N, I, h, w) to (N, O, s h, s w).
-
-    With zeros around, the outermost pixels had half of their inputs, and twice the error: seams between chunks.
-    """
+    """The transposed form, its input continued by its edge values: (N, I, h, w) to (N, O, s h, s w)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__(inputs, outputs, 2 * stride, stride, stride + stride // 2)
