@@ -4,15 +4,18 @@
 
 Multiply-accumulates per pixel of every convolution, counted from the shapes that really pass through it (a transposed
 convolution counts its input positions), and megapixels a second of a bare forward pass on this machine's CPU, for the
-bundled family and for `bmshj2018-factorized` (random weights) in the same run.
+form of the bundled family and for `bmshj2018-factorized` (random weights both) in the same run: made ready for
+inference in float32 and, for `cae-v1`, in the precisions of `cae.precision` (`auto` is float32 without AMX).
 """
 
 import argparse
+import copy
 import time
 
 import torch
 from torch import nn
 
+from zarr_cae.inference import choose_precision, prepare
 from zarr_cae.transforms import (
     GDN,
     HIGH_RATE,
@@ -72,24 +75,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{arguments.threads} threads, {arguments.batch} x {arguments.edge} x {arguments.edge} px, float32")
-    print(f"{'network':28s} {'analysis':>18s} {'synthesis':>18s}  parameters")
-    print(f"{'':28s} {'KMAC/px':>9s} {'MP/s':>8s} {'KMAC/px':>9s} {'MP/s':>8s}")
-    for name, (analysis, synthesis) in NETWORKS.items():
-        pixels = torch.rand(arguments.batch, 3, arguments.edge, arguments.edge)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        columns = []
-        for network in (analysis, synthesis):
-            network.eval().to(memory_format=torch.channels_last)
-            example = pixels
-            if network is synthesis:
-                with torch.inference_mode():
-                    example = analysis(pixels).contiguous(memory_format=torch.channels_last)
-            kmac = multiplications(network, example[:1]) / arguments.edge**2 / 1000
-            speed = arguments.batch * arguments.edge**2 / seconds(network, example) / 1e6
-            columns.append(f"{kmac:9.2f} {speed:8.2f}")
-        count = sum(p.numel() for network in (analysis, synthesis) for p in network.parameters())
-        print(f"{name:28s} {columns[0]} {columns[1]}  {count:,}")
+    print(f"{arguments.threads} threads, {arguments.batch} x {arguments.edge} x {arguments.edge} px, MP/s")
+    print(f"{'network':26} {'direction':>10} {'KMAC/px':>9} {'float32':>9} {'auto':>9} {'bfloat16':>9}  parameters")
+    cpu = torch.device("cpu")
+    for name, networks in NETWORKS.items():
+        example = torch.rand(arguments.batch, 3, arguments.edge, arguments.edge)
+        for direction, network in zip(("analysis", "synthesis"), networks, strict=True):
+            example = example.contiguous(memory_format=torch.channels_last)
+            kmac = multiplications(network.eval(), example[:1]) / arguments.edge**2 / 1000
+            speeds = []
+            for precision in ("float32", "auto", "bfloat16") if name.startswith("cae") else ("float32",):
+                ready = prepare(copy.deepcopy(network), choose_precision(precision, cpu), cpu)
+                speeds.append(arguments.batch * arguments.edge**2 / seconds(ready, example) / 1e6)
+            columns = "".join(f" {speed:9.2f}" for speed in speeds).ljust(30)
+            count = sum(parameter.numel() for parameter in network.parameters())
+            print(f"{name:26} {direction:>10} {kmac:9.2f}{columns}  {count:,}")
+            with torch.inference_mode():
+                example = network(example)
 
 
 if __name__ == "__main__":

@@ -489,6 +489,10 @@ def test_dtypes_of_writes(photograph, pipeline):
         array[3:5, 3:5] = 1.5
     with pytest.raises(CAEDataError, match="value_range"):
         array[3:5, 3:5] = np.nan
+    there = array[:64, :64]
+    there[5, 5] = 1.0001  # the rest is what is there already
+    with pytest.raises(CAEDataError, match="value_range"):
+        array[:64, :64] = there
     assert frame_of(array)[1] == before
 
 

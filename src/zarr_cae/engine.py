@@ -186,7 +186,10 @@ class Engine:
         side = STRIDE // up
         tile = min(settings.tile, up * source.shape[2]) * min(settings.tile, up * source.shape[3])
         threads = torch.get_num_threads() if self.device.type == "cpu" and tile <= PASS_PIXELS["cpu"] else 1
-        count = max(1, min(PASS_PIXELS[self.device.type] // tile, -(-len(source) // threads)))
+        shared = 1 < threads <= len(source)
+        count = max(1, PASS_PIXELS[self.device.type] // tile)
+        if shared:
+            count = min(count, -(-len(source) // threads))
 
         def run(piece: tuple[int, tuple[Window, Window, Window]]) -> None:
             first, (outer, inner, place) = piece
@@ -199,7 +202,7 @@ class Engine:
 
         tiles = list(_tiles(source.shape[2:], settings, side))
         pieces = [(first, tile) for first in range(0, len(source), count) for tile in tiles]
-        for _ in _lanes(threads).map(run, pieces) if 1 < threads <= len(pieces) else map(run, pieces):
+        for _ in _lanes(threads).map(run, pieces) if shared else map(run, pieces):
             pass
 
 

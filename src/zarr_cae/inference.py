@@ -1,8 +1,8 @@
 """Trained networks made ready for inference: the form and the precision in which they run fastest here.
 
-What rounding to bfloat16 does depends on where: measured on four Kodak images at qualities 4 and 8, in grey levels of
-the decoded pixels (root mean square; largest), a residual branch adds 0.01 to 0.03 (0.5), as it is a small correction
-to what passes by it in float32; each other convolution or GDN adds 0.14 to 0.22 (1 to 1.4), and all together 0.4 (3).
+What rounding to bfloat16 does depends on where. A residual branch is a small correction to what passes by it in
+float32, so that its rounding hardly shows in the pixels; that of the other convolutions and of GDN does, by some grey
+levels at most (`tests/test_inference.py` holds both; `benchmarks/networks.py` has the speeds).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class SubpixelConv(nn.Module):
     """An `Upsampling` as a 2 x 2 convolution and a pixel shuffle: (N, I, h, w) to (N, O, s h, s w).
 
-    Shifted by s / 2, each s x s block of the output depends on 2 x 2 inputs. Pays where the outputs are few: for the
-    last layer, oneDNN needs four times as long for the transposed form.
+    Shifted by s / 2, each s x s block of the output depends on 2 x 2 inputs. Pays where the outputs are few,
+    as in the last layer, whose transposed form is slow on CPUs.
     """
 
     def __init__(self, transposed: Upsampling) -> None:
@@ -66,7 +66,6 @@ def prepare(network: nn.Module, precision: Precision, device: torch.device) -> n
     "auto" lowers the residual branches, "bfloat16" all but the layers at the latents' scale, whose values go into the
     hundreds. Networks other than those of `cae-v1` stay in float32: they have no such branches, and squares in them.
     """
-    network.requires_grad_(requires_grad=False).eval()
     if isinstance(network, Synthesis):
         network.conv1 = SubpixelConv(network.conv1)  # type: ignore[assignment]
     if isinstance(network, Analysis | Synthesis) and precision != "float32":
@@ -74,4 +73,4 @@ def prepare(network: nn.Module, precision: Precision, device: torch.device) -> n
             if isinstance(module, Residual) or (precision == "bfloat16" and name != "conv3"):
                 module.to(torch.bfloat16)
     prepared: nn.Module = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return prepared.requires_grad_(requires_grad=False)
+    return prepared.requires_grad_(requires_grad=False).eval()

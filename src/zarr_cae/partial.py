@@ -167,7 +167,8 @@ def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
     before = job.pixels(around.cut((yield Synthesise(job, symbols)), source), around.layout)
     after = before.copy()
     _put(after, around.inside, value)
-    if _alike(after, before, after[box.inside].size, job):
+    planes = [job.planes(pixels, around.layout) for pixels in (after, before)]  # refuses values outside the range
+    if _alike(after, before, after[around.inside].size, job):
         return
     if _blank(job, after):
         chunk = yield from decoding(job, frame)
@@ -176,7 +177,7 @@ def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
             yield Put(None)
             return
     count = len(box.planes)
-    both = yield Analyse(job, np.concatenate([job.planes(pixels, around.layout) for pixels in (after, before)]))
+    both = yield Analyse(job, np.concatenate(planes))
     changed = both[:count] != both[count:]
     changed[:, :, *box.patch.within(seen)] = True
     inner = (slice(None), slice(None), *reached.within(seen))
