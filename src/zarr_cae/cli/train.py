@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 _COLUMNS = ("step", "seconds", "quality", "bpp", "psnr", "ms_ssim")
 _FINE_TUNING_RATE = 4e-4
 """Peak learning rate from weights that are good already; a higher one would first undo them."""
-_TABLE_IMAGES = 400
-"""Images whose symbols the exported tables are fitted to."""
 
 
 def add(commands: Commands) -> None:
@@ -230,7 +228,7 @@ def _export(folder: Path, checkpoint: Path, crops: Crops) -> weights.WeightsInfo
         "recipe": asdict(recipe), "steps": state["step"], "minutes": round(state["seconds"] / 60, 1),
         **(json.loads(run.read_text("utf-8")) if run.is_file() else {}),
     }  # fmt: skip
-    return weights.store(export(model, recipe.metric, provenance, crops.tiles(_TABLE_IMAGES)), folder)
+    return weights.store(export(model, recipe.metric, provenance, crops.tiles()), folder)
 
 
 class _Display:

@@ -90,11 +90,11 @@ class Crops:
             out[row] = window
         return from_numpy(out).permute(0, 3, 1, 2).float().div_(255)
 
-    def tiles(self, count: int, largest: int = 512) -> list[Tensor]:
-        """Up to `count` of the training images, cut to multiples of 16: float32 (1, 3, H, W) in [0, 1]."""
-        chosen = self._images[:: max(1, len(self._images) // count)][:count]
-        cut = [pixels[tuple(slice(min(side, largest) // 16 * 16) for side in pixels.shape[:2])] for pixels in chosen]
-        return [from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().div_(255) for pixels in cut]
+    def tiles(self, largest: int = 512) -> Iterator[Tensor]:
+        """The training images, each cut to multiples of 16: float32 (1, 3, H, W) in [0, 1]."""
+        for pixels in self._images:
+            cut = pixels[tuple(slice(min(side, largest) // 16 * 16) for side in pixels.shape[:2])]
+            yield from_numpy(cut.copy()).permute(2, 0, 1)[None].float().div_(255)
 
     def held_out(self, count: int, crop: int) -> Tensor:
         """Centre crops of up to `count` images that training never sees: float32 (n, 3, crop, crop) in [0, 1]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,11 +21,11 @@ _LARGEST_SYMBOL = 32767
 
 @torch.no_grad()
 def export(
-    model: GainedAutoencoder, metric: weights.Metric, provenance: Mapping[str, Any], images: Sequence[Tensor]
+    model: GainedAutoencoder, metric: weights.Metric, provenance: Mapping[str, Any], images: Iterable[Tensor]
 ) -> bytes:
     """The bytes of a weights file of a trained network; put them in place with `weights.store`.
 
-    The contexts and integer tables are fitted to the symbols of `images`: a few hundred, each float32 (1, 3, H, W) in
+    The contexts and integer tables are fitted to the symbols of `images`, some hundreds or more: float32 (1, 3, H, W) in
     [0, 1], sides multiples of 16 and at most 512, so that each is one tile.
     """
     model.to("cpu")

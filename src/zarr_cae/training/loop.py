@@ -16,7 +16,7 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.training.data import Crops
 from zarr_cae.training.export import restore
 from zarr_cae.training.klt import start_from_klt
-from zarr_cae.training.loss import mean_squared_error, multiscale_dissimilarity, rate_distortion
+from zarr_cae.training.loss import SMALLEST_CROP, mean_squared_error, multiscale_dissimilarity, rate_distortion
 from zarr_cae.training.model import GainedAutoencoder, Metric, Range
 from zarr_cae.training.soap import Soap
 from zarr_cae.weights import Weights
@@ -43,9 +43,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.crop % 16 or self.crop < 32:
             raise CAEConfigurationError(f"cae: crop must be a multiple of 16 and at least 32, got {self.crop}")
-        if self.metric == "ms-ssim" and self.crop <= 160:
+        if self.metric == "ms-ssim" and self.crop < SMALLEST_CROP:
             raise CAEConfigurationError(
-                f"cae: MS-SSIM needs crops of more than 160 px, got {self.crop}; try --crop 176"
+                f"cae: MS-SSIM needs crops of at least {SMALLEST_CROP} px, got {self.crop}; try --crop 160"
             )
 
 

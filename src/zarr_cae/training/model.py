@@ -15,10 +15,10 @@ Metric = Literal["mse", "ms-ssim"]
 Range = Literal["low", "high"]
 
 LAMBDAS: dict[Metric, tuple[float, ...]] = {
-    "mse": (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800),
-    "ms-ssim": (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00),
+    "mse": (0.0011, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800),
+    "ms-ssim": (2.10, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00),
 }
-"""Weight of the distortion at qualities 1 to 8, as CompressAI trains them."""
+"""Weight of the distortion at qualities 1 to 8: CompressAI's, but for quality 1, whose rate would exceed theirs."""
 QUALITIES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7, 8)}
 WIDTHS: dict[Range, Widths] = {"low": LOW_RATE, "high": HIGH_RATE}
 
