@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "zarr_cae"
 ROOMS = [
     "errors", "framing", "contexts", "tables", "kernels", "rans", "entropy", "pixels", "windows", "settings",
-    "transforms", "inference", "microbatch", "weights", "zoo", "engine", "chunks", "partial", "codec", "latents", "rewriting",
-    "bottleneck", "patches", "training", "bjontegaard", "evaluation", "rivals", "cli", "__main__", "__init__",
+    "transforms", "inference", "microbatch", "weights", "zoo", "engine", "chunks", "partial", "codec",
+    "latents", "rewriting", "bottleneck", "patches", "training", "bjontegaard", "evaluation", "rivals", "cli",
+    "__main__", "__init__",
 ]  # fmt: skip
 ONLY = {
     "torch": {"transforms", "inference", "engine", "training", "zoo"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import csv
 import json
@@ -10,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +186,35 @@ def test_interrupted_work_leaves_nothing(here: Path, large: Path, arguments: lis
     assert (process.returncode, error) == (130, "zarr-cae: interrupted\n")
     assert [path.name for path in here.iterdir()] == (["out.zarr"] if before else [])
     assert {path.name: path.read_bytes() for path in here.glob("out.zarr/*")} == before
+
+
+def test_what_zarr_still_does_is_stopped(here: Path) -> None:
+    from zarr.core.sync import loop, sync
+
+    from zarr_cae import cli
+
+    ended = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.gather(*(asyncio.sleep(3600) for _ in range(3)))
+        finally:
+            ended.append(True)
+
+    def wait() -> None:
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            sync(endless())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while loop[0] is None or len(asyncio.all_tasks(loop[0])) < 4:
+        time.sleep(0.01)
+    cli._stop_zarr()
+    assert ended
+    thread.join(60)
+    assert not thread.is_alive()
+    cli._stop_zarr()  # there is nothing any more
+    assert zarr.create_array({}, data=np.arange(4))[2] == 2  # zarr makes a loop anew
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

@@ -534,23 +534,41 @@ def test_a_frame_of_another_shape_is_refused(photograph):
         small[:]
 
 
+def _networks_of_a_worker():
+    """(process, torch's threads, networks) of a worker of dask."""
+    import torch
+
+    from zarr_cae import engine
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread that nobody has told how many it may use
+        return os.getpid(), fresh.submit(torch.get_num_threads).result(), len(engine._engines)
+
+
 def test_dask_workers_in_processes(tmp_path, photograph):
-    """Two workers of dask.distributed write the chunks of an array and read them."""
-    dask = pytest.importorskip("dask.array")
+    """Two workers of dask.distributed write regions of an array and read them, as README has it."""
+    dask = pytest.importorskip("dask")
+    da = pytest.importorskip("dask.array")
     distributed = pytest.importorskip("distributed")
-    pixels = np.array(photograph[:256, :384])
+    pixels = np.array(photograph[:256, :512])
     array = zarr.create_array(
-        tmp_path / "photo.zarr", shape=pixels.shape, chunks=(128, 128, 3), dtype="uint8",
-        serializer=CAECodec(quality=4), compressors=None,
+        tmp_path / "photo.zarr", shape=(512, 512, 3), chunks=(128, 128, 3), dtype="uint8",
+        serializer=CAECodec(quality=4), compressors=None, fill_value=9,
     )  # fmt: skip
     options = {"dashboard_address": None, "worker_dashboard_address": None, "local_directory": str(tmp_path)}
     with (
+        dask.config.set({"distributed.nanny.pre-spawn-environ.ZARR_CAE__THREADS": 2}),
         distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, **options) as cluster,
         distributed.Client(cluster) as client,
     ):
-        dask.from_array(pixels, chunks=(128, 128, 3)).store(array, lock=False)
-        lazy = dask.from_zarr(tmp_path / "photo.zarr").astype("int64")
-        total = int(lazy.sum().compute())
-        assert len(client.scheduler_info()["workers"]) == 2
-    assert abs(total - int(array[...].astype("int64").sum())) < 0.01 * pixels.size
-    assert psnr(array[...], pixels) > 28
+        # Chunks of dask's that are multiples of zarr's, at multiples of zarr's: no two tasks write the same chunk.
+        da.from_array(pixels, chunks=(256, 128, 3)).to_zarr(array, region=(slice(256, 512), slice(None), slice(None)))
+        lazy = da.from_zarr(tmp_path / "photo.zarr", chunks=(256, 256, 3))
+        found = lazy.compute()
+        workers = list(client.run(_networks_of_a_worker).values())
+    assert len({process for process, _, _ in workers} - {os.getpid()}) == 2
+    assert {(threads, networks) for _, threads, networks in workers} == {(2, 1)}
+    assert sorted(path.parent.name for path in (tmp_path / "photo.zarr/c").glob("[23]/*/0")) == sorted("0123" * 2)
+    assert not list((tmp_path / "photo.zarr/c").glob("[01]/*/0"))
+    assert (found[:256] == 9).all()
+    assert psnr(found[256:], pixels) > 28
+    assert np.abs(array[...].astype(int) - found).max() <= 1

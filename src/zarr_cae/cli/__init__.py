@@ -68,9 +68,9 @@ def _zarr_errors() -> tuple[type[Exception], ...]:
 
 
 def _stop_zarr() -> None:
-    """Cancel what zarr's own event loop still works on, and wait until it has stopped.
+    """End what zarr's own event loop still works on, and that loop; zarr makes another if it is needed.
 
-    An interrupt reaches only the thread that waits for that loop, which would go on with the rest of the array and at
+    An interrupt reaches only the thread that waits for that loop, which would go on with the rest of the array and, at
     the end of the process, when its threads are gone, complain of every task.
     """
     module: Any = sys.modules.get("zarr.core.sync")
@@ -78,14 +78,19 @@ def _stop_zarr() -> None:
     if loop is None or not loop.is_running():
         return
 
-    async def stop() -> None:
+    async def cancel() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     with suppress(TimeoutError):
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(_STOP_SECONDS)
+        asyncio.run_coroutine_threadsafe(cancel(), loop).result(_STOP_SECONDS)
+    loop.call_soon_threadsafe(loop.stop)
+    module.iothread[0].join(_STOP_SECONDS)  # zarr itself waits for a fifth of a second, and complains after that
+    if not loop.is_running():
+        loop.close()
+        module.loop[0] = module.iothread[0] = None
 
 
 def _say(message: str, code: int) -> int:
