@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -406,8 +407,36 @@ assert len(done) == 4
 """
 
 
+def first_use(folder, cache):
+    """Run FIRST_USE in a process that finds no compiled kernels but those in `cache`, and can write no others: (hits, misses) of numba's cache."""
+    package = folder / "without" / "zarr_cae"
+    if not package.exists():
+        shutil.copytree(Path(rans.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "bundled"))
+        (package / "__pycache__").touch()  # a folder that is a file can't be written to, not even by root
+    variables = {"NUMBA_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(package / "__pycache__/cache")}
+    variables |= {"PYTHONPATH": str(package.parent), "PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", FIRST_USE + STATISTICS], env={**os.environ, **variables}, check=True, timeout=120, capture_output=True,
+        text=True,
+    ).stdout.split()  # fmt: skip
+
+
+STATISTICS = """
+from zarr_cae import kernels
+print(*(sum(sum(getattr(f.stats, n).values()) for f in kernels._done.values()) for n in ("cache_hits", "cache_misses")))
+"""
+
+
 def test_first_use_in_threads_where_no_cache_can_be_written(tmp_path):
     obstacle = tmp_path / "file"
-    obstacle.touch()  # a folder below a file can't be made, not even by root
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(obstacle / "cache"), "PYTHONWARNINGS": "error"}
-    subprocess.run([sys.executable, "-c", FIRST_USE], env=environment, check=True, timeout=120)
+    obstacle.touch()
+    hits, _ = first_use(tmp_path, obstacle / "cache")
+    assert hits == "0"
+    assert obstacle.read_bytes() == b""
+
+
+def test_the_next_use_compiles_nothing(tmp_path):
+    hits, misses = map(int, first_use(tmp_path, tmp_path / "cache"))
+    assert hits == 0
+    assert misses >= 4
+    assert first_use(tmp_path, tmp_path / "cache") == [str(misses), "0"]

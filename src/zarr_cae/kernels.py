@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,16 +290,32 @@ def _restore(symbols: NDArray[np.int16], width: int, predicted: NDArray[np.bool_
             symbols[at] = np.int16(symbols[at] + guess)
 
 
-class Kernels(NamedTuple):
-    """The compiled functions, with the parameters of `_assign`, `_encode`, `_decode` and `_restore`."""
+class Kernels:
+    """The compiled functions, with the parameters of `_assign`, `_encode`, `_decode` and `_restore`.
 
-    assign: Callable[..., float]
-    encode: Callable[..., tuple[int, int]]
-    decode: Callable[..., tuple[int, int]]
-    restore: Callable[..., None]
+    Each is compiled, or loaded from numba's cache, when it is first asked for, so that neither writing nor reading
+    waits for what only the other needs.
+    """
+
+    @property
+    def assign(self) -> Callable[..., float]:
+        return _compiled(_assign)
+
+    @property
+    def encode(self) -> Callable[..., tuple[int, int]]:
+        return _compiled(_encode)
+
+    @property
+    def decode(self) -> Callable[..., tuple[int, int]]:
+        return _compiled(_decode)
+
+    @property
+    def restore(self) -> Callable[..., None]:
+        return _compiled(_restore)
 
 
-_compiled: Kernels | None = None
+kernels = Kernels()
+_done: dict[Callable[..., Any], Callable[..., Any]] = {}
 _compiling = threading.Lock()
 _LARGEST_ACTIVITY = np.int32(LARGEST_ACTIVITY)
 # `_assign` and `_decode` call these two by the names below, which compilation binds to its results.
@@ -307,18 +323,37 @@ classify: Callable[..., None] = _classify
 spread: Callable[..., None] = _spread
 
 
-def kernels() -> Kernels:
-    """Compile the kernels, or load them from numba's cache, once in a process."""
-    global _compiled  # noqa: PLW0603
-    if _compiled is None:
-        with _compiling:
-            if _compiled is None:
-                _compiled = _compile()
-    return _compiled
-
-
-def _compile() -> Kernels:
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, compiled once in a process."""
     global classify, spread  # noqa: PLW0603
+    found = _done.get(kernel)
+    if found is not None:
+        return found
+    with _compiling:
+        signatures = _signatures()
+        for needed in (_classify, _spread, kernel) if kernel in (_assign, _decode) else (kernel,):
+            if needed not in _done:
+                _done[needed] = _compile(needed, signatures[needed])
+            if needed is _classify:
+                classify = _done[needed]
+            elif needed is _spread:
+                spread = _done[needed]
+        return _done[kernel]
+
+
+def _compile(kernel: Callable[..., Any], signature: Any) -> Callable[..., Any]:
+    import numba
+
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(signature, cache=True, **options)(kernel)  # type: ignore[no-any-return]
+    except Exception as error:  # noqa: BLE001 - no writable place, a full disk, a damaged cache: many types
+        _log.debug("cae: numba's cache can't be used, compiling for this process only: %s", error)
+        return numba.njit(signature, **options)(kernel)  # type: ignore[no-any-return]
+
+
+def _signatures() -> dict[Callable[..., Any], Any]:
+    """The one signature of each kernel."""
     import numba
 
     t = numba.types
@@ -326,34 +361,23 @@ def _compile() -> Kernels:
     def read(kind: Any) -> Any:
         return t.Array(kind, 1, "C", readonly=True)
 
-    def compiled(kernel: Callable[..., Any], signature: Any) -> Any:
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-        try:
-            return numba.njit(signature, cache=True, **options)(kernel)
-        except Exception as error:  # noqa: BLE001 - no writable place, a full disk, a damaged cache: many types
-            _log.debug("cae: numba's cache can't be used, compiling for this process only: %s", error)
-            return numba.njit(signature, **options)(kernel)
-
     contexts = (read(t.int16), read(t.uint8), read(t.uint16))  # source, weight, threshold
     scratch = (t.uint16[::1], t.uint8[::1], t.uint8[::1], t.uint8[::1])  # score, activity, around, classes
     coded, rows = t.boolean[::1], (read(t.int32), read(t.int32))  # minimum, length
     tables = (*rows, read(t.uint32), read(t.uint32))  # offset, interval
     counts = t.UniTuple(t.int64, 2)  # type: ignore[no-untyped-call]
     inner = (t.int64, t.int64, *contexts, coded, t.uint8[::1], t.uint16[::1], t.uint8[::1])
-    classify = compiled(_classify, t.void(*inner))
-    spread = compiled(_spread, t.void(t.int64, t.int64, t.int64, t.uint8[::1], t.uint8[::1]))
     lanes = (t.uint32[::1], t.uint16[::1], t.int16[::1])  # state, words, escapes
-    return Kernels(
-        compiled(_assign, t.float64(read(t.int16), t.int64, *rows, coded, *contexts, *scratch, read(t.float32))),
-        compiled(
-            _encode, counts(read(t.int16), *tables, read(t.uint64), read(t.uint32), coded, t.uint8[::1], *lanes)
+    return {
+        _classify: t.void(*inner),
+        _spread: t.void(t.int64, t.int64, t.int64, t.uint8[::1], t.uint8[::1]),
+        _assign: t.float64(read(t.int16), t.int64, *rows, coded, *contexts, *scratch, read(t.float32)),
+        _encode: counts(
+            read(t.int16), *tables, read(t.uint64), read(t.uint32), coded, t.uint8[::1], *lanes,
         ),
-        compiled(
-            _decode,
-            counts(
-                read(t.uint16), t.int64, t.int64, *tables, read(t.uint8), read(t.uint32), coded, *contexts, *scratch,
-                t.uint32[::1], t.int16[::1], t.int64[::1],
-            ),
+        _decode: counts(
+            read(t.uint16), t.int64, t.int64, *tables, read(t.uint8), read(t.uint32), coded, *contexts, *scratch,
+            t.uint32[::1], t.int16[::1], t.int64[::1],
         ),
-        compiled(_restore, t.void(t.int16[::1], t.int64, read(t.boolean))),
-    )  # fmt: skip
+        _restore: t.void(t.int16[::1], t.int64, read(t.boolean)),
+    }  # fmt: skip

@@ -101,7 +101,7 @@ def encode(symbols: Symbols, tables: Tables) -> bytes:
         bits = float(tables.entropy @ coded) * positions
     else:
         scratch = _Scratch.of(flat.size, positions, width)
-        bits = kernels().assign(
+        bits = kernels.assign(
             flat.reshape(-1),
             width,
             tables.minimum,
@@ -118,7 +118,7 @@ def encode(symbols: Symbols, tables: Tables) -> bytes:
     while lanes != better:  # guessed from the tables, and done again where the payload says otherwise
         lanes, retry = better, not lanes
         state = np.full(lanes, START_STATE, np.uint32)
-        free, count = kernels().encode(
+        free, count = kernels.encode(
             flat.reshape(-1),
             tables.minimum,
             tables.length,
@@ -207,7 +207,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
     escapes = np.empty(len(stream), np.int64)  # each takes a byte at least
     symbols = np.zeros((tables.channels, positions), np.int16)
     classes = np.zeros(symbols.size, np.uint8)
-    read, count = kernels().decode(
+    read, count = kernels.decode(
         words,
         word_count,
         width,
@@ -234,7 +234,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
         raise StreamError(f"cae: stream needs {count} escapes; got {section.size} bytes; {_DAMAGED}")
     _put_escapes(section, escapes[:count], tables, classes, symbols.reshape(-1))
     if tables.contexts is not None:
-        kernels().restore(symbols.reshape(-1), width, tables.contexts.predicted)
+        kernels.restore(symbols.reshape(-1), width, tables.contexts.predicted)
     return symbols.reshape(-1, *shape)
 
 
