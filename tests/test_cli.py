@@ -380,6 +380,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert "text.png" in refused(capsys, "encode", "text.png", "o.zarr")
     assert "bad.npy" in refused(capsys, "encode", "bad.npy", "o.zarr")
     assert "no pixels" in refused(capsys, "encode", "empty.npy", "o.zarr")
+    assert "name the images in it" in refused(capsys, "encode", "other", "o.zarr")
     assert "both become" in refused(capsys, "encode", "a.png", "other/a.png", "o.zarr")
     assert "ends in .zarr" in refused(capsys, "encode", "a.png", "a.png")
     assert "ends in .zarr" in refused(capsys, "encode", "a.png")
@@ -389,7 +390,9 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert "weights" in refused(capsys, "encode", "a.png", "o.zarr", "--weights", "../../etc/passwd")
     assert "nowhere.zarr" in refused(capsys, "decode", "nowhere.zarr", "a.png")
     assert "nowhere.zarr" in refused(capsys, "info", "nowhere.zarr")
-    refused(capsys, "info", "other")
+    for name in ("other", "a.png"):
+        for command in (["info", name], ["decode", name, "b.png"], ["bottleneck", name, "b.npy"]):
+            assert f"{name} holds no zarr array or group" in refused(capsys, *command)
     assert "suffix" in refused(capsys, "decode", "a.png", "a.xyz")
     assert sorted(here.iterdir()) == before
 

@@ -291,6 +291,27 @@ def test_not_divisible_missing_and_partial(photograph, pipeline):
     assert (array[600:] == 7).all()
 
 
+@pytest.mark.parametrize("shards", [None, (500, 750, 3)])
+def test_chunks_that_are_no_multiple_of_sixteen(photograph, pipeline, shards):
+    data = photograph[:510, :501]
+    array = create(data, chunks=(250, 250, 3), shards=shards, codec=CAECodec(4))
+    assert array.nchunks == 9 if shards is None else array.shards == shards
+    whole = array[...]
+    assert psnr(whole, data) > 28
+    assert psnr(whole[500:], data[500:]) > 22  # ten rows of a chunk that is padded for the rest
+    alone = create(np.ascontiguousarray(data[250:500, :250]), codec=CAECodec(4))
+    assert np.abs(whole[250:500, :250].astype(int) - alone[...]).max() <= 1
+
+
+@pytest.mark.parametrize("chunks", [(64, 64, 1), (64, 64, 2)])
+def test_channels_may_lie_in_several_chunks(photograph, pipeline, chunks):
+    """They are coded as grey planes then, each by itself."""
+    array = create(photograph[:64, :64], chunks=chunks, codec=CAECodec(4))
+    alone = create(np.ascontiguousarray(photograph[:64, :64, 1]), codec=CAECodec(4))[...]
+    assert np.abs(array[..., 1].astype(int) - alone).max() <= 1
+    assert psnr(array[...], photograph[:64, :64]) > 26
+
+
 def test_every_selection_of_zarr(photograph, pipeline):
     data = photograph[:128, :96]
     array = create(data, chunks=(64, 48, 3))
@@ -391,10 +412,23 @@ def test_arrays_pickle_and_serve_threads(photograph, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda row: copy[row * 64 : row * 64 + 64], range(8)))
     assert np.abs(np.concatenate(rows).astype(int) - expected).max() <= 1
+    frames = [path.read_bytes() for path in sorted((tmp_path / "a.zarr/c").glob("*/*/0"))]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda place: copy.blocks.__setitem__(place, 0), np.ndindex(4, 4)))
+        corners = [(row, column) for row in range(0, 512, 128) for column in range(0, 512, 128)]
+
+        def write(corner):
+            window = tuple(slice(start, start + 128) for start in corner)
+            copy[window] = photograph[window]
+
+        list(pool.map(write, corners))
+    assert [path.read_bytes() for path in sorted((tmp_path / "a.zarr/c").glob("*/*/0"))] == frames
 
 
 def _sum_in_child(path, queue):
-    queue.put(int(zarr.open_array(path, mode="r")[:].sum()))
+    pixels = zarr.open_array(path, mode="r")[:]
+    create(pixels, chunks=(64, 64, 3), store=LocalStore(path.with_name("child.zarr")))
+    queue.put(int(pixels.sum()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
@@ -411,6 +445,8 @@ def test_after_fork(photograph, tmp_path):
     child.join(60)
     assert child.exitcode == 0
     assert abs(total - expected) <= array.size
+    assert psnr(zarr.open_array(tmp_path / "child.zarr", mode="r")[:], photograph[:128, :128]) > 30
+    assert abs(int(array[:].sum()) - expected) <= array.size  # the parent goes on
 
 
 def test_several_event_loops(photograph):
@@ -435,6 +471,7 @@ def test_several_event_loops(photograph):
     [
         ({}, (64, 64, 3), "complex64", "dtype complex64"), ({}, (64, 64, 3), "uint16", "needs value_range"),
         ({}, (64, 64, 3), "bool", "dtype bool"), ({}, (512, 512, 4), "uint8", "ambiguous"),
+        ({}, (64, 64, 3), "datetime64[s]", "dtype datetime64"),
         ({"channel_axis": 3}, (64, 64, 3), "uint8", "channel_axis 3"), ({}, (64,), "uint8", "at least 2"),
         ({"value_range": (10, 20)}, (64, 64, 3), "uint8", "fill_value 0"),
     ],
@@ -445,6 +482,18 @@ def test_refused_at_creation(keywords, shape, dtype, message, sharded):
         zarr.create_array(
             MemoryStore(), shape=shape, chunks=shape, shards=shape if sharded else None, dtype=dtype,
             serializer=CAECodec(**keywords), compressors=None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("configuration", "message"),
+    [({"quality": 9}, "quality"), ({"metric": "x"}, "metric"), ({"weights": "x"}, "sha256")],
+)
+def test_refused_at_creation_from_metadata(configuration, message):
+    with pytest.raises(CAEConfigurationError, match=message):
+        zarr.create_array(
+            {}, shape=(32, 32, 3), dtype="uint8", serializer={"name": "cae", "configuration": configuration},
+            compressors=None,
         )  # fmt: skip
 
 

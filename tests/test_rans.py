@@ -408,17 +408,18 @@ assert len(done) == 4
 
 
 def first_use(folder, cache):
-    """Run FIRST_USE in a process that finds no compiled kernels but those in `cache`, and can write no others: (hits, misses) of numba's cache."""
+    """(hits, misses) of numba's cache in a process that finds compiled kernels in `cache` or nowhere."""
     package = folder / "without" / "zarr_cae"
     if not package.exists():
         shutil.copytree(Path(rans.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "bundled"))
         (package / "__pycache__").touch()  # a folder that is a file can't be written to, not even by root
     variables = {"NUMBA_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(package / "__pycache__/cache")}
     variables |= {"PYTHONPATH": str(package.parent), "PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", FIRST_USE + STATISTICS], env={**os.environ, **variables}, check=True, timeout=120, capture_output=True,
-        text=True,
-    ).stdout.split()  # fmt: skip
+    command = [sys.executable, "-c", FIRST_USE + STATISTICS]
+    done = subprocess.run(
+        command, env={**os.environ, **variables}, check=True, timeout=120, capture_output=True, text=True
+    )
+    return done.stdout.split()
 
 
 STATISTICS = """
