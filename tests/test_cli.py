@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import csv
 import json
@@ -10,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +188,35 @@ def test_interrupted_work_leaves_nothing(here: Path, large: Path, arguments: lis
     assert {path.name: path.read_bytes() for path in here.glob("out.zarr/*")} == before
 
 
+def test_what_zarr_still_does_is_stopped(here: Path) -> None:
+    from zarr.core.sync import loop, sync
+
+    from zarr_cae import cli
+
+    ended = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.gather(*(asyncio.sleep(3600) for _ in range(3)))
+        finally:
+            ended.append(True)
+
+    def wait() -> None:
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            sync(endless())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while loop[0] is None or len(asyncio.all_tasks(loop[0])) < 4:
+        time.sleep(0.01)
+    cli._stop_zarr()
+    assert ended
+    thread.join(60)
+    assert not thread.is_alive()
+    cli._stop_zarr()  # there is nothing any more
+    assert zarr.create_array({}, data=np.arange(4))[2] == 2  # zarr makes a loop anew
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 def test_closed_pipe_is_no_traceback(here: Path) -> None:
     reading, writing = os.pipe()
@@ -348,6 +380,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert "text.png" in refused(capsys, "encode", "text.png", "o.zarr")
     assert "bad.npy" in refused(capsys, "encode", "bad.npy", "o.zarr")
     assert "no pixels" in refused(capsys, "encode", "empty.npy", "o.zarr")
+    assert "name the images in it" in refused(capsys, "encode", "other", "o.zarr")
     assert "both become" in refused(capsys, "encode", "a.png", "other/a.png", "o.zarr")
     assert "ends in .zarr" in refused(capsys, "encode", "a.png", "a.png")
     assert "ends in .zarr" in refused(capsys, "encode", "a.png")
@@ -357,7 +390,9 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert "weights" in refused(capsys, "encode", "a.png", "o.zarr", "--weights", "../../etc/passwd")
     assert "nowhere.zarr" in refused(capsys, "decode", "nowhere.zarr", "a.png")
     assert "nowhere.zarr" in refused(capsys, "info", "nowhere.zarr")
-    refused(capsys, "info", "other")
+    for name in ("other", "a.png"):
+        for command in (["info", name], ["decode", name, "b.png"], ["bottleneck", name, "b.npy"]):
+            assert f"{name} holds no zarr array or group" in refused(capsys, *command)
     assert "suffix" in refused(capsys, "decode", "a.png", "a.xyz")
     assert sorted(here.iterdir()) == before
 

@@ -593,12 +593,15 @@ def test_selections_that_zarr_does_not_make(photograph, selection):
 def test_inner_chunks_of_shards(photograph, pipeline):
     data = mosaic(photograph, 1, 2)
     array = create(data, (512, 512, 3), shards=(512, 1024, 3))
-    before = array[...]
+    before, symbols = array[...], latents(array)
     for n in range(4):
         array[:40, 10 * n : 10 * n + 40] = photograph[100:140, :40]
     after = array[...]
-    np.testing.assert_array_equal(after[:, 512:], before[:, 512:])
+    # The two chunks are decoded in one batch or in two, so their pixels may differ by a grey level from call to call.
+    assert latents(array)[:, 32:].tobytes() == symbols[:, 32:].tobytes()
+    assert difference(after[:, 512:], before[:, 512:]) <= 1
     assert psnr(after[:40, 30:70], photograph[100:140, :40]) > 24
     # zarr's FusedCodecPipeline decodes, merges and encodes the inner chunks of shards itself.
     if "Fused" not in zarr.config.get("codec_pipeline.path"):
-        np.testing.assert_array_equal(after[40 + REACH :], before[40 + REACH :])
+        assert latents(array)[3 + HALO :].tobytes() == symbols[3 + HALO :].tobytes()
+        assert difference(after[40 + REACH :], before[40 + REACH :]) <= 1

@@ -12,6 +12,7 @@ from zarr_cae.errors import (
 )
 from zarr_cae.latents import CAEBottleneckCodec
 from zarr_cae.patches import as_torch_dataset
+from zarr_cae.settings import configure
 
 __all__ = [
     "BottleneckStore",
@@ -24,5 +25,6 @@ __all__ = [
     "StreamError",
     "WeightsNotFoundError",
     "as_torch_dataset",
+    "configure",
     "open_bottleneck",
 ]

@@ -70,6 +70,8 @@ def is_zarr(path: Path) -> bool:
 def open_source(path: Path) -> Source:
     """Open an image file, a `.npy` file or a zarr array. Raises CAEConfigurationError, OSError or zarr's errors."""
     if _is_array(path) and path.suffix.lower() != ".npy":
+        if path.is_dir() and path.suffix != ".zarr" and not is_zarr(path):
+            refuse(f"{path} is a folder and no zarr array; name the images in it, as {path / '*.png'} does")
         array = open_array(path)
         names = getattr(array.metadata, "dimension_names", None)
         return Source(path.stem, array, "auto", None if names is None else tuple(names))
@@ -133,7 +135,10 @@ def arrays_at(
     if not path.exists():
         refuse(f"{path} does not exist")
     with refusing_damage(f"the metadata of {path}", _METADATA_DAMAGE):
-        node = zarr.open(path, mode="r") if open_node is None else open_node(path)
+        try:
+            node = zarr.open(path, mode="r") if open_node is None else open_node(path)
+        except FileNotFoundError:
+            refuse(f"{path} holds no zarr array or group")
         if isinstance(node, zarr.Array):
             return node, {}
         members = sorted(node.members(max_depth=None), key=lambda member: member[0])
