@@ -57,16 +57,33 @@ def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> byt
 
 def decode(frame: bytes | memoryview, expected: framing.FrameHeader, tables: Tables) -> Symbols:
     """The symbols (N, M, h, w) of a frame. Raises FrameError or StreamError for anything malformed."""
+    rows, columns = expected.latent_shape
+    symbols = np.empty((expected.planes, tables.channels, rows, columns), np.int16)
+
+    def put(plane: int, rows: slice, columns: slice, tile: Symbols) -> None:
+        symbols[plane, :, rows, columns] = tile
+
+    decode_into(put, frame, expected, tables)
+    return symbols
+
+
+def decode_into(
+    put: Callable[[int, slice, slice, Symbols], None],
+    frame: bytes | memoryview,
+    expected: framing.FrameHeader,
+    tables: Tables,
+) -> None:
+    """Hand each tile of a frame to `put`: its plane, rows and columns, and its symbols (M, rows, columns).
+
+    The tiles come in any order, several at a time on several threads, and before the last is known to be sound. Raises
+    FrameError or StreamError for anything malformed.
+    """
     header, streams = framing.unpack(frame, expected)
-    rows, columns = header.latent_shape
-    symbols = np.empty((header.planes, tables.channels, rows, columns), np.int16)
     places = [(plane, *tile) for plane in range(header.planes) for tile in header.tiles()]
 
     def code(job: tuple[tuple[int, slice, slice], memoryview]) -> None:
         (plane, rows, columns), stream = job
-        tile = symbols[plane, :, rows, columns]
-        tile[...] = decode_tile(stream, tile.shape[1], tile.shape[2], tables)
+        put(plane, rows, columns, decode_tile(stream, rows.stop - rows.start, columns.stop - columns.start, tables))
 
     for _ in over_cores(code, list(zip(places, streams, strict=True))):
         pass
-    return symbols

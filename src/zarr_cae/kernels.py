@@ -290,13 +290,45 @@ def _restore(symbols: NDArray[np.int16], width: int, predicted: NDArray[np.bool_
             symbols[at] = np.int16(symbols[at] + guess)
 
 
+def _dequantise(
+    symbols: NDArray[np.int16],
+    width: int,
+    step: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    values: NDArray[np.float32],
+    begin: int,
+    rows: int,
+    columns: int,
+    channels: int,
+) -> None:
+    """Put symbol * step + offset, rounded after each operation, of a tile (M, h, w) into `values`.
+
+    Its first element goes to `begin`; `rows`, `columns` and `channels` are the strides in elements from there. It goes
+    in blocks of 16 columns and channels: all channels of a tile at once would fight for the same cache sets.
+    """
+    positions = symbols.size // step.size
+    for first in range(0, step.size, 16):
+        for row in range(positions // width):
+            for left in range(0, width, 16):
+                for c in range(first, min(first + 16, step.size)):
+                    at, out = (
+                        _U(c * positions + row * width + left),
+                        _U(begin + row * rows + left * columns + c * channels),
+                    )
+                    factor, addend = step[_U(c)], offset[_U(c)]
+                    for _ in range(min(16, width - left)):
+                        values[out] = np.float32(symbols[at]) * factor + addend
+                        at, out = at + _ONE, out + _U(columns)
+
+
 class Kernels(NamedTuple):
-    """The compiled functions, with the parameters of `_assign`, `_encode`, `_decode` and `_restore`."""
+    """The compiled functions, with the parameters of `_assign`, `_encode`, `_decode`, `_restore`, `_dequantise`."""
 
     assign: Callable[..., float]
     encode: Callable[..., tuple[int, int]]
     decode: Callable[..., tuple[int, int]]
     restore: Callable[..., None]
+    dequantise: Callable[..., None]
 
 
 _compiled: Kernels | None = None
@@ -356,4 +388,8 @@ def _compile() -> Kernels:
             ),
         ),
         compiled(_restore, t.void(t.int16[::1], t.int64, read(t.boolean))),
+        compiled(
+            _dequantise,
+            t.void(read(t.int16), t.int64, read(t.float32), read(t.float32), t.float32[::1], *[t.int64] * 4),
+        ),
     )  # fmt: skip
