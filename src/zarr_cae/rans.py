@@ -64,6 +64,7 @@ __all__ = ["decode", "encode"]
 
 _MAX_LOG2_LANES = 5
 _LANE_BYTES = 750  # payload per lane: a lane costs 3 bytes (4, less what its state still holds), 0.4 % of this
+_SPARSE_WORDS = 1 / 32  # a symbol, half a bit: below, guessing symbols is faster than looking them up, above slower
 _DAMAGED = "the stored chunk is damaged, or of other weights"
 
 Symbols = NDArray[np.int16]
@@ -216,6 +217,8 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
         tables.offset,
         tables.interval,
         tables.lookup,
+        *tables.likely,
+        word_count < symbols.size * _SPARSE_WORDS,
         tables.zero_flag(positions),
         np.empty(tables.channels, np.bool_),
         *_sources(tables.contexts),
