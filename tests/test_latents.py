@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.core.array_spec import ArrayConfig, ArraySpec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.dtype import Float32
 from zarr.storage import MemoryStore
 
 from zarr_cae import (
@@ -19,13 +22,14 @@ from zarr_cae import (
     CAECodec,
     CAEConfigurationError,
     CAEDataError,
+    CAEError,
     entropy,
     latents,
     open_bottleneck,
     rans,
 )
 from zarr_cae.codec import loaded
-from zarr_cae.framing import FrameHeader
+from zarr_cae.framing import FrameHeader, pack, unpack
 from zarr_cae.pixels import Layout
 
 FIXTURES = Path(__file__).parent / "fixtures" / "latents"
@@ -225,6 +229,58 @@ def test_damaged_chunks_are_refused(photograph, pipeline):
     assert np.isfinite(view[:2]).all()
     with pytest.raises(CAEDataError, match="damaged"):
         view[2:]
+
+
+@pytest.fixture(scope="module")
+def coded(photograph):
+    """A codec of latents, its tables and header, a frame with one stream, and its latents."""
+    array = create(photograph[:96, :80], (96, 80, 3), serializer=CAECodec(quality=8))
+    view = open_bottleneck(array.store)
+    (frame,) = (value.to_bytes() for key, value in array.store._store_dict.items() if key.startswith("c"))
+    return view.metadata.codecs[0], frame, view[...]
+
+
+def decoded(codec, frame, shape):
+    prototype = default_buffer_prototype()
+    spec = ArraySpec(shape, Float32(), np.float32(0), ArrayConfig.from_dict({}), prototype)
+    return codec._decode_sync(prototype.buffer.from_bytes(frame), spec).as_numpy_array()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_streams_with_sound_checksums_are_refused(coded, data):
+    codec, frame, expected = coded
+    header, (stream,) = unpack(frame, latents._prepared(codec).header)
+    changed = bytearray(stream)
+    at = data.draw(st.integers(0, len(changed) - 1), label="at")
+    match data.draw(st.sampled_from(["cut", "flip", "insert", "remove", "tail"]), label="kind"):
+        case "cut":
+            del changed[at:]
+        case "flip":
+            changed[at] ^= data.draw(st.integers(1, 255))
+        case "insert":
+            changed[at:at] = data.draw(st.binary(min_size=1, max_size=5))
+        case "remove":
+            del changed[at : at + data.draw(st.integers(1, 5))]
+        case "tail":
+            changed += data.draw(st.binary(min_size=1, max_size=5))
+    damaged = pack(header, [bytes(changed)])
+    try:
+        found = decoded(codec, damaged, expected.shape)
+    except CAEDataError:
+        return
+    tables = latents._prepared(codec).tables  # what is accepted is what the encoder writes of other symbols
+    (symbols,) = entropy.decode(damaged, header, tables)
+    assert rans.encode(symbols, tables) == bytes(changed)
+    assert np.array_equal(found, expected) == (changed == stream)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 96, 80, 3), (1 << 31, 1 << 31, 3), (96, 80, (1 << 31) - 1)])
+def test_a_chunk_shape_that_no_frame_has_allocates_nothing(coded, shape):
+    codec, frame, _ = coded
+    huge = CAEBottleneckCodec(codec.cae if len(shape) == 3 else CAECodec(quality=8, channel_axis=3), shape)
+    with pytest.raises(CAEError):
+        decoded(huge, frame, latents._prepared(huge).shape)
 
 
 def test_key_encoding_leaves_out_the_last_axis():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self, cast
@@ -61,8 +61,8 @@ def latent_shape(shape: Sequence[int], layout: Layout, channels: int) -> tuple[i
 class Places:
     """Where the latents of a chunk lie in an array of its shape, C order, in elements from its first."""
 
-    planes: tuple[int, ...]
-    """The first latent of each plane, the planes in the order of `layout.channels_first`."""
+    planes: tuple[tuple[int, int], ...]
+    """Length and stride of each axis along which planes lie, in the order of `layout.channels_first`."""
     rows: int
     columns: int
     channels: int
@@ -71,17 +71,22 @@ class Places:
     @classmethod
     def of(cls, layout: Layout, channels: int) -> Places:
         """Those of a chunk of pixels, with M channels."""
-        added, last = layout.channel_axis is None, len(layout.shape)
         shape = latent_shape(layout.shape, layout, channels)
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        *batch, axis, rows, columns = (*range(last - 2), last, last - 2, last - 1) if added else layout.channels_first
-        planes = np.zeros(1, np.int64)
-        for length, stride in (
-            *((shape[i], strides[i]) for i in batch),
-            (shape[axis] // channels, strides[axis] * channels),
-        ):
-            planes = np.add.outer(planes, np.arange(length) * stride).reshape(-1)
-        return cls(tuple(planes.tolist()), strides[rows], strides[columns], strides[axis])
+        last = len(layout.shape)
+        order = (*range(last - 2), last, last - 2, last - 1) if layout.channel_axis is None else layout.channels_first
+        *batch, axis, rows, columns = order
+        planes = (*((shape[i], strides[i]) for i in batch), (shape[axis] // channels, strides[axis] * channels))
+        return cls(planes, strides[rows], strides[columns], strides[axis])
+
+    def first(self, tile: entropy.Tile) -> int:
+        """The place of a tile's first latent."""
+        place: int = tile.rows.start * self.rows + tile.columns.start * self.columns
+        plane = tile.plane
+        for length, stride in reversed(self.planes):
+            plane, index = divmod(plane, length)
+            place += index * stride
+        return place
 
 
 @dataclass(frozen=True)
@@ -150,16 +155,28 @@ class CAEBottleneckCodec(ArrayBytesCodec):
                 f"{chunk_spec.shape}; open it with `zarr_cae.open_bottleneck`"
             )
         frame = memoryview(cast("Any", chunk_bytes.as_numpy_array()))
+        tiles = entropy.tiles(frame, found.header)
         values = np.empty(found.shape, np.float32)
         dequantise, flat, places = kernels().dequantise, values.reshape(-1), found.places
 
-        def put(plane: int, rows: slice, columns: slice, symbols: entropy.Symbols) -> None:
-            begin = places.planes[plane] + rows.start * places.rows + columns.start * places.columns
+        def put(tile: entropy.Tile, symbols: entropy.Symbols) -> None:
             strides = places.rows, places.columns, places.channels
-            dequantise(symbols.reshape(-1), symbols.shape[2], found.step, found.offset, flat, begin, *strides)
+            width, begin = symbols.shape[2], places.first(tile)
+            dequantise(symbols.reshape(-1), width, found.step, found.offset, flat, begin, *strides)
 
-        entropy.decode_into(put, frame, found.header, found.tables)
+        entropy.decode_into(put, tiles, found.tables)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
+
+    async def decode(self, chunks_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]) -> Iterable[NDBuffer | None]:
+        """What zarr does, without its gathering under a limit where a batch is one chunk, as by default.
+
+        That took a fifth of zarr's time for a chunk.
+        """
+        batch = list(chunks_and_specs)
+        if len(batch) != 1:
+            return await super().decode(batch)
+        chunk_bytes, chunk_spec = batch[0]
+        return [None if chunk_bytes is None else await self._decode_single(chunk_bytes, chunk_spec)]
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)

@@ -57,7 +57,8 @@ from numpy.typing import NDArray
 
 from zarr_cae.contexts import Contexts, to_differences
 from zarr_cae.errors import CAEConfigurationError, StreamError
-from zarr_cae.kernels import START_STATE, kernels
+from zarr_cae.kernels import kernels
+from zarr_cae.loops import START_STATE
 from zarr_cae.tables import Tables, escape_bytes
 
 __all__ = ["decode", "encode"]
