@@ -283,6 +283,17 @@ def test_a_chunk_shape_that_no_frame_has_allocates_nothing(coded, shape):
         decoded(huge, frame, latents._prepared(huge).shape)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_batches_of_any_size_hold_missing_chunks(photograph, size):
+    array = create(photograph[:96, :64], (32, 32, 3))
+    expected = open_bottleneck(array.store)[...]
+    del array.store._store_dict["c/1/1/0"]
+    expected[2:4, 2:] = np.nan
+    with zarr.config.set({"codec_pipeline.batch_size": size}):
+        found = open_bottleneck(array.store)[...]
+    assert found.tobytes() == expected.tobytes()
+
+
 def test_key_encoding_leaves_out_the_last_axis():
     encoding = latents.WithoutLatentAxis.from_dict(
         {
