@@ -1,11 +1,13 @@
 """Speed of reading all latents of an RGB array, against CompressAI's entropy decoder and against decoding the pixels.
 
-    python benchmarks/bottleneck.py [--images FOLDER] [--size 4096] [--qualities 1,4,8] [--repeats 3]
+    python benchmarks/bottleneck.py [--images FOLDER] [--size 4096] [--qualities 1,4,8] [--chunks 256,512]
+                                    [--pipeline batched,fused] [--repeats 5]
 
-The array is size x size x 3 in chunks of 256 x 256, in memory, made of the images in FOLDER (by default the
-photograph that the package holds), each mirrored in turn. Times are seconds of wall clock and, less disturbed by other
-programs, of CPU over all threads, the best of the repeats each; ratios are to the latents. All three start from the
-same stored bytes or the same symbols:
+The array is size x size x 3 in chunks of 256 x 256 and 512 x 512, in memory, made of the images in FOLDER (by default
+the photograph that the package holds), each mirrored in turn. Pipelines are zarr's: the default one, and the fused one
+of zarr >= 3.3. Times are seconds of wall clock and, less disturbed by other programs, of CPU over all threads, the best
+of the repeats each; ratios are to the latents. All three start from the same stored bytes or the same symbols, and take
+turns, so that other programs disturb them alike:
 
 latents     `open_bottleneck(store)[...]`: float32 latents of the whole array, all cores
 compressai  what `EntropyBottleneck.decompress` does, one chunk at a time as caecodec did: argument lists from arrays,
@@ -33,7 +35,7 @@ from zarr_cae import CAECodec, open_bottleneck
 from zarr_cae.codec import loaded
 from zarr_cae.tables import PRECISION, Tables
 
-CHUNK = 256
+PIPELINES = {"batched": "BatchedCodecPipeline", "fused": "FusedCodecPipeline"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".webp"}
 
 
@@ -65,15 +67,16 @@ def mosaic(folder: Path | None, size: int) -> np.ndarray:
     return result
 
 
-def best(work: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
-    """Least wall-clock and least CPU seconds, and the result."""
-    walls, cpus = [], []
+def best(works: list[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
+    """Least wall-clock and least CPU seconds of each, run in turns."""
+    seconds = np.full((2, len(works)), np.inf)
     for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = work()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return min(walls), min(cpus), result
+        for i, work in enumerate(works):
+            wall, cpu = time.perf_counter(), time.process_time()
+            work()
+            found = time.perf_counter() - wall, time.process_time() - cpu
+            seconds[:, i] = np.minimum(seconds[:, i], found)
+    return [(float(wall), float(cpu)) for wall, cpu in seconds.T]
 
 
 class CompressAI:
@@ -104,66 +107,93 @@ class CompressAI:
         return result
 
 
-def blocks(latents: np.ndarray) -> Iterator[np.ndarray]:
+def blocks(latents: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
     """(M, h, w) of each chunk."""
-    edge = CHUNK // 16
+    edge = chunk // 16
     for row in range(0, latents.shape[0], edge):
         for column in range(0, latents.shape[1], edge):
             yield latents[row : row + edge, column : column + edge].transpose(2, 0, 1)
 
 
-def compared(theirs: list[float], ours: list[float]) -> str:
+def compressai(ans: Any, codec: CAECodec, latents: np.ndarray, chunk: int) -> CompressAI:
+    """What decodes the same latents; exits if they differ."""
+    weights = loaded(codec)
+    row = weights.row(codec.quality)
+    step, offset = weights.tensors["step"][row], weights.tensors["offset"][row]
+    symbols = [
+        np.rint((block - offset[:, None, None]) / step[:, None, None]).astype(np.int16)
+        for block in blocks(latents, chunk)
+    ]
+    theirs = CompressAI(ans, symbols, weights.tables[row], step, offset)
+    if not all(map(np.array_equal, theirs.decompress(), blocks(latents, chunk))):
+        sys.exit("compressai's latents differ")
+    return theirs
+
+
+def compared(theirs: tuple[float, float] | None, ours: tuple[float, float]) -> str:
     """Wall, CPU, and both divided by ours."""
+    if theirs is None:
+        return f"{'-':>9}{'-':>8}{'-':>13}"
     ratios = f"{theirs[0] / ours[0]:.1f}, {theirs[1] / ours[1]:.1f}"
     return f"{theirs[0]:9.3f}{theirs[1]:8.3f}{ratios:>13}"
+
+
+def opened(store: Any, pipeline: str) -> tuple[Any, Any]:
+    """The pixels and the latents of the array in `store`, warmed up."""
+    with zarr.config.set({"codec_pipeline.path": f"zarr.core.codec_pipeline.{PIPELINES[pipeline]}"}):
+        array, view = zarr.open_array(store, mode="r"), open_bottleneck(store)
+        array[:256, :256], view[:16, :16]
+    return array, view
+
+
+def measure(pixels: np.ndarray, chunk: int, quality: int, pipelines: list[str], repeats: int) -> Iterator[str]:
+    """A line for each pipeline."""
+    codec, store, ans = CAECodec(quality=quality, channel_axis=2), zarr.storage.MemoryStore(), compressai_ans()
+    zarr.create_array(
+        store, shape=pixels.shape, chunks=(chunk, chunk, 3), dtype="uint8", serializer=codec, compressors=None
+    )[...] = pixels
+    megapixels = pixels.size / 3e6
+    bits = 8e-6 * sum(len(value) for key, value in store._store_dict.items() if "zarr" not in key) / megapixels  # noqa: SLF001
+    nodes = [opened(store, pipeline) for pipeline in pipelines]
+    theirs = None if ans is None else compressai(ans, codec, nodes[0][1][...], chunk)
+    works: list[Callable[[], Any]] = [lambda view=view: view[...] for _, view in nodes]  # type: ignore[misc]
+    times = best([*works, *([] if theirs is None else [theirs.decompress])], repeats)
+    networks = best([lambda array=array: array[...] for array, _ in nodes], 2)  # type: ignore[misc]
+    decompress = None if theirs is None else times[-1]
+    for pipeline, ours, network in zip(pipelines, times, networks, strict=False):
+        line = f"{chunk:5}{quality:9}{bits:9.3f}{pipeline:>10}{ours[0]:8.3f}{ours[1]:7.3f}{megapixels / ours[0]:7.0f}"
+        yield line + compared(decompress, ours) + compared(network, ours)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of reading latents.")
     parser.add_argument("--images", type=Path, metavar="FOLDER")
-    parser.add_argument("--size", type=int, default=4096, help="a multiple of 256")
-    parser.add_argument("--qualities", type=lambda text: [int(q) for q in text.split(",")], default=[1, 4, 8])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--size", type=int, default=4096, help="a multiple of the chunks")
+    parser.add_argument("--qualities", type=numbers, default=[1, 4, 8])
+    parser.add_argument("--chunks", type=numbers, default=[256, 512], help="their edges, multiples of 16")
+    available = [name for name, pipeline in PIPELINES.items() if hasattr(zarr.core.codec_pipeline, pipeline)]
+    parser.add_argument("--pipeline", type=lambda text: text.split(","), default=available)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    if arguments.size % CHUNK:
-        parser.error("--size must be a multiple of 256")
+    if any(chunk % 16 or arguments.size % chunk for chunk in arguments.chunks):
+        parser.error("--chunks must be multiples of 16, and --size one of them")
+    if not set(arguments.pipeline) <= set(available):
+        parser.error(f"--pipeline: this zarr has {', '.join(available)}")
     pixels = mosaic(arguments.images, arguments.size)
-    ans, megapixels = compressai_ans(), pixels.size / 3e6
     print(f"{arguments.size} x {arguments.size} x 3, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print(f"{'':16}{'latents':^21}{'compressai':^30}{'pixels':^30}")
-    print(f"{'quality':>7}{'bits/px':>9}{'wall':>7}{'cpu':>7}{'MP/s':>7}" + f"{'wall':>9}{'cpu':>8}{'ratios':>13}" * 2)
-    for quality in arguments.qualities:
-        codec = CAECodec(quality=quality, channel_axis=2)
-        store = zarr.storage.MemoryStore()
-        array = zarr.create_array(
-            store, shape=pixels.shape, chunks=(CHUNK, CHUNK, 3), dtype="uint8", serializer=codec, compressors=None
-        )
-        array[...] = pixels
-        bits = 8e-6 * sum(len(value) for key, value in store._store_dict.items() if "zarr" not in key) / megapixels  # noqa: SLF001
-        view = open_bottleneck(store)
-        view[:16, :16]
-        *seconds, latents = best(lambda view=view: view[...], arguments.repeats)
-        line = f"{quality:7}{bits:9.3f}{seconds[0]:7.3f}{seconds[1]:7.3f}{megapixels / seconds[0]:7.0f}"
-        if ans is None:
-            line += f"{'-':>9}{'-':>8}{'-':>13}"
-        else:
-            weights = loaded(codec)
-            row = weights.row(quality)
-            step, offset = weights.tensors["step"][row], weights.tensors["offset"][row]
-            symbols = [
-                np.rint((block - offset[:, None, None]) / step[:, None, None]).astype(np.int16)
-                for block in blocks(latents)
-            ]
-            theirs = CompressAI(ans, symbols, weights.tables[row], step, offset)
-            *their_seconds, found = best(theirs.decompress, max(1, arguments.repeats - 1))
-            if not all(map(np.array_equal, found, blocks(latents))):
-                sys.exit("compressai's latents differ")
-            line += compared(their_seconds, seconds)
-        array[:CHUNK, :CHUNK]
-        *pixel_seconds, _ = best(lambda array=array: array[...], max(1, arguments.repeats - 1))
-        print(line + compared(pixel_seconds, seconds), flush=True)
-    if ans is None:
+    print(f"{'':33}{'latents':^22}{'compressai':^30}{'pixels':^30}")
+    print(f"{'chunk':>5}{'quality':>9}{'bits/px':>9}{'pipeline':>10}{'wall':>8}{'cpu':>7}{'MP/s':>7}", end="")
+    print(f"{'wall':>9}{'cpu':>8}{'ratios':>13}" * 2)
+    for chunk in arguments.chunks:
+        for quality in arguments.qualities:
+            for line in measure(pixels, chunk, quality, arguments.pipeline, arguments.repeats):
+                print(line, flush=True)
+    if compressai_ans() is None:
         print("\ncompressai is not installed")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

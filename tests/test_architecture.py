@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "zarr_cae"
 ROOMS = [
-    "errors", "framing", "contexts", "tables", "kernels", "rans", "entropy", "pixels", "windows", "settings",
+    "errors", "framing", "contexts", "tables", "loops", "kernels", "rans", "entropy", "pixels", "windows", "settings",
     "transforms", "inference", "tensors", "microbatch", "weights", "zoo", "engine", "chunks", "partial", "codec",
     "latents", "rewriting", "bottleneck", "patches", "training", "bjontegaard", "evaluation", "rivals", "cli",
     "__main__", "__init__",

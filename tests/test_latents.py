@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.core.array_spec import ArrayConfig, ArraySpec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.dtype import Float32
 from zarr.storage import MemoryStore
 
 from zarr_cae import (
@@ -19,13 +22,15 @@ from zarr_cae import (
     CAECodec,
     CAEConfigurationError,
     CAEDataError,
+    CAEError,
     entropy,
     latents,
     open_bottleneck,
     rans,
 )
 from zarr_cae.codec import loaded
-from zarr_cae.pixels import Layout, to_planes
+from zarr_cae.framing import FrameHeader, pack, unpack
+from zarr_cae.pixels import Layout
 
 FIXTURES = Path(__file__).parent / "fixtures" / "latents"
 
@@ -124,16 +129,21 @@ def test_latents_are_what_the_synthesis_network_receives(shape, axis, photograph
     hook = engine._synthesis.register_forward_pre_hook(lambda _, given: received.append(given[0].numpy().copy()))
     array[...]
     hook.remove()
-    received = np.concatenate(received)  # (N, M, h, w)
-    symbols = engine.analyse(to_planes(data, layout, (0.0, 255.0)), 4, Settings())
+    received = np.concatenate(received)  # (N, M, h, w), in the order in which the network got to the planes
+    header = FrameHeader(
+        layout.planes, layout.height, layout.width, layout.grey, version=weights.tables[row].frame_version
+    )
+    (frame,) = (value for key, value in array.store._store_dict.items() if key.startswith("c"))
+    symbols = entropy.decode(frame.to_bytes(), header, weights.tables[row])  # not analysed again: that is inexact
     step, offset = (weights.tensors[name][row][:, None, None] for name in ("step", "offset"))
-    assert np.array_equal(received, symbols.astype(np.float32) * step + offset)
+    given = symbols.astype(np.float32) * step + offset
+    assert sorted(plane.tobytes() for plane in received) == sorted(plane.tobytes() for plane in given)
 
     batch = [n for i, n in enumerate(shape) if i != axis][:-2]
     if axis is None:
-        expected = np.moveaxis(received.reshape(*batch, -1, 3, 5), -3, -1)
+        expected = np.moveaxis(given.reshape(*batch, -1, 3, 5), -3, -1)
     else:
-        expected = np.moveaxis(received.reshape(*batch, -1, 3, 5), -3, axis)
+        expected = np.moveaxis(given.reshape(*batch, -1, 3, 5), -3, axis)
     assert found.shape == expected.shape
     assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
 
@@ -219,6 +229,69 @@ def test_damaged_chunks_are_refused(photograph, pipeline):
     assert np.isfinite(view[:2]).all()
     with pytest.raises(CAEDataError, match="damaged"):
         view[2:]
+
+
+@pytest.fixture(scope="module")
+def coded(photograph):
+    """A codec of latents, its tables and header, a frame with one stream, and its latents."""
+    array = create(photograph[:96, :80], (96, 80, 3), serializer=CAECodec(quality=8))
+    view = open_bottleneck(array.store)
+    (frame,) = (value.to_bytes() for key, value in array.store._store_dict.items() if key.startswith("c"))
+    return view.metadata.codecs[0], frame, view[...]
+
+
+def decoded(codec, frame, shape):
+    prototype = default_buffer_prototype()
+    spec = ArraySpec(shape, Float32(), np.float32(0), ArrayConfig.from_dict({}), prototype)
+    return codec._decode_sync(prototype.buffer.from_bytes(frame), spec).as_numpy_array()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_streams_with_sound_checksums_are_refused(coded, data):
+    codec, frame, expected = coded
+    header, (stream,) = unpack(frame, latents._prepared(codec).header)
+    changed = bytearray(stream)
+    at = data.draw(st.integers(0, len(changed) - 1), label="at")
+    match data.draw(st.sampled_from(["cut", "flip", "insert", "remove", "tail"]), label="kind"):
+        case "cut":
+            del changed[at:]
+        case "flip":
+            changed[at] ^= data.draw(st.integers(1, 255))
+        case "insert":
+            changed[at:at] = data.draw(st.binary(min_size=1, max_size=5))
+        case "remove":
+            del changed[at : at + data.draw(st.integers(1, 5))]
+        case "tail":
+            changed += data.draw(st.binary(min_size=1, max_size=5))
+    damaged = pack(header, [bytes(changed)])
+    try:
+        found = decoded(codec, damaged, expected.shape)
+    except CAEDataError:
+        return
+    tables = latents._prepared(codec).tables  # what is accepted is what the encoder writes of other symbols
+    (symbols,) = entropy.decode(damaged, header, tables)
+    assert rans.encode(symbols, tables) == bytes(changed)
+    assert np.array_equal(found, expected) == (changed == stream)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 96, 80, 3), (1 << 31, 1 << 31, 3), (96, 80, (1 << 31) - 1)])
+def test_a_chunk_shape_that_no_frame_has_allocates_nothing(coded, shape):
+    codec, frame, _ = coded
+    huge = CAEBottleneckCodec(codec.cae if len(shape) == 3 else CAECodec(quality=8, channel_axis=3), shape)
+    with pytest.raises(CAEError):
+        decoded(huge, frame, latents._prepared(huge).shape)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batches_of_any_size_hold_missing_chunks(photograph, size):
+    array = create(photograph[:96, :64], (32, 32, 3))
+    expected = open_bottleneck(array.store)[...]
+    del array.store._store_dict["c/1/1/0"]
+    expected[2:4, 2:] = np.nan
+    with zarr.config.set({"codec_pipeline.batch_size": size}):
+        found = open_bottleneck(array.store)[...]
+    assert found.tobytes() == expected.tobytes()
 
 
 def test_key_encoding_leaves_out_the_last_axis():

@@ -406,8 +406,18 @@ assert len(done) == 4
 """
 
 
-def test_first_use_in_threads_where_no_cache_can_be_written(tmp_path):
+NO_PLACE = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+for kind in (caching.CompileResultCacheImpl, caching.CodeLibraryCacheImpl):
+    kind._locator_classes = []
+"""
+
+
+@pytest.mark.parametrize("no_place", ["", NO_PLACE], ids=["folder", "anywhere"])
+def test_first_use_in_threads_where_no_cache_can_be_written(tmp_path, no_place):
     obstacle = tmp_path / "file"
     obstacle.touch()  # a folder below a file can't be made, not even by root
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(obstacle / "cache"), "PYTHONWARNINGS": "error"}
-    subprocess.run([sys.executable, "-c", FIRST_USE], env=environment, check=True, timeout=120)
+    script = FIRST_USE.replace("import numpy as np\n", "import numpy as np\n" + no_place)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)

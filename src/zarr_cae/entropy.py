@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -55,18 +55,43 @@ def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> byt
     return framing.pack(header, list(over_cores(code, places)))
 
 
+class Tile(NamedTuple):
+    """The stream of one tile of a frame, and which of the chunk's latents it holds."""
+
+    plane: int
+    rows: slice
+    columns: slice
+    stream: memoryview
+
+
+def tiles(frame: bytes | memoryview, expected: framing.FrameHeader) -> list[Tile]:
+    """The tiles of a frame. Raises FrameError if it is malformed, before anything of the chunk's size is allocated."""
+    header, streams = framing.unpack(frame, expected)
+    places = [(plane, *tile) for plane in range(header.planes) for tile in header.tiles()]
+    return [Tile(*place, stream) for place, stream in zip(places, streams, strict=True)]
+
+
+def decode_into(put: Callable[[Tile, Symbols], None], found: Sequence[Tile], tables: Tables) -> None:
+    """Hand each tile and its symbols (M, h, w) to `put`: in any order, from several threads at a time.
+
+    Raises StreamError if a stream is malformed; others may have been handed over by then.
+    """
+
+    def code(tile: Tile) -> None:
+        _, rows, columns, stream = tile
+        put(tile, decode_tile(stream, rows.stop - rows.start, columns.stop - columns.start, tables))
+
+    for _ in over_cores(code, found):
+        pass
+
+
 def decode(frame: bytes | memoryview, expected: framing.FrameHeader, tables: Tables) -> Symbols:
     """The symbols (N, M, h, w) of a frame. Raises FrameError or StreamError for anything malformed."""
-    header, streams = framing.unpack(frame, expected)
-    rows, columns = header.latent_shape
-    symbols = np.empty((header.planes, tables.channels, rows, columns), np.int16)
-    places = [(plane, *tile) for plane in range(header.planes) for tile in header.tiles()]
+    found = tiles(frame, expected)
+    symbols = np.empty((expected.planes, tables.channels, *expected.latent_shape), np.int16)
 
-    def code(job: tuple[tuple[int, slice, slice], memoryview]) -> None:
-        (plane, rows, columns), stream = job
-        tile = symbols[plane, :, rows, columns]
-        tile[...] = decode_tile(stream, tile.shape[1], tile.shape[2], tables)
+    def put(tile: Tile, values: Symbols) -> None:
+        symbols[tile.plane, :, tile.rows, tile.columns] = values
 
-    for _ in over_cores(code, list(zip(places, streams, strict=True))):
-        pass
+    decode_into(put, found, tables)
     return symbols

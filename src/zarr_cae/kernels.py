@@ -1,359 +1,115 @@
-"""The compiled loops of `rans`: encoding and decoding of one tile, and the way back from differences to symbols.
-
-Plain functions, compiled at the first use, one signature each, without slices or allocation: that keeps numba out of
-`import zarr_cae` and their compilation short. Arrays are flat. What they compute stands in `rans` and `contexts`.
-"""
+"""The loops of `rans` and `latents` compiled, at their first use: who only reads waits for no encoder."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
-import numpy as np
-from numpy.typing import NDArray
+from zarr_cae import loops
 
-from zarr_cae.contexts import LARGEST_ACTIVITY
-from zarr_cae.tables import BUCKETS, PRECISION
-
-__all__ = ["START_STATE", "Kernels", "kernels"]
-
-START_STATE = 1 << 16
-
-# The kernels' constants are uint64: numba makes float64 of int64 with uint64, and guards signed indices.
-_U = np.uint64
-_ZERO, _ONE, _TWO, _FOUR, _SIXTEEN = _U(0), _U(1), _U(2), _U(4), _U(16)
-_WORD, _STATE_MIN = _U(0xFFFF), _U(START_STATE)
-_BUCKETS, _BUCKET_BITS = _U(BUCKETS), _U(PRECISION - BUCKETS)
-_SLOTS, _SLOT_MASK, _SLOT_BITS = _U(1 << PRECISION), _U((1 << PRECISION) - 1), _U(PRECISION)
-_LIMIT_SHIFT, _RECIPROCAL_SHIFT = _U(32 - PRECISION), _U(32 + PRECISION)
+__all__ = ["Decoders", "Encoders", "decoders", "encoders"]
 
 _log = logging.getLogger(__name__)
 
 
-def _classify(
-    channel: int,
-    positions: int,
-    source: NDArray[np.int16],
-    weight: NDArray[np.uint8],
-    threshold: NDArray[np.uint16],
-    coded: NDArray[np.bool_],
-    around: NDArray[np.uint8],
-    score: NDArray[np.uint16],
-    classes: NDArray[np.uint8],
-) -> None:
-    """Write the classes of a channel's positions; `around` holds those of the coded channels before it."""
-    sources, thresholds = weight.size // coded.size, threshold.size // coded.size
-    out = _U(channel) * _U(positions)
-    for p in range(positions):
-        score[_U(p)] = 0
-        classes[out + _U(p)] = 0
-    for s in range(channel * sources, (channel + 1) * sources):
-        other = np.int64(source[_U(s)])
-        if other < 0 or not coded[_U(other)]:
-            continue
-        factor, begin = _U(weight[_U(s)]), _U(other) * _U(positions)
-        for p in range(positions):
-            score[_U(p)] = np.uint16(_U(score[_U(p)]) + factor * _U(around[begin + _U(p)]))
-    for k in range(channel * thresholds, (channel + 1) * thresholds):
-        least = threshold[_U(k)]
-        for p in range(positions):
-            classes[out + _U(p)] = np.uint8(_U(classes[out + _U(p)]) + _U(score[_U(p)] >= least))
+class Decoders(NamedTuple):
+    """Those of `loops` that reading needs, with the same parameters."""
+
+    decode: Callable[..., tuple[int, int]]
+    restore: Callable[..., None]
+    dequantise: Callable[..., None]
 
 
-def _spread(width: int, begin: int, positions: int, activity: NDArray[np.uint8], around: NDArray[np.uint8]) -> None:
-    """From activities with a border of zeros, (h + 2, w + 2), to one channel of `around`."""
-    stride, out = _U(width + 2), _U(begin)
-    up, at, down = _ZERO, stride, stride + stride
-    for _ in range(positions // width):
-        for column in range(width):
-            x = _U(column)
-            corners = activity[up + x] + activity[up + x + _TWO] + activity[down + x] + activity[down + x + _TWO]
-            edges = activity[up + x + _ONE] + activity[at + x] + activity[at + x + _TWO] + activity[down + x + _ONE]
-            around[out + x] = np.uint8(_U(corners) + _TWO * _U(edges) + _FOUR * _U(activity[at + x + _ONE]))
-        up, at, down, out = at, down, down + stride, out + _U(width)
-
-
-def _assign(
-    symbols: NDArray[np.int16],
-    width: int,
-    minimum: NDArray[np.int32],
-    length: NDArray[np.int32],
-    coded: NDArray[np.bool_],
-    source: NDArray[np.int16],
-    weight: NDArray[np.uint8],
-    threshold: NDArray[np.uint16],
-    score: NDArray[np.uint16],
-    activity: NDArray[np.uint8],
-    around: NDArray[np.uint8],
-    classes: NDArray[np.uint8],
-    entropy: NDArray[np.float32],
-) -> float:
-    """The classes of all coded channels, for the encoder. Returns the bits expected, from those of each row."""
-    bits = 0.0
-    channels = coded.size
-    positions = symbols.size // channels
-    rows = minimum.size // channels
-    for c in range(channels):
-        if not coded[c]:
-            continue
-        classify(c, positions, source, weight, threshold, coded, around, score, classes)
-        at, first, inner = _U(c * positions), _U(c * rows), _U(width + 3)
-        for _ in range(positions // width):
-            for column in range(width):
-                x = _U(column)
-                row = first + _U(classes[at + x])
-                bits += entropy[row]
-                value, least = np.int32(symbols[at + x]), minimum[row]
-                outside = least + length[row] - np.int32(1)
-                value = outside if value < least or value > outside else value
-                activity[inner + x] = min(abs(value), _LARGEST_ACTIVITY)
-            at, inner = at + _U(width), inner + _U(width + 2)
-        spread(width, c * positions, positions, activity, around)
-    return bits
-
-
-def _encode(
-    symbols: NDArray[np.int16],
-    minimum: NDArray[np.int32],
-    length: NDArray[np.int32],
-    offset: NDArray[np.uint32],
-    interval: NDArray[np.uint32],
-    reciprocal: NDArray[np.uint64],
-    zero_flag: NDArray[np.uint32],
-    coded: NDArray[np.bool_],
-    classes: NDArray[np.uint8],
-    state: NDArray[np.uint32],
-    words: NDArray[np.uint16],
-    escapes: NDArray[np.int16],
-) -> tuple[int, int]:
-    """Fill `words` from its end, `escapes` backwards, and leave the lanes in `state`.
-
-    Returns the number of words left free and the number of escapes.
-    """
-    channels = coded.size
-    positions = symbols.size // channels
-    rows = minimum.size // channels
-    mask = _U(state.size - 1)
-    pointer = _U(words.size)
-    at = _U(symbols.size)
-    count = _ZERO
-    lane = pointer  # there is room for one word a symbol
-    for c in range(channels - 1, -1, -1):
-        if not coded[c]:
-            at -= _U(positions)
-            continue
-        first = _U(c * rows)
-        for _ in range(positions):
-            at -= _ONE
-            row = first + _U(classes[at])
-            escape = _U(length[row] - 1)
-            entry = _U(np.int64(symbols[at]) - np.int64(minimum[row]))  # below it wraps to far above the escape
-            if entry >= escape:
-                entry = escape
-                escapes[count] = symbols[at]
-                count += _ONE
-            entry += _U(offset[row])
-            packed = _U(interval[entry])
-            frequency = packed >> _SIXTEEN
-            lane -= _ONE
-            x = _U(state[lane & mask])
-            # Written always, kept only if needed: a branch here would be mispredicted at high rates.
-            words[pointer - _ONE] = x
-            full = x >= frequency << _LIMIT_SHIFT
-            pointer = pointer - _ONE if full else pointer
-            x = x >> _SIXTEEN if full else x
-            quotient = (x * reciprocal[entry]) >> _RECIPROCAL_SHIFT
-            state[lane & mask] = x + (packed & _WORD) + quotient * (_SLOTS - frequency)
-    for c in range(channels - 1, -1, -1):
-        if zero_flag[c] == 0:
-            continue
-        start = _U(zero_flag[c]) if coded[c] else _ZERO
-        frequency = _SLOTS - start if coded[c] else _U(zero_flag[c])
-        lane -= _ONE
-        x = _U(state[lane & mask])
-        if x >= frequency << _LIMIT_SHIFT:
-            pointer -= _ONE
-            words[pointer] = x
-            x >>= _SIXTEEN
-        state[lane & mask] = (x // frequency << _SLOT_BITS) + x % frequency + start
-    return np.int64(pointer), np.int64(count)  # type: ignore[return-value]
-
-
-def _decode(  # noqa: C901, PLR0912, PLR0915 - one kernel: inner calls cost compile time
-    words: NDArray[np.uint16],
-    word_count: int,
-    width: int,
-    minimum: NDArray[np.int32],
-    length: NDArray[np.int32],
-    offset: NDArray[np.uint32],
-    interval: NDArray[np.uint32],
-    lookup: NDArray[np.uint8],
-    zero_flag: NDArray[np.uint32],
-    coded: NDArray[np.bool_],
-    source: NDArray[np.int16],
-    weight: NDArray[np.uint8],
-    threshold: NDArray[np.uint16],
-    score: NDArray[np.uint16],
-    activity: NDArray[np.uint8],
-    around: NDArray[np.uint8],
-    classes: NDArray[np.uint8],
-    state: NDArray[np.uint32],
-    symbols: NDArray[np.int16],
-    escapes: NDArray[np.int64],
-) -> tuple[int, int]:
-    """Fill the coded channels of `symbols`, and `escapes` with the places that take one.
-
-    Returns the number of words read and of escapes. Both may exceed what there is: `words` has padding for the symbols
-    of one channel, and surplus escapes are only counted.
-    """
-    channels = coded.size
-    positions = symbols.size // channels
-    rows = minimum.size // channels
-    mask = _U(state.size - 1)
-    most, end = _U(escapes.size), _U(word_count)
-    pointer, lane, count = _ZERO, _ZERO, _ZERO
-    for c in range(channels):
-        coded[c] = True
-        if zero_flag[c] == 0:
-            continue
-        x = _U(state[lane & mask])
-        slot, zero = x & _SLOT_MASK, _U(zero_flag[c])
-        coded[c] = slot >= zero
-        start = zero if slot >= zero else _ZERO
-        x = (_SLOTS - zero if slot >= zero else zero) * (x >> _SLOT_BITS) + slot - start
-        if x < _STATE_MIN:
-            x = (x << _SIXTEEN) | _U(words[pointer])
-            pointer += _ONE
-        state[lane & mask] = x
-        lane += _ONE
-    for c in range(channels):
-        if not coded[c] or pointer > end:
-            continue
-        if rows > 1:
-            classify(c, positions, source, weight, threshold, coded, around, score, classes)
-        first, escaped = _U(c * rows), False
-        begin = c * positions
-        ahead = lane - _U(begin)
-        lane += _U(positions)
-        for at in range(begin, begin + positions):
-            here = (_U(at) + ahead) & mask
-            x = _U(state[here])
-            slot = x & _SLOT_MASK
-            row = first + _U(classes[_U(at)])
-            base, escape = _U(offset[row]), _U(length[row] - 1)
-            entry = _U(lookup[(row << _BUCKETS) + (slot >> _BUCKET_BITS)])
-            packed = _U(interval[base + entry])
-            while slot >= (packed >> _SIXTEEN) + (packed & _WORD):
-                entry += _ONE
-                packed = _U(interval[base + entry])
-            x = (packed >> _SIXTEEN) * (x >> _SLOT_BITS) + slot - (packed & _WORD)
-            word = _U(words[pointer])  # read always: a branch here would be mispredicted at high rates
-            short = x < _STATE_MIN
-            x = (x << _SIXTEEN) | word if short else x
-            pointer = pointer + _ONE if short else pointer
-            state[here] = x
-            symbols[_U(at)] = np.int64(entry) + np.int64(minimum[row])
-            escaped |= entry == escape
-        if escaped:
-            for at in range(begin, begin + positions):
-                row = first + _U(classes[_U(at)])
-                if symbols[_U(at)] == minimum[row] + length[row] - 1:
-                    if count < most:
-                        escapes[count] = at
-                    count += _ONE
-        if rows > 1:
-            source_at, inner = _U(begin), _U(width + 3)
-            for _ in range(positions // width):
-                for column in range(width):
-                    x = _U(column)
-                    activity[inner + x] = min(abs(np.int32(symbols[source_at + x])), _LARGEST_ACTIVITY)
-                source_at, inner = source_at + _U(width), inner + _U(width + 2)
-            spread(width, begin, positions, activity, around)
-    return np.int64(pointer), np.int64(count)  # type: ignore[return-value]
-
-
-def _restore(symbols: NDArray[np.int16], width: int, predicted: NDArray[np.bool_]) -> None:
-    """Put the symbols of the predicted channels in the place of their differences."""
-    positions = symbols.size // predicted.size
-    for c in range(predicted.size):
-        if not predicted[c]:
-            continue
-        for p in range(positions):
-            at = c * positions + p
-            if p >= width:
-                upper = np.int32(symbols[at - width])
-                guess = upper if p % width == 0 else (np.int32(symbols[at - 1]) + upper + 1) >> 1
-            else:
-                guess = np.int32(symbols[at - 1]) if p else np.int32(0)
-            symbols[at] = np.int16(symbols[at] + guess)
-
-
-class Kernels(NamedTuple):
-    """The compiled functions, with the parameters of `_assign`, `_encode`, `_decode` and `_restore`."""
+class Encoders(NamedTuple):
+    """Those of `loops` that writing needs besides, with the same parameters."""
 
     assign: Callable[..., float]
     encode: Callable[..., tuple[int, int]]
-    decode: Callable[..., tuple[int, int]]
-    restore: Callable[..., None]
 
 
-_compiled: Kernels | None = None
-_compiling = threading.Lock()
-_LARGEST_ACTIVITY = np.int32(LARGEST_ACTIVITY)
-# `_assign` and `_decode` call these two by the names below, which compilation binds to its results.
-classify: Callable[..., None] = _classify
-spread: Callable[..., None] = _spread
+_ready: dict[Callable[[], Any], Any] = {}
+_compiling = threading.RLock()
+_Made = TypeVar("_Made")
 
 
-def kernels() -> Kernels:
-    """Compile the kernels, or load them from numba's cache, once in a process."""
-    global _compiled  # noqa: PLW0603
-    if _compiled is None:
+def decoders() -> Decoders:
+    """What reading needs: compiled, or loaded from numba's cache, once in a process."""
+    return _once(_compile_decoders)
+
+
+def encoders() -> Encoders:
+    """What writing needs: compiled, or loaded from numba's cache, once in a process."""
+    return _once(_compile_encoders)
+
+
+def _once(make: Callable[[], _Made]) -> _Made:
+    if make not in _ready:
         with _compiling:
-            if _compiled is None:
-                _compiled = _compile()
-    return _compiled
+            if make not in _ready:
+                _ready[make] = make()
+    return cast("_Made", _ready[make])
 
 
-def _compile() -> Kernels:
-    global classify, spread  # noqa: PLW0603
+def _compiled(loop: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     import numba
 
-    t = numba.types
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    signature = result(*arguments)
+    try:
+        return numba.njit(signature, cache=True, **options)(loop)
+    except Exception as error:  # noqa: BLE001 - no writable place, a full disk, a damaged cache: many types
+        _log.debug("cae: numba's cache can't be used, compiling for this process only: %s", error)
+        return numba.njit(signature, **options)(loop)
 
-    def read(kind: Any) -> Any:
-        return t.Array(kind, 1, "C", readonly=True)
 
-    def compiled(kernel: Callable[..., Any], signature: Any) -> Any:
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-        try:
-            return numba.njit(signature, cache=True, **options)(kernel)
-        except Exception as error:  # noqa: BLE001 - no writable place, a full disk, a damaged cache: many types
-            _log.debug("cae: numba's cache can't be used, compiling for this process only: %s", error)
-            return numba.njit(signature, **options)(kernel)
+class _Types:
+    """The types of the loops' parameters; in signatures they stand in the order of these."""
 
-    contexts = (read(t.int16), read(t.uint8), read(t.uint16))  # source, weight, threshold
-    scratch = (t.uint16[::1], t.uint8[::1], t.uint8[::1], t.uint8[::1])  # score, activity, around, classes
-    coded, rows = t.boolean[::1], (read(t.int32), read(t.int32))  # minimum, length
-    tables = (*rows, read(t.uint32), read(t.uint32))  # offset, interval
-    counts = t.UniTuple(t.int64, 2)  # type: ignore[no-untyped-call]
-    inner = (t.int64, t.int64, *contexts, coded, t.uint8[::1], t.uint16[::1], t.uint8[::1])
-    classify = compiled(_classify, t.void(*inner))
-    spread = compiled(_spread, t.void(t.int64, t.int64, t.int64, t.uint8[::1], t.uint8[::1]))
-    lanes = (t.uint32[::1], t.uint16[::1], t.int16[::1])  # state, words, escapes
-    return Kernels(
-        compiled(_assign, t.float64(read(t.int16), t.int64, *rows, coded, *contexts, *scratch, read(t.float32))),
-        compiled(
-            _encode, counts(read(t.int16), *tables, read(t.uint64), read(t.uint32), coded, t.uint8[::1], *lanes)
-        ),
-        compiled(
-            _decode,
-            counts(
-                read(t.uint16), t.int64, t.int64, *tables, read(t.uint8), read(t.uint32), coded, *contexts, *scratch,
-                t.uint32[::1], t.int16[::1], t.int64[::1],
-            ),
-        ),
-        compiled(_restore, t.void(t.int16[::1], t.int64, read(t.boolean))),
-    )  # fmt: skip
+    def __init__(self) -> None:
+        from numba import types as t
+
+        def read(kind: Any) -> Any:
+            return t.Array(kind, 1, "C", readonly=True)
+
+        self.int, self.bool, self.void, self.float = t.int64, t.boolean, t.void, t.float64
+        self.counts = t.UniTuple(t.int64, 2)  # type: ignore[no-untyped-call]
+        self.i16, self.u8, self.u16, self.u32, self.u64, self.f32, self.flags = map(
+            read, (t.int16, t.uint8, t.uint16, t.uint32, t.uint64, t.float32, t.boolean)
+        )
+        self.symbols, self.words, self.states, self.places = t.int16[::1], t.uint16[::1], t.uint32[::1], t.int64[::1]
+        self.values, self.bytes, self.coded = t.float32[::1], t.uint8[::1], t.boolean[::1]
+        self.contexts = (self.i16, self.u8, self.u16)  # source, weight, threshold
+        self.scratch = (self.words, self.bytes, self.bytes, self.bytes)  # score, activity, around, classes
+        self.rows = (read(t.int32), read(t.int32))  # minimum, length
+        self.tables = (*self.rows, self.u32, self.u32)  # offset, interval
+
+
+def _compile_contexts() -> _Types:
+    """What the others call, bound to the names by which they do."""
+    t = _Types()
+    inner = (t.coded, t.bytes, t.words, t.bytes)  # coded, around, score, classes
+    loops.run_classify = _compiled(loops.classify, t.void, t.int, t.int, *t.contexts, *inner)
+    loops.run_spread = _compiled(loops.spread, t.void, t.int, t.int, t.int, t.bytes, t.bytes)
+    return t
+
+
+def _compile_decoders() -> Decoders:
+    t = _once(_compile_contexts)
+    shortcuts = (t.u8, t.u32, t.i16, t.bool, t.u32)  # lookup, likely, likely_symbol, sparse, zero_flag
+    room = (*t.scratch, t.states, t.symbols, t.places)
+    return Decoders(
+        _compiled(loops.decode, t.counts, t.u16, t.int, t.int, *t.tables, *shortcuts, t.coded, *t.contexts, *room),
+        _compiled(loops.restore, t.void, t.symbols, t.int, t.flags),
+        _compiled(loops.dequantise, t.void, t.i16, t.int, t.f32, t.f32, t.values, t.int, t.int, t.int, t.int),
+    )
+
+
+def _compile_encoders() -> Encoders:
+    t = _once(_compile_contexts)
+    lanes = (t.states, t.words, t.symbols)  # state, words, escapes
+    return Encoders(
+        _compiled(loops.assign, t.float, t.i16, t.int, *t.rows, t.coded, *t.contexts, *t.scratch, t.f32),
+        _compiled(loops.encode, t.counts, t.i16, *t.tables, t.u64, t.u32, t.coded, t.bytes, *lanes),
+    )

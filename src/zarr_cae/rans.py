@@ -57,13 +57,15 @@ from numpy.typing import NDArray
 
 from zarr_cae.contexts import Contexts, to_differences
 from zarr_cae.errors import CAEConfigurationError, StreamError
-from zarr_cae.kernels import START_STATE, kernels
+from zarr_cae.kernels import decoders, encoders
+from zarr_cae.loops import START_STATE
 from zarr_cae.tables import Tables, escape_bytes
 
 __all__ = ["decode", "encode"]
 
 _MAX_LOG2_LANES = 5
 _LANE_BYTES = 750  # payload per lane: a lane costs 3 bytes (4, less what its state still holds), 0.4 % of this
+_SPARSE_WORDS = 1 / 32  # a symbol, half a bit: below, guessing symbols is faster than looking them up, above slower
 _DAMAGED = "the stored chunk is damaged, or of other weights"
 
 Symbols = NDArray[np.int16]
@@ -101,7 +103,7 @@ def encode(symbols: Symbols, tables: Tables) -> bytes:
         bits = float(tables.entropy @ coded) * positions
     else:
         scratch = _Scratch.of(flat.size, positions, width)
-        bits = kernels().assign(
+        bits = encoders().assign(
             flat.reshape(-1),
             width,
             tables.minimum,
@@ -118,7 +120,7 @@ def encode(symbols: Symbols, tables: Tables) -> bytes:
     while lanes != better:  # guessed from the tables, and done again where the payload says otherwise
         lanes, retry = better, not lanes
         state = np.full(lanes, START_STATE, np.uint32)
-        free, count = kernels().encode(
+        free, count = encoders().encode(
             flat.reshape(-1),
             tables.minimum,
             tables.length,
@@ -207,7 +209,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
     escapes = np.empty(len(stream), np.int64)  # each takes a byte at least
     symbols = np.zeros((tables.channels, positions), np.int16)
     classes = np.zeros(symbols.size, np.uint8)
-    read, count = kernels().decode(
+    read, count = decoders().decode(
         words,
         word_count,
         width,
@@ -216,6 +218,8 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
         tables.offset,
         tables.interval,
         tables.lookup,
+        *tables.likely,
+        word_count < symbols.size * _SPARSE_WORDS,
         tables.zero_flag(positions),
         np.empty(tables.channels, np.bool_),
         *_sources(tables.contexts),
@@ -234,7 +238,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
         raise StreamError(f"cae: stream needs {count} escapes; got {section.size} bytes; {_DAMAGED}")
     _put_escapes(section, escapes[:count], tables, classes, symbols.reshape(-1))
     if tables.contexts is not None:
-        kernels().restore(symbols.reshape(-1), width, tables.contexts.predicted)
+        decoders().restore(symbols.reshape(-1), width, tables.contexts.predicted)
     return symbols.reshape(-1, *shape)
 
 

@@ -134,6 +134,19 @@ class Tables:
         return _frozen(np.minimum(firsts, 255).astype(np.uint8).reshape(-1))
 
     @cached_property
+    def likely(self) -> tuple[NDArray[np.uint32], NDArray[np.int16]]:
+        """The interval and the symbol, uint32 (R,) and int16 (R,), of the one that has half of a row or more.
+
+        An interval of 0 where there is none, or where it is the escape.
+        """
+        owner = np.repeat(np.arange(len(self.length)), self.length)
+        entry = np.arange(self.frequency.size) - self.offset[owner]
+        found = np.flatnonzero((self.frequency >= _TOTAL // 2) & (entry < self.length[owner] - 1))
+        interval, symbol = np.zeros(len(self.length), np.uint32), np.zeros(len(self.length), np.int16)
+        interval[owner[found]], symbol[owner[found]] = self.interval[found], self.minimum[owner[found]] + entry[found]
+        return _frozen(interval), _frozen(symbol)
+
+    @cached_property
     def entropy(self) -> NDArray[np.float32]:
         """float32 (R,): expected bits a symbol; only the first guess of the lanes rests on it."""
         bits = self.frequency * (PRECISION - np.log2(self.frequency)) / _TOTAL
