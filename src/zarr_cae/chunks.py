@@ -39,8 +39,22 @@ class Step(Protocol):
     def now(self, store: Any) -> Any:
         """Do it, on this thread. `store` is what zarr gave to reach the chunk's bytes, or None."""
 
+
+class StoreStep(Step, Protocol):
+    """A step that an event loop takes by itself."""
+
+    last: bool
+    """Whether nothing of the plan follows."""
+
     async def later(self, store: Any) -> Any:
         """Do it, without holding up the event loop."""
+
+
+class NetworkStep(Step, Protocol):
+    """A step that threads of its own take, so that the event loop need not be woken in between."""
+
+    def queue(self, *, wait: bool) -> Future[Any]:
+        """The future of its result; `wait` as in `MicroBatcher.submit`."""
 
 
 Plan: TypeAlias = Generator[Step, Any, _Result]
@@ -59,10 +73,15 @@ def run(plan: Plan[_Result], store: Any = None) -> _Result:
 
 
 async def run_async(plan: Plan[_Result], store: Any = None, *, light_start: bool = False) -> _Result:
-    """`run` for coroutines; `light_start` if the plan computes next to nothing before its first step."""
-    step, result = _advance(plan, None) if light_start else await asyncio.to_thread(_advance, plan, None)
+    """`run` for coroutines; `light_start` if the plan computes next to nothing before its first step.
+
+    The event loop is woken only for what the store does and for the result. To cancel the task withdraws what is
+    queued for the networks.
+    """
+    step, result = _advance(plan, None) if light_start else await _travel(plan, None)
     while step is not None:
-        step, result = await asyncio.to_thread(_advance, plan, await step.later(store))
+        answer = await cast("StoreStep", step).later(store)
+        step, result = _advance(plan, answer) if cast("StoreStep", step).last else await _travel(plan, answer)
     return cast("_Result", result)
 
 
@@ -72,6 +91,78 @@ def _advance(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | N
         return plan.send(answer), None
     except StopIteration as end:
         return None, end.value
+
+
+async def _travel(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
+    """`_advance` on other threads, through all steps of the networks."""
+    journey = _Journey(plan)
+    try:
+        _threads().submit(contextvars.copy_context().run, journey.go, answer)
+        del answer  # planes, mostly
+        error, step, result = await journey.arrival
+    finally:
+        journey.leave()
+    try:
+        if error is not None:
+            raise error
+        return step, result
+    finally:
+        del error  # else error -> this frame -> error
+
+
+class _Journey(Generic[_Result]):
+    """A plan's way over threads to the next step that is none of the networks'."""
+
+    def __init__(self, plan: Plan[_Result]) -> None:
+        self._plan = plan
+        self._loop = asyncio.get_running_loop()
+        self._waits_for: Future[Any] | None = None
+        self._left = False
+        self.arrival: asyncio.Future[_Outcome[_Result]] = self._loop.create_future()
+
+    def go(self, answer: Any) -> None:
+        """Take the plan to its next step."""
+        error, step, result = outcome = _tried(self._plan, answer)
+        if isinstance(step, Analyse | Synthesise) and not self._left:
+            error, waits_for = _queued(step)
+            if waits_for is not None:
+                self._waits_for = waits_for
+                if self._left:
+                    waits_for.cancel()
+                context = contextvars.copy_context()
+                waits_for.add_done_callback(lambda done: self._go_on(done, context))
+                return
+            outcome = error, None, None
+        self._arrive(outcome)
+
+    def _go_on(self, done: Future[Any], context: contextvars.Context) -> None:
+        """On the networks' thread, which has other work: give what it made to one of ours."""
+        self._waits_for = None  # done -> this callback -> self -> done would keep the planes
+        if done.cancelled():
+            self._arrive((CancelledError(), None, None))
+        elif (error := done.exception()) is not None:
+            self._arrive((error, None, None))
+        else:
+            try:
+                _threads().submit(context.run, self.go, done.result())
+            except RuntimeError as late:  # the interpreter is about to exit
+                self._arrive((late, None, None))
+
+    def leave(self) -> None:
+        """Withdraw what is queued, as nobody waits for it."""
+        self._left = True
+        waits_for, self._waits_for = self._waits_for, None
+        if waits_for is not None:
+            waits_for.cancel()
+
+    def _arrive(self, outcome: _Outcome[_Result]) -> None:
+        with suppress(RuntimeError):  # the loop was closed in the meantime
+            self._loop.call_soon_threadsafe(_settle, self.arrival, outcome)
+
+
+def _settle(arrival: asyncio.Future[Any], outcome: Any) -> None:
+    if not arrival.done():
+        arrival.set_result(outcome)
 
 
 @dataclass(frozen=True)
