@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -653,7 +654,7 @@ def test_lanes_may_depend_on_the_key() -> None:
     engine.gate.set()
     results(futures)
     assert engine.lanes[engine.batches.index(("narrow", [1]))] == 1
-    with pytest.raises(CAEConfigurationError, match="cae: lanes .* at least 1"):
+    with pytest.raises(CAEConfigurationError, match=r"cae: lanes .* at least 1"):
         Engine(lanes=lambda _: 0).batcher.submit("key", 1)
     engine.batcher.close(TIMEOUT)
 
@@ -738,19 +739,23 @@ def test_there_are_no_more_workers_than_lanes(three: Engine) -> None:
 def test_every_caller_gets_its_own_result(
     plan: list[tuple[int, int]], max_weight: int, max_pending: int, threads: int, loops: int, lanes: int
 ) -> None:
-    used = 0
-    lock = threading.Lock()
+    used, lock = 0, threading.Lock()
 
-    def run(key: Hashable, requests: list[tuple[int, int, int]], own: int) -> list[tuple[str, int]]:
+    @contextmanager
+    def use_of(own: int) -> Iterator[None]:
         nonlocal used
         with lock:
             used += own
             assert 1 <= own <= used <= lanes
         try:
-            return outcomes(key, requests)
+            yield
         finally:
             with lock:
                 used -= own
+
+    def run(key: Hashable, requests: list[tuple[int, int, int]], own: int) -> list[tuple[str, int]]:
+        with use_of(own):
+            return outcomes(key, requests)
 
     def outcomes(key: Hashable, requests: list[tuple[int, int, int]]) -> list[tuple[str, int]]:
         assert all(request[1] == key for request in requests)

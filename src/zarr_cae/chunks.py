@@ -2,16 +2,21 @@
 
 zarr calls a codec from coroutines and from threads. A plan is written once for both: a generator that yields each step
 that has to be waited for (bytes from the store, a network's turn) and is sent its result. What it computes in between
-runs on whichever thread the plan is run on; coroutines hand that to another thread.
+runs on whichever thread the plan is run on; coroutines hand that to other threads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,18 +48,22 @@ class Step(Protocol):
 class StoreStep(Step, Protocol):
     """A step that an event loop takes by itself."""
 
-    last: bool
+    last: ClassVar[bool]
     """Whether nothing of the plan follows."""
 
     async def later(self, store: Any) -> Any:
         """Do it, without holding up the event loop."""
 
 
-class NetworkStep(Step, Protocol):
-    """A step that threads of its own take, so that the event loop need not be woken in between."""
+class NetworkStep(ABC):
+    """A step that threads of the engine take, so that an event loop need not be woken for it."""
 
+    @abstractmethod
     def queue(self, *, wait: bool) -> Future[Any]:
         """The future of its result; `wait` as in `MicroBatcher.submit`."""
+
+    def now(self, store: Any) -> Any:  # noqa: ARG002
+        return self.queue(wait=True).result()
 
 
 Plan: TypeAlias = Generator[Step, Any, _Result]
@@ -98,46 +107,48 @@ async def _travel(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Resul
     journey = _Journey(plan)
     try:
         _threads().submit(contextvars.copy_context().run, journey.go, answer)
-        del answer  # planes, mostly
         error, step, result = await journey.arrival
     finally:
         journey.leave()
+        del journey
     try:
         if error is not None:
             raise error
-        return step, result
+        return cast("Step | None", step), result
     finally:
-        del error  # else error -> this frame -> error
+        del error  # it holds this frame by its traceback
 
 
-class _Journey(Generic[_Result]):
-    """A plan's way over threads to the next step that is none of the networks'."""
+_Outcome: TypeAlias = tuple[BaseException | None, Step | Future[Any] | None, Any]
+"""What stopped a plan; the step that it waits for; its result."""
 
-    def __init__(self, plan: Plan[_Result]) -> None:
+
+class _Journey:
+    """A plan on its way over threads to its end, or to a step that is none of the networks'."""
+
+    def __init__(self, plan: Plan[Any]) -> None:
         self._plan = plan
         self._loop = asyncio.get_running_loop()
         self._waits_for: Future[Any] | None = None
         self._left = False
-        self.arrival: asyncio.Future[_Outcome[_Result]] = self._loop.create_future()
+        self.arrival: asyncio.Future[_Outcome] = self._loop.create_future()
 
     def go(self, answer: Any) -> None:
         """Take the plan to its next step."""
-        error, step, result = outcome = _tried(self._plan, answer)
-        if isinstance(step, Analyse | Synthesise) and not self._left:
-            error, waits_for = _queued(step)
-            if waits_for is not None:
-                self._waits_for = waits_for
-                if self._left:
-                    waits_for.cancel()
-                context = contextvars.copy_context()
-                waits_for.add_done_callback(lambda done: self._go_on(done, context))
-                return
-            outcome = error, None, None
-        self._arrive(outcome)
+        outcome = _tried(self._plan, answer)
+        step = outcome[1]
+        if not isinstance(step, Future):
+            self._arrive(outcome)
+            return
+        self._waits_for = step
+        if self._left:
+            step.cancel()
+        context = contextvars.copy_context()
+        step.add_done_callback(lambda done: self._go_on(done, context))
 
     def _go_on(self, done: Future[Any], context: contextvars.Context) -> None:
-        """On the networks' thread, which has other work: give what it made to one of ours."""
-        self._waits_for = None  # done -> this callback -> self -> done would keep the planes
+        """On the engine's thread, which has other work: hand what it made to a thread of ours."""
+        self._waits_for = None  # which holds its result, and this callback: it would live until garbage collection
         if done.cancelled():
             self._arrive((CancelledError(), None, None))
         elif (error := done.exception()) is not None:
@@ -145,17 +156,17 @@ class _Journey(Generic[_Result]):
         else:
             try:
                 _threads().submit(context.run, self.go, done.result())
-            except RuntimeError as late:  # the interpreter is about to exit
-                self._arrive((late, None, None))
+            except RuntimeError as exiting:  # the interpreter, so that no more threads run
+                self._arrive((exiting, None, None))
 
     def leave(self) -> None:
-        """Withdraw what is queued, as nobody waits for it."""
+        """Withdraw what is queued: nobody waits for it any more."""
         self._left = True
-        waits_for, self._waits_for = self._waits_for, None
+        waits_for = self._waits_for
         if waits_for is not None:
             waits_for.cancel()
 
-    def _arrive(self, outcome: _Outcome[_Result]) -> None:
+    def _arrive(self, outcome: _Outcome) -> None:
         with suppress(RuntimeError):  # the loop was closed in the meantime
             self._loop.call_soon_threadsafe(_settle, self.arrival, outcome)
 
@@ -163,6 +174,25 @@ class _Journey(Generic[_Result]):
 def _settle(arrival: asyncio.Future[Any], outcome: Any) -> None:
     if not arrival.done():
         arrival.set_result(outcome)
+
+
+def _tried(plan: Plan[Any], answer: Any) -> _Outcome:
+    """`_advance`, with a network's step queued. Exceptions are given as values, whose tracebacks end here."""
+    try:
+        step, result = _advance(plan, answer)
+        return None, step.queue(wait=False) if isinstance(step, NetworkStep) else step, result
+    except BaseException as error:  # noqa: BLE001 - the coroutine that waits shall have it
+        return error, None, None
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """For what plans compute: as many as zarr may use for its codecs."""
+    return ThreadPoolExecutor(zarr.config.get("threading.max_workers") or entropy.cores(), "cae-plan")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 @dataclass(frozen=True)
@@ -173,6 +203,7 @@ class Fetch:
     """First byte and end of each; None for all bytes as one."""
     optional: bool = False
     """Whether a missing chunk gives None; if not, it raises MissingChunkError, which ends the plan."""
+    last: ClassVar[bool] = False
 
     def now(self, store: Any) -> list[memoryview] | None:
         return self._views([store.get_sync(prototype=default_buffer_prototype(), byte_range=one) for one in self._list])
@@ -203,6 +234,7 @@ class Put:
     """Store the chunk's frame; None deletes it."""
 
     frame: Buffer | None
+    last: ClassVar[bool] = True
 
     def now(self, store: Any) -> None:
         if self.frame is None:
@@ -218,33 +250,26 @@ class Put:
 
 
 @dataclass(frozen=True)
-class Analyse:
+class Analyse(NetworkStep):
     """Planes (N, 3 or 1, H, W) to symbols (N, M, H/16, W/16)."""
 
     job: ChunkJob
     planes: Planes
 
-    def now(self, store: Any) -> entropy.Symbols:  # noqa: ARG002
-        return self.job.engine.analyse(self.planes, self.job.quality, self.job.settings)
-
-    async def later(self, store: Any) -> entropy.Symbols:  # noqa: ARG002
-        return await self.job.engine.analyse_async(self.planes, self.job.quality, self.job.settings)
+    def queue(self, *, wait: bool) -> Future[entropy.Symbols]:
+        return self.job.engine.begin_analysis(self.planes, self.job.quality, self.job.settings, wait=wait)
 
 
 @dataclass(frozen=True)
-class Synthesise:
+class Synthesise(NetworkStep):
     """Symbols (N, M, h, w) to planes (N, 3 or 1, 16 h, 16 w)."""
 
     job: ChunkJob
     symbols: entropy.Symbols
 
-    def now(self, store: Any) -> Planes:  # noqa: ARG002
+    def queue(self, *, wait: bool) -> Future[Planes]:
         job = self.job
-        return job.engine.synthesise(self.symbols, job.quality, job.components, job.settings)
-
-    async def later(self, store: Any) -> Planes:  # noqa: ARG002
-        job = self.job
-        return await job.engine.synthesise_async(self.symbols, job.quality, job.components, job.settings)
+        return job.engine.begin_synthesis(self.symbols, job.quality, job.components, job.settings, wait=wait)
 
 
 @dataclass(frozen=True)

@@ -123,18 +123,23 @@ class Engine:
         """The analysis and the synthesis transform, on the device."""
         return self._analysis, self._synthesis
 
-    def analyse(self, planes: Array, quality: int, settings: Settings, *, wait: bool = True) -> Future[Array]:
-        """Planes (N, 3 or 1, H, W) float32 in [0, 1], sides multiples of 16, to symbols (N, M, H/16, W/16) int16.
+    def analyse(self, planes: Array, quality: int, settings: Settings) -> Array:
+        """Planes (N, 3 or 1, H, W) float32 in [0, 1], sides multiples of 16, to symbols (N, M, H/16, W/16) int16."""
+        return self.begin_analysis(planes, quality, settings).result()
 
-        `wait` as in `MicroBatcher.submit`. To cancel the future withdraws what of it has not begun.
-        """
+    def begin_analysis(self, planes: Array, quality: int, settings: Settings, *, wait: bool = True) -> Future[Array]:
+        """The future of `analyse`; to cancel it withdraws what has not begun. `wait` as in `MicroBatcher.submit`."""
         job = _Job("analyse", quality, planes.shape[1:], planes.shape[1], settings)
         return self._submit(job, planes, self.weights.latent_channels, 1, STRIDE, wait=wait)
 
-    def synthesise(
+    def synthesise(self, symbols: Array, quality: int, components: int, settings: Settings) -> Array:
+        """Symbols (N, M, h, w) int16 to planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]."""
+        return self.begin_synthesis(symbols, quality, components, settings).result()
+
+    def begin_synthesis(
         self, symbols: Array, quality: int, components: int, settings: Settings, *, wait: bool = True
     ) -> Future[Array]:
-        """Symbols (N, M, h, w) int16 to planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]."""
+        """The future of `synthesise`, as that of `begin_analysis`."""
         job = _Job("synthesise", quality, symbols.shape[1:], components, settings)
         return self._submit(job, symbols, components, STRIDE, 1, wait=wait)
 
@@ -311,7 +316,7 @@ def engine_for(weights: Weights, settings: Settings) -> Engine:
 
 def _after_fork() -> None:
     """Start afresh in a forked child, where OpenMP's threads are gone and would be waited for without end."""
-    global _lock, _threads_lock  # noqa: PLW0603
+    global _lock, _threads_lock
     _lock, _threads_lock = threading.Lock(), threading.Lock()
     _engines.clear()
     torch.set_num_threads(1)
