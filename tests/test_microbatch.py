@@ -736,7 +736,7 @@ def test_there_are_no_more_workers_than_lanes(three: Engine) -> None:
     loops=st.integers(1, 3),
     lanes=st.integers(1, 4),
 )
-def test_every_caller_gets_its_own_result(
+def test_every_caller_gets_its_own_result(  # noqa: C901
     plan: list[tuple[int, int]], max_weight: int, max_pending: int, threads: int, loops: int, lanes: int
 ) -> None:
     used, lock = 0, threading.Lock()

@@ -104,13 +104,14 @@ def _advance(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | N
 
 async def _travel(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
     """`_advance` on other threads, through all steps of the networks."""
-    journey = _Journey(plan)
+    arrival: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
+    journey = _Journey(plan, arrival)
     try:
         _threads().submit(contextvars.copy_context().run, journey.go, answer)
-        error, step, result = await journey.arrival
+        error, step, result = await arrival
     finally:
         journey.leave()
-        del journey
+        del journey, arrival
     try:
         if error is not None:
             raise error
@@ -124,14 +125,18 @@ _Outcome: TypeAlias = tuple[BaseException | None, Step | Future[Any] | None, Any
 
 
 class _Journey:
-    """A plan on its way over threads to its end, or to a step that is none of the networks'."""
+    """A plan on its way over threads to its end, or to a step that is none of the networks'.
 
-    def __init__(self, plan: Plan[Any]) -> None:
+    The traceback of an exception holds the frames of those who called what raised it, with all their variables, and
+    these what they refer to: whatever leads from there back to the exception, or from a future to itself, would keep
+    the planes of a chunk in memory until a garbage collection.
+    """
+
+    def __init__(self, plan: Plan[Any], arrival: asyncio.Future[_Outcome]) -> None:
         self._plan = plan
-        self._loop = asyncio.get_running_loop()
+        self._arrival: asyncio.Future[_Outcome] | None = arrival
         self._waits_for: Future[Any] | None = None
         self._left = False
-        self.arrival: asyncio.Future[_Outcome] = self._loop.create_future()
 
     def go(self, answer: Any) -> None:
         """Take the plan to its next step."""
@@ -139,6 +144,7 @@ class _Journey:
         step = outcome[1]
         if not isinstance(step, Future):
             self._arrive(outcome)
+            del outcome
             return
         self._waits_for = step
         if self._left:
@@ -148,11 +154,11 @@ class _Journey:
 
     def _go_on(self, done: Future[Any], context: contextvars.Context) -> None:
         """On the engine's thread, which has other work: hand what it made to a thread of ours."""
-        self._waits_for = None  # which holds its result, and this callback: it would live until garbage collection
+        self._waits_for = None
         if done.cancelled():
             self._arrive((CancelledError(), None, None))
-        elif (error := done.exception()) is not None:
-            self._arrive((error, None, None))
+        elif done.exception() is not None:
+            self._arrive((done.exception(), None, None))
         else:
             try:
                 _threads().submit(context.run, self.go, done.result())
@@ -167,8 +173,10 @@ class _Journey:
             waits_for.cancel()
 
     def _arrive(self, outcome: _Outcome) -> None:
+        arrival, self._arrival = self._arrival, None
+        assert arrival is not None
         with suppress(RuntimeError):  # the loop was closed in the meantime
-            self._loop.call_soon_threadsafe(_settle, self.arrival, outcome)
+            arrival.get_loop().call_soon_threadsafe(_settle, arrival, outcome)
 
 
 def _settle(arrival: asyncio.Future[Any], outcome: Any) -> None:

@@ -205,7 +205,8 @@ class _Whole:
         self.future: Future[Array] = Future()
         self._target = target
         self._lock = threading.Lock()
-        self._parts: set[Future[Array]] = set()  # that are not done: a result kept here would hold itself by its future
+        self._parts: set[Future[Array]] = set()
+        """Those that are not done. One that is would keep the whole, and the whole's callback itself, in memory."""
         self._missing = 1
 
     def add(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
@@ -217,7 +218,15 @@ class _Whole:
 
     def complete(self) -> None:
         """Say that all parts were added."""
-        self.future.add_done_callback(lambda _: self._withdraw())
+        parts, lock = self._parts, self._lock  # not `self`, which holds the future
+
+        def withdraw(_: Future[Array]) -> None:
+            with lock:
+                left = list(parts)
+            for part in left:
+                part.cancel()
+
+        self.future.add_done_callback(withdraw)
         self._arrived_one()
 
     def _arrived(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
@@ -241,12 +250,6 @@ class _Whole:
         if last:
             with suppress(InvalidStateError):
                 self.future.set_result(self._target)
-
-    def _withdraw(self) -> None:
-        with self._lock:
-            parts = list(self._parts)
-        for part in parts:
-            part.cancel()
 
 
 _threads_lock = threading.Lock()
