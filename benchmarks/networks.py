@@ -1,19 +1,26 @@
 """Arithmetic and speed of each network.
 
-    python benchmarks/networks.py [--threads 2] [--edge 512] [--batch 4]
+    python benchmarks/networks.py [--threads 2] [--edge 512] [--batch 4] [--profile] [--compile]
 
 Multiply-accumulates per pixel of every convolution, counted from the shapes that really pass through it (a transposed
 convolution counts its input positions), and megapixels a second of a bare forward pass on this machine's CPU, for the
 form of the bundled family and for `bmshj2018-factorized` (random weights both) in the same run: made ready for
-inference in float32 and, for `cae-v1`, in the precisions of `cae.precision` (`auto` is float32 without AMX).
+inference in float32 and, for `cae-v1`, in the precisions of `cae.precision` (`auto` is float32 where bfloat16 is slow).
+
+--profile   the share of the time of a forward pass, in the precision `auto`, in convolutions, in GDN, and in the rest
+            (padding, additions, activations, conversions); a module's time is that of the operations in it
+--compile   the speed of each network after `torch.compile`, beside it without, and the seconds of compiling
 """
 
 import argparse
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from zarr_cae.inference import choose_precision, prepare
 from zarr_cae.transforms import (
@@ -26,6 +33,7 @@ from zarr_cae.transforms import (
     Synthesis,
 )
 
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 NETWORKS = {
     "cae-v1, qualities 1-5": (Analysis(LOW_RATE), Synthesis(LOW_RATE)),
     "cae-v1, qualities 6-8": (Analysis(HIGH_RATE), Synthesis(HIGH_RATE)),
@@ -68,11 +76,83 @@ def seconds(network: nn.Module, example: torch.Tensor) -> float:
     return min(times)
 
 
+@contextmanager
+def labelled(network: nn.Module) -> Iterator[None]:
+    """Have the profiler show convolutions and GDN under those names."""
+    open_ones: list[record_function] = []
+
+    def begin(label: str) -> None:
+        open_ones.append(record_function(label))
+        open_ones[-1].__enter__()
+
+    def end(*_: object) -> None:
+        open_ones.pop().__exit__(None, None, None)
+
+    hooks = []
+    for module in network.modules():
+        label = "GDN" if isinstance(module, GDN) else "convolution" if isinstance(module, CONVOLUTIONS) else None
+        if label is not None:
+            hooks.append(module.register_forward_pre_hook(lambda *_, label=label: begin(label)))
+            hooks.append(module.register_forward_hook(end))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def shares(network: nn.Module, example: torch.Tensor, passes: int = 5) -> dict[str, float]:
+    """Share of a forward pass by kind. The padding of a convolution counts as rest."""
+    with torch.inference_mode(), labelled(network):
+        network(example)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            for _ in range(passes):
+                with record_function("whole"):
+                    network(example)
+    times = {event.key: event.cpu_time_total for event in found.key_averages()}
+    padding = times.get("aten::pad", 0)
+    kinds = {"convolution": times["convolution"] - padding, "GDN": times["GDN"]}
+    kinds["rest"] = times["whole"] - sum(kinds.values())
+    return {kind: time / times["whole"] for kind, time in kinds.items()}
+
+
+def compiled(network: nn.Module, example: torch.Tensor) -> tuple[float, float]:
+    """Seconds of compiling and of a forward pass after it."""
+    torch.compiler.reset()
+    begin = time.perf_counter()
+    faster = torch.compile(network)
+    with torch.inference_mode():
+        faster(example)
+    return time.perf_counter() - begin, seconds(faster, example)
+
+
+def report_more(arguments: argparse.Namespace) -> None:
+    """The tables of --profile and --compile."""
+    cpu = torch.device("cpu")
+    for name, networks in NETWORKS.items():
+        example = torch.rand(arguments.batch, 3, arguments.edge, arguments.edge)
+        for direction, network in zip(("analysis", "synthesis"), networks, strict=True):
+            example = example.contiguous(memory_format=torch.channels_last)
+            ready = prepare(copy.deepcopy(network), choose_precision("auto", cpu), cpu)
+            line = f"{name:26} {direction:>10}"
+            if arguments.profile:
+                parts = shares(ready, example)
+                line += "   " + ", ".join(f"{kind} {share:.0%}" for kind, share in parts.items())
+            if arguments.compile:
+                pixels = arguments.batch * arguments.edge**2 / 1e6
+                eager = seconds(ready, example)
+                took, faster = compiled(ready, example)
+                line += f"   eager {pixels / eager:.2f}, compiled {pixels / faster:.2f} MP/s after {took:.0f} s"
+            print(line, flush=True)
+            with torch.inference_mode():
+                example = network(example)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--edge", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.threads} threads, {arguments.batch} x {arguments.edge} x {arguments.edge} px, MP/s")
@@ -92,6 +172,9 @@ def main() -> None:
             print(f"{name:26} {direction:>10} {kmac:9.2f}{columns}  {count:,}")
             with torch.inference_mode():
                 example = network(example)
+    if arguments.profile or arguments.compile:
+        print()
+        report_more(arguments)
 
 
 if __name__ == "__main__":

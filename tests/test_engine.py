@@ -70,22 +70,76 @@ def test_memory_of_a_forward_pass_is_bounded(planes):
     assert max(counts) <= PASS_PIXELS["cpu"] // 64**2
 
 
-def test_threads_share_a_batch(planes):
-    """Each runs whole networks on its part of the batch; torch's own threads stay what they were."""
-    settings = Settings(device="cpu", threads=3)
-    engine, seen = Engine(bundled(1), torch.device("cpu")), set()
-    engine._analysis.register_forward_pre_hook(lambda *_: seen.add((threading.get_ident(), torch.get_num_threads())))
-    crops = np.concatenate([planes[:, :, n : n + 64, :64] for n in range(0, 112, 16)])
-    together = engine.analyse(crops, 1, settings)
-    assert {threads for _, threads in seen} == {1}
-    assert len({ident for ident, _ in seen}) > 1
+def spied(engine):
+    """What (thread, torch's number of threads) the engine's analysis runs with."""
+    seen = []
+    engine._analysis.register_forward_pre_hook(lambda *_: seen.append((threading.get_ident(), torch.get_num_threads())))
+    return seen
+
+
+def test_a_lone_request_has_all_threads(planes):
+    """Torch's own number of them stays what it was."""
     before = torch.get_num_threads()
+    engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=3)
+    seen = spied(engine)
+    engine.analyse(planes[:, :, :64, :64], 1, settings)
+    engine.analyse(planes, 1, settings)
+    engine.analyse(planes, 1, replace(settings, threads=2))
+    assert [threads for _, threads in seen] == [3, 3, 2]
     with ThreadPoolExecutor(1) as another:
-        assert another.submit(torch.get_num_threads).result() == 3
-    seen.clear()
-    np.testing.assert_array_equal(engine.analyse(crops[:1], 1, settings), together[:1])
-    assert {threads for _, threads in seen} == {3}  # a lone request has them all
-    torch.set_num_threads(before)
+        assert another.submit(torch.get_num_threads).result() == before
+    assert torch.get_num_threads() == before
+
+
+def test_requests_run_on_a_thread_each(planes):
+    """Without waiting for each other, and together on no more threads than the settings allow."""
+    engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=3)
+    seen, both = [], threading.Barrier(2, timeout=60)
+
+    def meet(*_):
+        seen.append(torch.get_num_threads())
+        both.wait()
+
+    engine._analysis.register_forward_pre_hook(meet)
+    crops = [planes[:, :, :n, :64] for n in (64, 80)]
+    with engine.batcher._lock:  # let nobody take the first before the second is there
+        futures = [engine.begin_analysis(crop, 1, settings) for crop in crops]
+    symbols = [future.result(60) for future in futures]
+    assert sorted(seen) in ([1, 1], [1, 2])
+    engine = Engine(bundled(1), torch.device("cpu"))
+    for crop, one in zip(crops, symbols, strict=True):
+        np.testing.assert_array_equal(engine.analyse(crop, 1, settings), one)
+
+
+def test_pieces_of_a_large_request_are_spread_over_the_threads(planes):
+    engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=2, tile=128)
+    seen = spied(engine)
+    with engine.batcher._lock:
+        future = engine.begin_analysis(planes, 1, settings)
+    assert future.result(60).shape == (1, engine.weights.latent_channels, 25, 21)
+    assert len(seen) == 4 * 3
+    assert len({ident for ident, _ in seen}) == 2
+    assert max(threads for _, threads in seen[:-1]) == 1
+
+
+def test_a_large_request_is_withdrawn_or_fails_as_a_whole(planes):
+    engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", tile=128)
+    seen = spied(engine)
+    with engine.batcher._lock:
+        future = engine.begin_analysis(planes, 1, settings)
+        assert future.cancel()
+    wait_for = engine.analyse(planes[:, :, :64, :64], 1, settings)
+    assert len(wait_for) == len(seen) == 1
+    assert engine.batcher.statistics.pending == 0
+
+    def fail(_, given):
+        if given[0].shape[-1] > 200:
+            raise MemoryError("too much")
+
+    engine._analysis.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError, match="too much"):
+        engine.analyse(planes, 1, settings)
+    assert len(engine.analyse(planes[:, :, :64, :64], 1, settings)) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

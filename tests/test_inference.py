@@ -8,9 +8,9 @@ import zarr
 from zarr_cae import CAECodec, weights
 from zarr_cae.engine import Engine, Settings, engine_for
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.inference import SubpixelConv, bfloat16_is_fast, choose_precision, prepare
+from zarr_cae.inference import SubpixelConv, SubpixelConv5, bfloat16_is_fast, choose_precision, prepare
 from zarr_cae.pixels import Layout, to_planes
-from zarr_cae.transforms import FactorizedSynthesis, Upsampling
+from zarr_cae.transforms import GDN, FactorizedSynthesis, SquareGDN, Upsampling
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,37 @@ def test_subpixel_convolution_is_the_transposed_one(inputs, outputs, stride, siz
         expected, result = transposed(given), SubpixelConv(transposed)(given)
     assert result.shape == expected.shape == (2, outputs, stride * size[0], stride * size[1])
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_subpixel_convolution_is_that_of_compressai(size):
+    torch.manual_seed(0)
+    transposed = torch.nn.ConvTranspose2d(4, 3, 5, stride=2, padding=2, output_padding=1)
+    given = torch.randn(2, 4, *size)
+    with torch.no_grad():
+        expected, result = transposed(given), SubpixelConv5(transposed)(given)
+    assert result.shape == expected.shape == (2, 3, 2 * size[0], 2 * size[1])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GDN, SquareGDN])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalisation_is_the_same_with_and_without_gradients(kind, inverse, dtype):
+    torch.manual_seed(0)
+    layer = kind(6, inverse=inverse)
+    with torch.no_grad():
+        layer.gamma.copy_(torch.rand(6, 6))
+    layer = layer.to(dtype)
+    given = torch.randn(2, 6, 5, 7, dtype=dtype)
+    kept = given.clone()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad():
+            result = layer(given.contiguous(memory_format=layout))
+        expected = layer(given.clone().requires_grad_())
+        expected.sum().backward()
+        torch.testing.assert_close(result, expected.detach())
+        torch.testing.assert_close(given, kept, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("precision", "levels", "rms"), [("auto", 1, 0.1), ("bfloat16", 4, 0.6)])
@@ -63,8 +94,9 @@ def test_auto_is_float32_where_bfloat16_is_slow(monkeypatch):
     assert not bfloat16_is_fast(CPU)
     assert choose_precision("auto", CPU) == "float32"
     assert choose_precision("bfloat16", CPU) == "bfloat16"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert choose_precision("auto", CPU) == "auto"
+    for name in ("amx_bf16", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"avx2": True, name: True})
+        assert choose_precision("auto", CPU) == "auto"
 
 
 def test_precision_is_a_setting():

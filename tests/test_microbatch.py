@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,22 @@ TIMEOUT = 30.0
 class Engine:
     """Negates integers, records its batches, and stops inside `run` while `gate` is closed."""
 
-    def __init__(self, max_weight: Limit = 100, max_pending: Limit = 1000) -> None:
+    def __init__(
+        self, max_weight: Limit = 100, max_pending: Limit = 1000, lanes: int | Callable[[Hashable], int] = 1
+    ) -> None:
         self.batches: list[tuple[Hashable, list[Any]]] = []
+        self.lanes: list[int] = []
         self.threads: set[int] = set()
         self.entered = threading.Semaphore(0)
         self.gate = threading.Event()
         self.gate.set()
         self.batcher: MicroBatcher[Any, Any] = MicroBatcher(
-            self.run, name="fake engine", max_weight=max_weight, max_pending=max_pending
+            self.run, name="fake engine", max_weight=max_weight, max_pending=max_pending, lanes=lanes
         )
 
-    def run(self, key: Hashable, requests: list[Any]) -> list[Any]:
+    def run(self, key: Hashable, requests: list[Any], lanes: int = 1) -> list[Any]:
         self.batches.append((key, list(requests)))
+        self.lanes.append(lanes)
         self.threads.add(threading.get_ident())
         self.entered.release()
         assert self.gate.wait(TIMEOUT)
@@ -72,6 +77,11 @@ def engine() -> Iterator[Engine]:
 
 def results(futures: list[Future[Any]]) -> list[Any]:
     return [future.result(TIMEOUT) for future in futures]
+
+
+async def awaited(batcher: MicroBatcher[Any, Any], key: Hashable, request: Any, weight: int = 1) -> Any:
+    """The result of a request of a coroutine."""
+    return await asyncio.wrap_future(batcher.submit(key, request, weight))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -162,9 +172,9 @@ def test_worker_starts_at_the_first_request_ends_when_idle_and_starts_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(microbatch, "IDLE_SECONDS", 0.01)
-    assert engine.batcher._worker is None
+    assert not engine.batcher._workers
     assert engine.batcher.submit("key", 1).result(TIMEOUT) == -1
-    wait_until(lambda: engine.batcher._worker is None)
+    wait_until(lambda: not engine.batcher._workers)
     assert engine.batcher.submit("key", 2).result(TIMEOUT) == -2
 
 
@@ -173,9 +183,8 @@ def test_unused_batcher_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     batcher = weakref.ref(engine.batcher)
     assert engine.batcher.submit("key", 1).result(TIMEOUT) == -1
-    worker = engine.batcher._worker
+    (worker,) = engine.batcher._workers
     del engine
-    assert worker is not None
     worker.join(TIMEOUT)
     gc.collect()
     assert batcher() is None
@@ -186,7 +195,7 @@ def test_idle_worker_holds_no_request() -> None:
         pass
 
     batcher: MicroBatcher[Chunk, int] = MicroBatcher(
-        lambda key, requests: [1] * len(requests), name="chunks", max_weight=10, max_pending=10
+        lambda key, requests, lanes: [1] * len(requests), name="chunks", max_weight=10, max_pending=10
     )
     chunk = Chunk()
     reference = weakref.ref(chunk)
@@ -202,7 +211,7 @@ def test_failed_request_is_freed_with_its_exception_without_the_garbage_collecto
     class Chunk:
         pass
 
-    def run(key: Hashable, requests: list[Chunk]) -> list[int]:
+    def run(key: Hashable, requests: list[Chunk], lanes: int) -> list[int]:
         assert gate.wait(TIMEOUT)
         raise ValueError("bad chunk")
 
@@ -253,7 +262,7 @@ def test_waiting_thread_is_not_starved_by_later_requests() -> None:
     """Its own request being taken lets it go, however full the queue still is."""
     gates = {key: threading.Event() for key in ("first", "second", "later")}
 
-    def run(key: Hashable, requests: list[int]) -> list[int]:
+    def run(key: Hashable, requests: list[int], lanes: int) -> list[int]:
         assert gates[str(key)].wait(TIMEOUT)
         return requests
 
@@ -303,7 +312,7 @@ def test_full_queue_does_not_block_the_event_loop() -> None:
     engine.hold()
 
     async def main() -> list[Any]:
-        tasks = [asyncio.create_task(engine.batcher.submit_async("key", i)) for i in range(20)]
+        tasks = [asyncio.create_task(awaited(engine.batcher, "key", i)) for i in range(20)]
         for _ in range(100):  # another coroutine progresses, though the worker is stuck
             await asyncio.sleep(0)
         assert not any(task.done() for task in tasks)
@@ -323,7 +332,7 @@ def test_full_queue_does_not_block_the_event_loop() -> None:
 def test_run_may_submit_to_its_own_full_queue() -> None:
     nested: list[Future[int]] = []
 
-    def run(key: Hashable, requests: list[int]) -> list[int]:
+    def run(key: Hashable, requests: list[int], lanes: int) -> list[int]:
         if key == "outer":
             nested.extend(batcher.submit("inner", 10 * request + i) for request in requests for i in range(3))
         return requests
@@ -360,8 +369,8 @@ class Fussy(Engine):
 
     errors: dict[int, BaseException]
 
-    def run(self, key: Hashable, requests: list[Any]) -> list[Any]:
-        done = super().run(key, requests)
+    def run(self, key: Hashable, requests: list[Any], lanes: int = 1) -> list[Any]:
+        done = super().run(key, requests, lanes)
         for request in requests:
             if request in self.errors:
                 raise self.errors[request]
@@ -391,7 +400,7 @@ def test_error_fails_only_its_own_request() -> None:
 def test_error_of_the_whole_batch_only() -> None:
     """Such as memory that does not suffice for many at once."""
 
-    def run(key: Hashable, requests: list[int]) -> list[int]:
+    def run(key: Hashable, requests: list[int], lanes: int) -> list[int]:
         assert gate.wait(TIMEOUT)
         if len(requests) > 1:
             raise MemoryError
@@ -421,12 +430,12 @@ def test_stop_iteration_reaches_a_coroutine() -> None:
     engine = Fussy()
     engine.errors = {1: StopIteration()}
     with pytest.raises(CAEError, match="interrupted by StopIteration"):
-        asyncio.run(asyncio.wait_for(engine.batcher.submit_async("key", 1), TIMEOUT))
+        asyncio.run(asyncio.wait_for(awaited(engine.batcher, "key", 1), TIMEOUT))
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_wrong_number_of_results_fails_all(count: int) -> None:
-    def run(key: Hashable, requests: list[int]) -> list[int]:
+    def run(key: Hashable, requests: list[int], lanes: int) -> list[int]:
         if key == "hold":
             entered.set()
             assert gate.wait(TIMEOUT)
@@ -449,8 +458,7 @@ def test_dead_worker_is_replaced(engine: Engine, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(engine.batcher, "_work_until_idle", lambda: None)
         future = engine.batcher.submit("key", 1)
-        worker = engine.batcher._worker
-        assert worker is not None
+        (worker,) = engine.batcher._workers
         worker.join(TIMEOUT)
     assert engine.batcher.submit("key", 2).result(TIMEOUT) == -2
     assert future.result(TIMEOUT) == -1
@@ -487,7 +495,7 @@ def test_cancelled_task_withdraws_its_request(engine: Engine) -> None:
     engine.hold()
 
     async def main() -> list[Any]:
-        tasks = [asyncio.create_task(engine.batcher.submit_async("key", i)) for i in range(3)]
+        tasks = [asyncio.create_task(awaited(engine.batcher, "key", i)) for i in range(3)]
         await asyncio.sleep(0)
         assert engine.batcher.statistics.pending == 3
         tasks[1].cancel()
@@ -505,7 +513,7 @@ def test_task_cancelled_while_running_spares_its_batch(engine: Engine) -> None:
     engine.gate.clear()
 
     async def main() -> Any:
-        task = asyncio.create_task(engine.batcher.submit_async("key", 1))
+        task = asyncio.create_task(awaited(engine.batcher, "key", 1))
         assert await asyncio.to_thread(engine.entered.acquire, timeout=TIMEOUT)
         other = engine.batcher.submit("key", 2)
         task.cancel()
@@ -549,6 +557,173 @@ def test_close_on_the_worker_does_not_wait_for_itself(engine: Engine) -> None:
     assert closed.wait(TIMEOUT)
 
 
+# Several lanes
+
+
+@pytest.fixture
+def three() -> Iterator[Engine]:
+    """An engine of three lanes."""
+    engine = Engine(max_weight=4, lanes=3)
+    yield engine
+    engine.gate.set()
+    engine.batcher.close(TIMEOUT)
+
+
+def entered(engine: Engine, times: int = 1) -> None:
+    for _ in range(times):
+        assert engine.entered.acquire(timeout=TIMEOUT)
+
+
+def test_lone_request_has_all_lanes(three: Engine) -> None:
+    for request in range(3):
+        assert three.batcher.submit("key", request).result(TIMEOUT) == -request
+    assert three.lanes == [3, 3, 3]
+
+
+def test_later_requests_wait_for_lanes_that_are_in_use(three: Engine) -> None:
+    three.hold()
+    futures = [three.batcher.submit("key", request) for request in range(1, 8)]
+    assert three.batcher.statistics.pending == 7
+    three.gate.set()
+    assert results(futures) == [-request for request in range(1, 8)]
+    assert three.lanes[0] == 3
+
+
+def test_batches_run_side_by_side_and_do_not_wait_for_each_other(three: Engine) -> None:
+    """Of three batches the first two are stuck, and the lane of the third goes on."""
+    three.gate.set()
+    gates = [threading.Event() for _ in range(2)]
+
+    def stuck(key: Hashable, requests: list[Any], lanes: int) -> list[Any]:
+        if isinstance(key, int):
+            three.entered.release()
+            assert gates[key].wait(TIMEOUT)
+        return [(request, lanes) for request in requests]
+
+    three.batcher._run = stuck
+    with three.batcher._lock:  # let nobody take the first before the second is there
+        blocked = [three.batcher.submit(key, key) for key in range(2)]
+        third = three.batcher.submit("free", 2)
+    entered(three, 2)
+    assert third.result(TIMEOUT) == (2, 1)
+    for request in range(20):
+        assert three.batcher.submit("free", request).result(TIMEOUT) == (request, 1)
+    assert not any(future.done() for future in blocked)
+    for gate in gates:
+        gate.set()
+    assert [result for result, _ in results(blocked)] == [0, 1]
+
+
+def test_free_lanes_share_what_is_queued(three: Engine) -> None:
+    three.hold()
+    futures = [three.batcher.submit("key", request) for request in range(7)]
+    three.gate.set()
+    results(futures)
+    batches = three.requests_after_hold()
+    assert sorted(sum(batches, [])) == list(range(7))  # noqa: RUF017
+    assert [len(batch) for batch in batches] in ([3, 2, 2], [3, 3, 1], [3, 2, 1, 1], [3, 2, 2, 0])
+    assert all(batch == sorted(batch) for batch in batches)
+
+
+def test_few_requests_have_several_lanes_each() -> None:
+    engine = Engine(lanes=8)
+    engine.hold()
+    with engine.batcher._lock:
+        futures = [engine.batcher.submit("key", request) for request in range(3)]
+        engine.gate.set()
+    results(futures)
+    assert engine.lanes[0] == 8
+    assert min(engine.lanes[1:]) == 2  # for the first of three requests that eight lanes wait for
+    engine.batcher.close(TIMEOUT)
+
+
+def test_oldest_key_starts_first_on_every_lane(three: Engine) -> None:
+    three.hold()
+    futures = [three.batcher.submit(key, request, 4) for request, key in enumerate("abcabcabc")]
+    three.gate.set()
+    results(futures)
+    first = [requests[0] for _, requests in three.batches[1:]]
+    for place, request in enumerate(first):  # lanes that start together may be recorded in another order
+        assert abs(place - request) < 3
+
+
+def test_lanes_may_depend_on_the_key() -> None:
+    engine = Engine(lanes=lambda key: {"narrow": 1, "hold": 4}.get(str(key), 4))
+    engine.hold()
+    futures = [engine.batcher.submit(key, 1) for key in ("narrow", "wide")]
+    engine.gate.set()
+    results(futures)
+    assert engine.lanes[engine.batches.index(("narrow", [1]))] == 1
+    with pytest.raises(CAEConfigurationError, match=r"cae: lanes .* at least 1"):
+        Engine(lanes=lambda _: 0).batcher.submit("key", 1)
+    engine.batcher.close(TIMEOUT)
+
+
+def test_error_on_one_lane_fails_only_its_own_request() -> None:
+    engine = Fussy(lanes=3)
+    engine.errors = {2: ValueError("two"), 4: SystemExit(4)}
+    engine.hold()
+    futures = [engine.batcher.submit(str(i), i) for i in range(1, 7)]
+    engine.gate.set()
+    wait(futures, TIMEOUT)
+    failures = [future.exception() for future in futures]
+    assert failures[1] is engine.errors[2]
+    assert isinstance(failures[3], CAEError)
+    assert [future.result() for i, future in enumerate(futures, 1) if i not in engine.errors] == [-1, -3, -5, -6]
+    assert engine.batcher.submit("after", 9).result(TIMEOUT) == -9
+    assert engine.lanes[-1] == 3  # none was lost with the errors
+    engine.batcher.close(TIMEOUT)
+
+
+def test_requests_cancelled_on_several_lanes_never_run(three: Engine) -> None:
+    three.hold()
+    futures = [three.batcher.submit("key", i) for i in range(20)]
+    assert all(future.cancel() for future in futures[::2])
+    three.gate.set()
+    assert results(futures[1::2]) == [-i for i in range(1, 20, 2)]
+    assert sorted(sum(three.requests_after_hold(), [])) == list(range(1, 20, 2))  # noqa: RUF017
+
+
+def test_close_waits_for_every_lane(three: Engine) -> None:
+    three.gate.clear()
+    with three.batcher._lock:
+        running = [three.batcher.submit(key, key) for key in range(3)]
+    entered(three, 3)
+    queued = three.batcher.submit("key", 9)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(three.batcher.close)
+        with pytest.raises(CancelledError):
+            queued.result(TIMEOUT)
+        assert not closing.done()
+        three.gate.set()
+        closing.result(TIMEOUT)
+    assert results(running) == [0, -1, -2]
+    assert not three.batcher._workers
+
+
+def test_all_workers_end_when_idle(three: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbatch, "IDLE_SECONDS", 0.01)
+    three.gate.clear()
+    with three.batcher._lock:
+        running = [three.batcher.submit(key, key) for key in range(3)]
+    entered(three, 3)
+    assert len(three.batcher._workers) == 3
+    three.gate.set()
+    results(running)
+    wait_until(lambda: not three.batcher._workers)
+    assert three.batcher.submit("key", 5).result(TIMEOUT) == -5
+
+
+def test_there_are_no_more_workers_than_lanes(three: Engine) -> None:
+    three.hold()
+    futures = [three.batcher.submit(i, i) for i in range(30)]
+    assert len(three.batcher._workers) <= 3
+    three.gate.set()
+    results(futures)
+    assert len(three.batcher._workers) <= 3
+    assert len(three.threads) <= 3
+
+
 # Many callers
 
 
@@ -559,11 +734,30 @@ def test_close_on_the_worker_does_not_wait_for_itself(engine: Engine) -> None:
     max_pending=st.integers(1, 12),
     threads=st.integers(1, 6),
     loops=st.integers(1, 3),
+    lanes=st.integers(1, 4),
 )
-def test_every_caller_gets_its_own_result(
-    plan: list[tuple[int, int]], max_weight: int, max_pending: int, threads: int, loops: int
+def test_every_caller_gets_its_own_result(  # noqa: C901
+    plan: list[tuple[int, int]], max_weight: int, max_pending: int, threads: int, loops: int, lanes: int
 ) -> None:
-    def run(key: Hashable, requests: list[tuple[int, int, int]]) -> list[tuple[str, int]]:
+    used, lock = 0, threading.Lock()
+
+    @contextmanager
+    def use_of(own: int) -> Iterator[None]:
+        nonlocal used
+        with lock:
+            used += own
+            assert 1 <= own <= used <= lanes
+        try:
+            yield
+        finally:
+            with lock:
+                used -= own
+
+    def run(key: Hashable, requests: list[tuple[int, int, int]], own: int) -> list[tuple[str, int]]:
+        with use_of(own):
+            return outcomes(key, requests)
+
+    def outcomes(key: Hashable, requests: list[tuple[int, int, int]]) -> list[tuple[str, int]]:
         assert all(request[1] == key for request in requests)
         assert len(requests) == 1 or sum(weight for _, _, weight in requests) <= max_weight
         if len(requests) > 1 and any(number % 7 == 0 for number, _, _ in requests):
@@ -572,7 +766,7 @@ def test_every_caller_gets_its_own_result(
             raise ValueError(requests[0][0])
         return [("result", number) for number, _, _ in requests]
 
-    batcher = MicroBatcher(run, name="many", max_weight=max_weight, max_pending=max_pending)
+    batcher = MicroBatcher(run, name="many", max_weight=max_weight, max_pending=max_pending, lanes=lanes)
     requests = [(number, key, weight) for number, (key, weight) in enumerate(plan)]
 
     def in_thread(mine: list[tuple[int, int, int]]) -> list[object]:
@@ -582,7 +776,7 @@ def test_every_caller_gets_its_own_result(
     def in_loop(mine: list[tuple[int, int, int]]) -> list[object]:
         async def main() -> list[object]:
             return await asyncio.gather(
-                *(batcher.submit_async(request[1], request, request[2]) for request in mine), return_exceptions=True
+                *(awaited(batcher, request[1], request, request[2]) for request in mine), return_exceptions=True
             )
 
         return asyncio.run(asyncio.wait_for(main(), TIMEOUT))
@@ -659,7 +853,7 @@ def test_child_starts_afresh_whatever_the_parent_was_doing(engine: Engine) -> No
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_run_may_fork() -> None:
-    def run(key: Hashable, requests: list[int]) -> list[int]:
+    def run(key: Hashable, requests: list[int], lanes: int) -> list[int]:
         if key == "fork":
             return [in_forked_child(lambda: batcher.submit("plain", 3).result(TIMEOUT))]
         return requests
@@ -685,7 +879,7 @@ def test_interpreter_exit_finishes_the_running_batch_and_cancels_the_rest() -> N
     done = run_script("""
         entered, exiting = threading.Event(), threading.Event()
 
-        def run(key, requests):
+        def run(key, requests, lanes):
             entered.set()
             exiting.wait()
             os.write(1, b"ran %d\\n" % requests[0])
@@ -706,7 +900,7 @@ def test_interpreter_exit_does_not_wait_for_ever() -> None:
         microbatch.EXIT_SECONDS = 0.01
         entered = threading.Event()
 
-        def run(key, requests):
+        def run(key, requests, lanes):
             entered.set()
             threading.Event().wait()
 

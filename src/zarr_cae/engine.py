@@ -1,17 +1,18 @@
 """The networks at work: device choice, one cached network per weights and device, tiled and batched.
 
-Requests from any thread or event loop meet in one `MicroBatcher` per engine, whose single worker owns the device. On a
-CPU it parts a batch between threads that run the whole network each: they need not wait for each other at every layer.
+Requests from any thread or event loop meet in one `MicroBatcher` per engine, large ones in pieces. On a GPU it has one
+lane. On a CPU each core is one, and runs whole networks, so that cores need not wait for each other at every layer;
+only a request that finds several cores free has them share each layer.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ class Settings:
     device: str = "auto"
     """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"."""
     threads: int | None = None
-    """Threads of the networks on the CPU; None leaves torch's own choice."""
+    """Cores that the networks use on a CPU; None takes torch's number of threads when the engine is made."""
     tile: int = 1024
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
     precision: str = "auto"
@@ -55,11 +56,6 @@ class Settings:
 
 PASS_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Pixels in one forward pass: on a CPU few enough for the caches of a core, on a GPU enough to fill it."""
-
-
-def batch_pixels(device: torch.device) -> int:
-    """Pixels in one batch: a forward pass for each thread."""
-    return PASS_PIXELS[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1)
 
 
 def choose_device(name: str) -> torch.device:
@@ -112,11 +108,14 @@ class Engine:
             name: torch.from_numpy(weights.tensors[name])[:, :, None, None].to(device)
             for name in ("gain", "shift", "step", "offset")
         }
+        self._usual_threads = torch.get_num_threads()
+        largest = PASS_PIXELS[device.type]
         self.batcher: MicroBatcher[Array, Array] = MicroBatcher(
             self._run,
             name=f"cae-{weights.info.model}-{device}",
-            max_weight=batch_pixels(device),
-            max_pending=16 * batch_pixels(device),
+            max_weight=largest,
+            max_pending=16 * largest * self._usual_threads,
+            lanes=self._lanes,
         )
 
     @property
@@ -126,98 +125,144 @@ class Engine:
 
     def analyse(self, planes: Array, quality: int, settings: Settings) -> Array:
         """Planes (N, 3 or 1, H, W) float32 in [0, 1], sides multiples of 16, to symbols (N, M, H/16, W/16) int16."""
-        return self.batcher.submit(*_analysis_request(planes, quality, settings)).result()
+        return self.begin_analysis(planes, quality, settings).result()
 
-    async def analyse_async(self, planes: Array, quality: int, settings: Settings) -> Array:
-        """`analyse` for coroutines."""
-        return await self.batcher.submit_async(*_analysis_request(planes, quality, settings))
+    def begin_analysis(self, planes: Array, quality: int, settings: Settings, *, wait: bool = True) -> Future[Array]:
+        """The future of `analyse`; to cancel it withdraws what has not begun. `wait` as in `MicroBatcher.submit`."""
+        job = _Job("analyse", quality, planes.shape[1:], planes.shape[1], settings)
+        return self._submit(job, planes, self.weights.latent_channels, 1, STRIDE, wait=wait)
 
     def synthesise(self, symbols: Array, quality: int, components: int, settings: Settings) -> Array:
         """Symbols (N, M, h, w) int16 to planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]."""
-        return self.batcher.submit(*_synthesis_request(symbols, quality, components, settings)).result()
+        return self.begin_synthesis(symbols, quality, components, settings).result()
 
-    async def synthesise_async(self, symbols: Array, quality: int, components: int, settings: Settings) -> Array:
-        """`synthesise` for coroutines."""
-        return await self.batcher.submit_async(*_synthesis_request(symbols, quality, components, settings))
+    def begin_synthesis(
+        self, symbols: Array, quality: int, components: int, settings: Settings, *, wait: bool = True
+    ) -> Future[Array]:
+        """The future of `synthesise`, as that of `begin_analysis`."""
+        job = _Job("synthesise", quality, symbols.shape[1:], components, settings)
+        return self._submit(job, symbols, components, STRIDE, 1, wait=wait)
 
-    def _run(self, key: Hashable, requests: list[Array]) -> list[Array]:
+    def _submit(self, job: _Job, source: Array, channels: int, up: int, down: int, *, wait: bool) -> Future[Array]:
+        """Queue a request, in pieces of bounded size with their surroundings if it is large.
+
+        The result has `channels`, and `up` samples for `down` of the source's.
+        """
+        shape = tuple(side * up // down for side in source.shape[2:])
+        windows = list(_tiles(source.shape[2:], job.settings, STRIDE // up))
+        pixels = max((place[0].stop - place[0].start) * (place[1].stop - place[1].start) for _, _, place in windows)
+        count = max(1, PASS_PIXELS[self.device.type] // (pixels * up**2))
+        if len(windows) == 1 and len(source) <= count:
+            return self.batcher.submit(job, source, source[:, 0].size * up**2, wait=wait)
+        dtype = np.int16 if job.direction == "analyse" else np.float32
+        whole = _Whole(np.empty((len(source), channels, *shape), dtype))
+        for first in range(0, len(source), count):
+            for outer, inner, place in windows:
+                piece = source[first : first + count, :, *outer]
+                own = replace(job, shape=piece.shape[1:])
+                part = self.batcher.submit(own, piece, piece[:, 0].size * up**2, wait=wait)
+                whole.add(part, (slice(first, first + count), *_scaled(place, up, down)), _scaled(inner, up, down))
+        whole.complete()
+        return whole.future
+
+    def _lanes(self, key: Hashable) -> int:
         assert isinstance(key, _Job)
-        if key.settings.threads is not None:
-            torch.set_num_threads(key.settings.threads)
-        counts = [len(request) for request in requests]
-        whole = requests[0] if len(requests) == 1 else np.concatenate(requests)
-        result = self._analyse(whole, key) if key.direction == "analyse" else self._synthesise(whole, key)
-        return np.split(result, np.cumsum(counts)[:-1])
+        return 1 if self.device.type != "cpu" else key.settings.threads or self._usual_threads
+
+    def _run(self, key: Hashable, requests: list[Array], lanes: int) -> list[Array]:
+        assert isinstance(key, _Job)
+        if self.device.type == "cpu":
+            _use_threads(lanes, self._usual_threads)
+        parts = [torch.from_numpy(request) for request in requests]
+        with torch.inference_mode():
+            if self.device.type == "cpu":
+                result = self._code(parts[0] if len(parts) == 1 else torch.cat(parts), key)
+            else:  # by way of pinned memory, which the device reads and writes by itself
+                shape = (sum(map(len, parts)), *parts[0].shape[1:])
+                whole = torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
+                done = self._code(whole.to(self.device, non_blocking=True), key)
+                result = torch.empty_like(done, device="cpu", pin_memory=True).copy_(done)
+        return np.split(result.numpy(), np.cumsum([len(request) for request in requests])[:-1])
 
     def _gain(self, name: str, job: _Job) -> Tensor:
         row = self.weights.row(job.quality)
         return self._gains[name][row : row + 1]
 
-    def _analyse(self, planes: Array, job: _Job) -> Array:
-        gain, shift = self._gain("gain", job), self._gain("shift", job)
-
-        def code(piece: Tensor) -> Tensor:
-            pixels = piece.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-            latents: Tensor = self._analysis(pixels) * gain - shift
+    def _code(self, source: Tensor, job: _Job) -> Tensor:
+        if job.direction == "analyse":
+            pixels = source.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            latents: Tensor = self._analysis(pixels) * self._gain("gain", job) - self._gain("shift", job)
             return latents.round_().clamp_(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).to(torch.int16)
-
-        rows, columns = (side // STRIDE for side in planes.shape[2:])
-        symbols = np.empty((len(planes), self.weights.latent_channels, rows, columns), np.int16)
-        self._pieces(code, planes, symbols, job.settings, 1, STRIDE)
-        return symbols
-
-    def _synthesise(self, symbols: Array, job: _Job) -> Array:
-        step, offset = self._gain("step", job), self._gain("offset", job)
-
-        def code(piece: Tensor) -> Tensor:
-            latents = (piece.float() * step + offset).contiguous(memory_format=torch.channels_last)
-            pixels: Tensor = self._synthesis(latents)
-            return pixels if job.components == 3 else pixels.mean(1, keepdim=True)
-
-        rows, columns = (side * STRIDE for side in symbols.shape[2:])
-        planes = np.empty((len(symbols), job.components, rows, columns), np.float32)
-        self._pieces(code, symbols, planes, job.settings, STRIDE, 1)
-        return planes
-
-    def _pieces(
-        self, code: Callable[[Tensor], Tensor], source: Array, target: Array, settings: Settings, up: int, down: int
-    ) -> None:
-        """Run `code` over pieces of bounded size, with their surroundings; small ones each on a thread of their own."""
-        side = STRIDE // up
-        tile = min(settings.tile, up * source.shape[2]) * min(settings.tile, up * source.shape[3])
-        threads = torch.get_num_threads() if self.device.type == "cpu" and tile <= PASS_PIXELS["cpu"] else 1
-        shared = 1 < threads <= len(source)
-        count = max(1, PASS_PIXELS[self.device.type] // tile)
-        if shared:
-            count = min(count, -(-len(source) // threads))
-
-        def run(piece: tuple[int, tuple[Window, Window, Window]]) -> None:
-            first, (outer, inner, place) = piece
-            part = torch.from_numpy(np.ascontiguousarray(source[first : first + count, :, outer[0], outer[1]]))
-            with torch.inference_mode():
-                result = code(part.to(self.device)).cpu().numpy()
-            rows, columns = (slice(s.start * up // down, s.stop * up // down) for s in place)
-            cut = tuple(slice(s.start * up // down, s.stop * up // down) for s in inner)
-            target[first : first + count, :, rows, columns] = result[:, :, cut[0], cut[1]]
-
-        tiles = list(_tiles(source.shape[2:], settings, side))
-        pieces = [(first, tile) for first in range(0, len(source), count) for tile in tiles]
-        for _ in _lanes(threads).map(run, pieces) if shared else map(run, pieces):
-            pass
+        latents = source.float() * self._gain("step", job) + self._gain("offset", job)
+        planes: Tensor = self._synthesis(latents.contiguous(memory_format=torch.channels_last))
+        return planes if job.components == 3 else planes.mean(1, keepdim=True)
 
 
-@lru_cache
-def _lanes(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch runs each operation on one thread."""
+class _Whole:
+    """The result of a request that runs in pieces, and its future."""
 
-    def alone(usual: int) -> None:
-        torch.get_num_threads()  # or the next line would be undone at the first operation
-        torch.set_num_threads(1)  # of this thread, and of every thread that starts later, whence:
-        other = threading.Thread(target=torch.set_num_threads, args=(usual,))
-        other.start()
-        other.join()
+    def __init__(self, target: Array) -> None:
+        self.future: Future[Array] = Future()
+        self._target = target
+        self._lock = threading.Lock()
+        self._parts: set[Future[Array]] = set()
+        """Those that are not done. One that is would keep the whole, and the whole's callback itself, in memory."""
+        self._missing = 1
 
-    return ThreadPoolExecutor(count, "cae-lane", alone, (torch.get_num_threads(),))
+    def add(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
+        """Wait for one more part, of which `inner` belongs in a place of the whole."""
+        with self._lock:
+            self._missing += 1
+            self._parts.add(part)
+        part.add_done_callback(lambda done: self._arrived(done, place, inner))
+
+    def complete(self) -> None:
+        """Say that all parts were added."""
+        parts, lock = self._parts, self._lock  # not `self`, which holds the future
+
+        def withdraw(_: Future[Array]) -> None:
+            with lock:
+                left = list(parts)
+            for part in left:
+                part.cancel()
+
+        self.future.add_done_callback(withdraw)
+        self._arrived_one()
+
+    def _arrived(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
+        with self._lock:
+            self._parts.discard(part)
+        if part.cancelled():
+            self.future.cancel()
+        elif (error := part.exception()) is not None:
+            with suppress(InvalidStateError):  # another part failed before, or all were cancelled
+                self.future.set_exception(error)
+            del error
+        else:
+            first, *rest = place
+            self._target[first, :, *rest] = part.result()[:, :, *inner]
+            self._arrived_one()
+
+    def _arrived_one(self) -> None:
+        with self._lock:
+            self._missing -= 1
+            last = self._missing == 0
+        if last:
+            with suppress(InvalidStateError):
+                self.future.set_result(self._target)
+
+
+_threads_lock = threading.Lock()
+
+
+def _use_threads(count: int, usual: int) -> None:
+    """Have torch run on `count` threads what this thread calls, and leave its number for others what it was."""
+    if torch.get_num_threads() != count:  # asked first: a thread's first operation would undo what was set before
+        with _threads_lock:
+            torch.set_num_threads(count)  # of this thread, and of every thread that starts later, whence:
+            other = threading.Thread(target=torch.set_num_threads, args=(usual,))
+            other.start()
+            other.join()
 
 
 def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:
@@ -251,14 +296,9 @@ def _tiles(shape: tuple[int, ...], settings: Settings, unit: int) -> Iterator[tu
             yield outer, inner, place  # type: ignore[misc]
 
 
-def _analysis_request(planes: Array, quality: int, settings: Settings) -> tuple[_Job, Array, int]:
-    job = _Job("analyse", quality, planes.shape[1:], planes.shape[1], settings)
-    return job, planes, planes.size // planes.shape[1]
-
-
-def _synthesis_request(symbols: Array, quality: int, components: int, settings: Settings) -> tuple[_Job, Array, int]:
-    job = _Job("synthesise", quality, symbols.shape[1:], components, settings)
-    return job, symbols, symbols.size // symbols.shape[1] * STRIDE**2
+def _scaled(window: Window, up: int, down: int) -> Window:
+    rows, columns = (slice(side.start * up // down, side.stop * up // down) for side in window)
+    return rows, columns
 
 
 _engines: dict[tuple[str, str, str], Engine] = {}
@@ -279,10 +319,9 @@ def engine_for(weights: Weights, settings: Settings) -> Engine:
 
 def _after_fork() -> None:
     """Start afresh in a forked child, where OpenMP's threads are gone and would be waited for without end."""
-    global _lock  # noqa: PLW0603
-    _lock = threading.Lock()
+    global _lock, _threads_lock
+    _lock, _threads_lock = threading.Lock(), threading.Lock()
     _engines.clear()
-    _lanes.cache_clear()
     torch.set_num_threads(1)
 
 

@@ -19,10 +19,14 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(cores, thread_name_prefix="cae-entropy")
+    return ThreadPoolExecutor(cores(), thread_name_prefix="cae-entropy")
 
 
 if hasattr(os, "register_at_fork"):

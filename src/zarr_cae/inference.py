@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.transforms import Analysis, Residual, Synthesis, Upsampling
+from zarr_cae.transforms import Analysis, FactorizedSynthesis, Residual, Synthesis, Upsampling
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -40,14 +40,35 @@ class SubpixelConv(nn.Module):
         return nn.functional.pixel_shuffle(self.conv(x), self.stride)[..., edge:-edge, edge:-edge]
 
 
+class SubpixelConv5(nn.Module):
+    """CompressAI's transposed convolution, kernel 5, stride 2, as a 3 x 3 convolution and a pixel shuffle.
+
+    (N, I, h, w) to (N, O, 2 h, 2 w). Half of the taps of odd rows and columns are zero.
+    """
+
+    def __init__(self, transposed: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        inputs, outputs = transposed.weight.shape[:2]
+        # Row 2 i + r of the output takes tap r + 2 - 2 d from row i + d of the input, d = -1, 0, 1; columns likewise.
+        taps = nn.functional.pad(transposed.weight.detach(), (0, 1, 0, 1)).reshape(inputs, outputs, 3, 2, 3, 2)
+        taps = taps.flip(2, 4).permute(1, 3, 5, 0, 2, 4)
+        self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
+        self.conv.weight = nn.Parameter(taps.reshape(self.conv.weight.shape))
+        assert transposed.bias is not None
+        self.conv.bias = nn.Parameter(transposed.bias.detach().repeat_interleave(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(self.conv(x), 2)
+
+
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bfloat16 in hardware: CPUs with AMX, GPUs since Ampere."""
+    """Whether the device multiplies bfloat16 in hardware: CPUs with AMX or AVX-512 BF16, GPUs since Ampere."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     known: dict[str, object] = getattr(
         torch.cpu, "get_capabilities", dict
     )()  # older versions of torch have no public way to tell
-    return bool(known.get("amx_bf16", False))
+    return bool(known.get("amx_bf16", False) or known.get("avx512_bf16", False))
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
@@ -68,6 +89,8 @@ def prepare(network: nn.Module, precision: Precision, device: torch.device) -> n
     """
     if isinstance(network, Synthesis):
         network.conv1 = SubpixelConv(network.conv1)  # type: ignore[assignment]
+    if isinstance(network, FactorizedSynthesis):
+        network[-1] = SubpixelConv5(network[-1])  # type: ignore[arg-type]
     if isinstance(network, Analysis | Synthesis) and precision != "float32":
         for name, module in network.named_children():
             if isinstance(module, Residual) or (precision == "bfloat16" and name != "conv3"):

@@ -3,8 +3,8 @@
 zarr hands a codec one chunk at a time, from many coroutines or threads at once; a network is fastest on many chunks
 at a time. A `MicroBatcher` stands between the two. It knows nothing of chunks or networks.
 
-There is no timer: a free worker takes whatever is queued, so a lone request runs at once, and while one batch runs
-the next one gathers.
+There is no timer: a free worker takes its share of whatever is queued, so a lone request runs at once, and while
+batches run the next ones gather. Workers do not wait for each other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import atexit
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -64,15 +65,18 @@ class _Entry(Generic[Request, Result]):
 
 
 class _Worker(threading.Thread):
-    """The thread of a batcher; its type is how `submit` knows a thread that must never wait for room."""
+    """A thread of a batcher; its type is how `submit` knows a thread that must never wait for room."""
 
 
 class MicroBatcher(Generic[Request, Result]):
-    """Run concurrent requests in batches, on one worker thread.
+    """Run concurrent requests in batches, on as many worker threads as there are lanes.
 
     Requests with equal keys may share a batch. The oldest request decides the key of the next batch, so no key
-    starves, and within a key requests run in the order in which they came. A batch weighs at most the `max_weight`
+    starves, and within a key requests start in the order in which they came. A batch weighs at most the `max_weight`
     of its oldest request; a heavier request runs alone.
+
+    A lane stands for what a batch needs to run, such as a core. What is queued is parted evenly between the lanes that
+    are free: where there are fewer requests than lanes, a batch gets several, so that a lone one has them all.
 
     If `run` raises for a batch of several, it is called again for each of its requests alone, so that only the
     culprits fail (and a batch too big for the memory still succeeds); `run` must therefore be free of side effects.
@@ -80,61 +84,63 @@ class MicroBatcher(Generic[Request, Result]):
     fails the whole batch with a `CAEError`; the worker lives on. An exception *returned* by `run` is a result like
     any other. Requests cancelled while queued never reach `run`.
 
-    The queue is bounded by making those wait who could add to it: `submit` waits in a plain thread, and
-    `submit_async` returns only with its result. So at most `max_pending` plus one request for each waiting thread
-    and coroutine is queued, and those hold their requests in any case.
+    The queue is bounded by making those threads wait who add to it. Who must not wait holds the requests in any case.
 
-    The worker is a daemon thread: it starts at the first request, ends when idle for a minute, and starts again when
-    needed. At interpreter exit a running batch is given `EXIT_SECONDS` to finish and queued requests are cancelled.
+    Workers are daemon threads: they start when requests come, end when idle for a minute, and start again when
+    needed. At interpreter exit running batches are given `EXIT_SECONDS` to finish and queued requests are cancelled.
     A forked child starts with an empty queue; futures made before the fork belong to the parent.
 
     Args:
-        run: called as `run(key, requests)` on the worker thread, one call at a time; returns one result per request,
-            in their order. It may submit further requests, as may a future's done-callback, but neither may wait
-            for their results: they would wait for themselves.
-        name: of the worker thread, and in error messages.
+        run: called as `run(key, requests, lanes)` on a worker thread, in several at a time if there are several lanes;
+            returns one result per request, in their order. It may submit further requests, as may a future's
+            done-callback, but neither may wait for their results: they would wait for themselves.
+        name: of the worker threads, and in error messages.
         max_weight: of a batch. A function is called at each submit, in the submitting thread.
         max_pending: weight of queued requests above which `submit` waits. A function is called likewise.
+        lanes: how many there are, or a function of the key that says how many batches of that key may share.
 
     """
 
     def __init__(
         self,
-        run: Callable[[Hashable, list[Request]], Sequence[Result]],
+        run: Callable[[Hashable, list[Request], int], Sequence[Result]],
         *,
         name: str,
         max_weight: Limit,
         max_pending: Limit,
+        lanes: int | Callable[[Hashable], int] = 1,
     ) -> None:
         self._run = run
         self._name = name
         self._max_weight = max_weight
         self._max_pending = max_pending
+        self._lanes = lanes
         self._closed = False
         self.reset_after_fork()
         _live.add(self)
 
-    def submit(self, key: Hashable, request: Request, weight: int = 1) -> Future[Result]:
+    def submit(self, key: Hashable, request: Request, weight: int = 1, *, wait: bool = True) -> Future[Result]:
         """Queue a request; wait while the queue is full, where waiting is safe.
 
         Waiting would stop every coroutine of an event loop, and a worker would wait for itself; so in a thread with
-        a running event loop, and in the worker of any batcher, this never waits. Coroutines call `submit_async`.
+        a running event loop, and in the worker of any batcher, this never waits.
 
         Args:
             key: requests with equal keys may share a batch.
             request: passed to `run`. Not copied: leave it unchanged until the result is there.
             weight: what the request adds to its batch and to the queue, at least 1.
+            wait: False never to wait, for threads that others need.
 
         Returns:
             The future of the result. To cancel it, before it runs, withdraws the request.
 
         Raises:
-            CAEConfigurationError: the weight or a limit is below 1.
+            CAEConfigurationError: the weight, a limit or the number of lanes is below 1.
             CAEError: the batcher is closed.
 
         """
         future, max_pending = self._enqueue(key, request, weight)
-        if self._pending > max_pending and _may_wait():
+        if wait and self._pending > max_pending and _may_wait():
             try:
                 with self._room:
                     self._room.wait_for(lambda: self._pending <= max_pending or future.running() or future.done())
@@ -143,15 +149,6 @@ class MicroBatcher(Generic[Request, Result]):
                 raise
         return future
 
-    async def submit_async(self, key: Hashable, request: Request, weight: int = 1) -> Result:
-        """Queue a request and await its result; never blocks the event loop.
-
-        Cancelling the awaiting task, before the request runs, withdraws the request. Arguments and errors are those
-        of `submit`.
-        """
-        future, _ = self._enqueue(key, request, weight)
-        return await asyncio.wrap_future(future)
-
     @property
     def statistics(self) -> BatchStatistics:
         """A snapshot of what was run and what is queued."""
@@ -159,23 +156,25 @@ class MicroBatcher(Generic[Request, Result]):
             return BatchStatistics(self._batches, self._requests, self._pending)
 
     def close(self, timeout: float | None = None) -> None:
-        """Cancel the queued requests, refuse new ones, and wait for the running batch.
+        """Cancel the queued requests, refuse new ones, and wait for the running batches.
 
         The wait is at most `timeout` seconds, unless that is `None`. On a worker there is none.
         """
         with self._lock:
             self._closed = True
-            worker = self._worker
+            workers = list(self._workers)
             dropped = [entry.future for queue in self._queues.values() for entry in queue]
             self._queues.clear()
-            self._pending = 0
-            self._work.notify()
+            self._pending = self._queued = 0
+            self._work.notify_all()
             self._room.notify_all()
         for future in dropped:
             if future.cancel():
                 future.set_running_or_notify_cancel()
-        if worker is not None and not isinstance(threading.current_thread(), _Worker):
-            worker.join(timeout)
+        if not isinstance(threading.current_thread(), _Worker):
+            end = None if timeout is None else time.monotonic() + timeout
+            for worker in workers:
+                worker.join(None if end is None else max(0.0, end - time.monotonic()))
 
     def reset_after_fork(self) -> None:
         """Start afresh with an empty queue and no worker; called by itself in a forked child."""
@@ -185,28 +184,39 @@ class MicroBatcher(Generic[Request, Result]):
         self._room = threading.Condition(self._lock)
         self._queues: dict[Hashable, deque[_Entry[Request, Result]]] = {}
         self._order = itertools.count()
+        self._queued = 0
         self._pending = 0
         self._batches = 0
         self._requests = 0
-        self._worker: _Worker | None = None
+        self._workers: dict[threading.Thread, int] = {}
+        """The lanes that each uses now; 0 if it waits for work."""
 
     def _enqueue(self, key: Hashable, request: Request, weight: int) -> tuple[Future[Result], int]:
         """Queue a request, full or not; give its future and the `max_pending` in force."""
         _check_positive("weight", weight)
         max_weight = _value(self._max_weight, "max_weight")
         max_pending = _value(self._max_pending, "max_pending")
+        lanes = self._lanes_for(key)
         with self._lock:
             if self._closed:
                 raise CAEError(f"cae: {self._name} is closed and takes no more requests")
-            if self._worker is None or not self._worker.is_alive():
-                worker = _Worker(target=self._work_until_idle, name=self._name, daemon=True)
-                worker.start()
-                self._worker = worker
+            self._see_to_workers(lanes)
             entry: _Entry[Request, Result] = _Entry(next(self._order), request, weight, max_weight)
             self._queues.setdefault(key, deque()).append(entry)
+            self._queued += 1
             self._pending += weight
             self._work.notify()
         return entry.future, max_pending
+
+    def _see_to_workers(self, lanes: int) -> None:
+        """Before a request is queued: replace workers that died, and start another if all that wait have work."""
+        for dead in [worker for worker in self._workers if not worker.is_alive()]:
+            del self._workers[dead]
+        waiting = list(self._workers.values()).count(0)
+        if self._queued >= waiting and len(self._workers) < lanes:
+            worker = _Worker(target=self._work_until_idle, name=self._name, daemon=True)
+            worker.start()  # it waits for the lock
+            self._workers[worker] = 0
 
     def _work_until_idle(self) -> None:
         # One call per batch: no local of this frame keeps the last batch alive while the worker waits.
@@ -218,31 +228,41 @@ class MicroBatcher(Generic[Request, Result]):
         taken = self._take()
         if taken is None:
             return False
-        key, batch = taken
+        key, batch, lanes = taken
         try:
-            if not self._attempt(key, batch):
+            if not self._attempt(key, batch, lanes):
                 for index in range(len(batch)):
-                    self._attempt(key, batch[index : index + 1])
+                    self._attempt(key, batch[index : index + 1], lanes)
         except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
             # The exception itself would end the event loop or the thread that receives it.
             self._fail(batch, f"was interrupted by {error!r}", error)
         batch.clear()  # this frame can be kept alive by the traceback of an exception of `run`
         return True
 
-    def _take(self) -> tuple[Hashable, list[_Entry[Request, Result]]] | None:
-        """Wait for requests and take the next batch, which is empty if all were cancelled; None when idle too long."""
+    def _take(self) -> tuple[Hashable, list[_Entry[Request, Result]], int] | None:
+        """Give the last batch's lanes back, wait for requests and a lane, and take the next batch.
+
+        It is empty if all were cancelled. None when idle too long.
+        """
+        this = threading.current_thread()
         with self._lock:
-            if self._worker is not threading.current_thread():  # `run` forked, or this start was interrupted
+            if this not in self._workers:  # `run` forked, or this start was interrupted
                 return None
-            self._work.wait_for(lambda: self._queues or self._closed, IDLE_SECONDS)
+            self._workers[this] = 0
+            while not self._work.wait_for(lambda: self._closed or self._free() > 0, IDLE_SECONDS):
+                if not self._queues:
+                    break
             if not self._queues:
-                self._worker = None
+                del self._workers[this]
                 return None
-            key, queue = min(self._queues.items(), key=lambda item: item[1][0].order)
+            key, free = self._oldest(), self._free()
+            queue = self._queues[key]
+            room = min(queue[0].max_weight, -(-self._pending // free))
+            lanes = self._workers[this] = max(1, free // self._queued)
             batch: list[_Entry[Request, Result]] = []
-            room = queue[0].max_weight
             while queue and (not batch or queue[0].weight <= room):
                 entry = queue.popleft()
+                self._queued -= 1
                 self._pending -= entry.weight
                 if entry.future.set_running_or_notify_cancel():
                     batch.append(entry)
@@ -250,16 +270,32 @@ class MicroBatcher(Generic[Request, Result]):
             if not queue:
                 del self._queues[key]
             self._room.notify_all()
-            return key, batch
+            if self._queues:
+                self._work.notify()  # of the lanes that are left
+            return key, batch, lanes
 
-    def _attempt(self, key: Hashable, batch: list[_Entry[Request, Result]]) -> bool:
+    def _oldest(self) -> Hashable:
+        """The key of the oldest request."""
+        return min(self._queues.items(), key=lambda item: item[1][0].order)[0]
+
+    def _free(self) -> int:
+        """Lanes for a batch of the oldest request; 0 if there is none."""
+        return self._lanes_for(self._oldest()) - sum(self._workers.values()) if self._queues else 0
+
+    def _lanes_for(self, key: Hashable) -> int:
+        lanes = self._lanes(key) if callable(self._lanes) else self._lanes
+        _check_positive("lanes", lanes)
+        return lanes
+
+    def _attempt(self, key: Hashable, batch: list[_Entry[Request, Result]], lanes: int) -> bool:
         """Run a batch and settle its futures; False, with none settled, if it is to be repeated one by one."""
         if not batch:
             return True
-        self._batches += 1
-        self._requests += len(batch)
+        with self._lock:
+            self._batches += 1
+            self._requests += len(batch)
         try:
-            results = self._run(key, [entry.request for entry in batch])
+            results = self._run(key, [entry.request for entry in batch], lanes)
         except Exception as error:
             # Leaving this block frees the traceback, and the memory it holds, before anything is run again.
             if len(batch) > 1:

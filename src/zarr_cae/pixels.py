@@ -150,7 +150,9 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
         _check_range(chunk, value_range)
     ordered = chunk.transpose(layout.channels_first)
     ordered = ordered.reshape(layout.planes, 1 if layout.grey else RGB, layout.height, layout.width)
-    planes = np.empty((*ordered.shape[:2], *(-(-side // STRIDE) * STRIDE for side in ordered.shape[2:])), np.float32)
+    rows, columns = (-(-side // STRIDE) * STRIDE for side in ordered.shape[2:])
+    # The components of a pixel side by side in memory, as networks take them.
+    planes = np.empty((len(ordered), rows, columns, ordered.shape[1]), np.float32).transpose(0, 3, 1, 2)
     inside = planes[:, :, : layout.height, : layout.width]
     if chunk.dtype.kind == "f":
         np.divide(np.subtract(ordered, low, dtype=np.float64), float(high) - float(low), out=inside, casting="unsafe")

@@ -34,8 +34,19 @@ class GDN(nn.Module):
         self.gamma = nn.Parameter(0.1 * torch.eye(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = nn.functional.conv2d(x.abs(), self.gamma[:, :, None, None], self.beta)
-        return x * norm if self.inverse else x / norm
+        norm = self.norm(x.abs())
+        if torch.is_grad_enabled():
+            return x * norm if self.inverse else x / norm
+        return norm.mul_(x) if self.inverse else torch.div(x, norm, out=norm)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """`beta + gamma x` at each position."""
+        weight = self.gamma[:, :, None, None]
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        if plain and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            # On one thread torch takes 1 x 1 convolutions past oneDNN, which has them up to twice as fast.
+            return torch.mkldnn_convolution(x, weight, self.beta, (0, 0), (1, 1), (1, 1), 1)
+        return nn.functional.conv2d(x, weight, self.beta)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -48,8 +59,8 @@ class SquareGDN(GDN):
     """GDN as CompressAI has it, `y = x / sqrt(beta + gamma x^2)`; the inverse multiplies (arXiv:1511.06281)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = nn.functional.conv2d(x * x, self.gamma[:, :, None, None], self.beta)
-        return x * norm.sqrt() if self.inverse else x * norm.rsqrt()
+        norm = self.norm(x * x)
+        return x * (norm.sqrt_() if self.inverse else norm.rsqrt_())
 
 
 class Downsampling(nn.Conv2d):
