@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "zarr_cae"
 ROOMS = [
     "errors", "framing", "contexts", "tables", "kernels", "rans", "entropy", "pixels", "windows", "transforms",
-    "inference", "microbatch", "weights", "zoo", "engine", "chunks", "partial", "codec", "latents", "rewriting",
-    "bottleneck", "patches", "training", "bjontegaard", "evaluation", "rivals", "cli", "__main__", "__init__",
+    "inference", "tensors", "microbatch", "weights", "zoo", "engine", "chunks", "partial", "codec", "latents",
+    "rewriting", "bottleneck", "patches", "training", "bjontegaard", "evaluation", "rivals", "cli",
+    "__main__", "__init__",
 ]  # fmt: skip
 ONLY = {
-    "torch": {"transforms", "inference", "engine", "training", "zoo"},
+    "torch": {"transforms", "inference", "tensors", "engine", "training", "zoo"},
     "zarr": {"chunks", "codec", "latents", "bottleneck", "patches", "cli", "training", "__init__"},
     "numba": {"kernels"},
     "compressai": {"zoo"},

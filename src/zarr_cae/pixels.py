@@ -175,10 +175,15 @@ def _above(integers: Chunk, low: int) -> Chunk:
 def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
     lowest, highest = chunk.min(), chunk.max()
     if not (value_range[0] <= lowest and highest <= value_range[1]):
-        raise CAEDataError(
-            f"cae: pixels from {lowest} to {highest} do not fit value_range {value_range}; clip them, or create the "
-            "array with a wider value_range (and, as incomplete chunks are filled with it, a fill_value inside)"
-        )
+        raise CAEDataError(outside_message(lowest, highest, value_range))
+
+
+def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
+    """What is said of pixels outside their range."""
+    return (
+        f"cae: pixels from {lowest} to {highest} do not fit value_range {value_range}; clip them, or create the "
+        "array with a wider value_range (and, as incomplete chunks are filled with it, a fill_value inside)"
+    )
 
 
 def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:

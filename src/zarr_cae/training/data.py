@@ -96,6 +96,11 @@ class Crops:
             cut = pixels[tuple(slice(min(side, largest) // 16 * 16) for side in pixels.shape[:2])]
             yield from_numpy(cut.copy()).permute(2, 0, 1)[None].float().div_(255)
 
+    @property
+    def held_out_images(self) -> list[Pixels]:
+        """Those that training never sees: uint8 (H, W, 3) each."""
+        return self._held_out
+
     def held_out(self, count: int, crop: int) -> Tensor:
         """Centre crops of up to `count` images that training never sees: float32 (n, 3, crop, crop) in [0, 1]."""
         crop = min([crop, *(min(pixels.shape[:2]) // 16 * 16 for pixels in self._held_out)])

@@ -25,8 +25,8 @@ def export(
 ) -> bytes:
     """The bytes of a weights file of a trained network; put them in place with `weights.store`.
 
-    The contexts and integer tables are fitted to the symbols of `images`, some hundreds or more: float32 (1, 3, H, W) in
-    [0, 1], sides multiples of 16 and at most 512, so that each is one tile.
+    The contexts and integer tables are fitted to the symbols of `images`, some hundreds or more, each float32
+    (1, 3, H, W) in [0, 1], sides multiples of 16 and at most 512, so that it is one tile.
     """
     model.to("cpu")
     tensors: dict[str, npt.NDArray[Any]] = {
