@@ -23,12 +23,12 @@ import numpy.typing as npt
 import zarr
 from zarr.abc.store import RangeByteRequest
 from zarr.core.array_spec import ArraySpec
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import Buffer, default_buffer_prototype, gpu
 
 from zarr_cae import entropy
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.framing import FrameHeader
-from zarr_cae.pixels import RGB, Chunk, Layout, Planes, ValueRange, to_chunk, to_planes
+from zarr_cae.pixels import RGB, Chunk, ChunkForm, Layout, Planes, ValueRange, to_chunk, to_planes
 from zarr_cae.tables import Tables
 from zarr_cae.weights import Weights
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from zarr_cae.engine import Engine, Settings
 
 _Result = TypeVar("_Result")
+_ON_GPU = gpu.NDBuffer
+"""What zarr holds arrays in after `zarr.config.enable_gpu()`."""
 
 
 class Step(Protocol):
@@ -273,6 +275,30 @@ class Synthesise(NetworkStep):
 
 
 @dataclass(frozen=True)
+class AnalyseChunk(NetworkStep):
+    """A whole chunk, of the host or of the device, to symbols (N, M, H/16, W/16)."""
+
+    job: ChunkJob
+    chunk: Any
+
+    def queue(self, *, wait: bool) -> Future[entropy.Symbols]:
+        job = self.job
+        return job.engine.begin_chunk_analysis(self.chunk, job.form, job.quality, job.settings, wait=wait)
+
+
+@dataclass(frozen=True)
+class SynthesiseChunk(NetworkStep):
+    """Symbols (N, M, h, w) to a whole chunk, on the device where zarr keeps arrays there."""
+
+    job: ChunkJob
+    symbols: entropy.Symbols
+
+    def queue(self, *, wait: bool) -> Future[Any]:
+        job = self.job
+        return job.engine.begin_chunk_synthesis(self.symbols, job.form, job.quality, job.settings, wait=wait)
+
+
+@dataclass(frozen=True)
 class ChunkJob:
     """What the plans for a chunk need to know, and the conversions between its forms."""
 
@@ -304,6 +330,11 @@ class ChunkJob:
         from zarr_cae.engine import engine_for
 
         return engine_for(self.weights, self.settings)
+
+    @property
+    def form(self) -> ChunkForm:
+        """Of the chunk, for the engine."""
+        return ChunkForm(self.layout, self.dtype, self.value_range, issubclass(self.spec.prototype.nd_buffer, _ON_GPU))
 
     @property
     def tables(self) -> Tables:
@@ -346,15 +377,27 @@ class ChunkJob:
         return self.spec.prototype.buffer.from_bytes(frame)
 
 
-def encoding(job: ChunkJob, pixels: npt.NDArray[Any]) -> Plan[Buffer]:
-    """The frame of a whole chunk."""
-    _ = job.engine  # on this thread, not on the event loop's
-    symbols = yield Analyse(job, job.planes(pixels, job.layout))
+def encoding(job: ChunkJob, pixels: Any) -> Plan[Buffer]:
+    """The frame of a whole chunk, an array of numpy or one of the device."""
+    if job.engine.takes(job.form):  # the engine is made on this thread, not on the event loop's
+        symbols = yield AnalyseChunk(job, pixels)
+    else:
+        symbols = yield Analyse(job, job.planes(on_host(pixels, job.spec), job.layout))
     return job.buffer(entropy.encode(symbols, job.header, job.tables))
 
 
-def decoding(job: ChunkJob, frame: memoryview) -> Plan[Chunk]:
-    """The pixels of a whole chunk's frame."""
-    _ = job.engine
-    planes = yield Synthesise(job, entropy.decode(frame, job.header, job.tables))
+def decoding(job: ChunkJob, frame: memoryview) -> Plan[Any]:
+    """The pixels of a whole chunk's frame; a tensor of the device if both zarr's arrays and the engine are there."""
+    whole = job.engine.takes(job.form)
+    symbols = entropy.decode(frame, job.header, job.tables)
+    if whole:
+        return (yield SynthesiseChunk(job, symbols))
+    planes = yield Synthesise(job, symbols)
     return job.pixels(planes, job.layout)
+
+
+def on_host(pixels: Any, spec: ArraySpec) -> npt.NDArray[Any]:
+    """An array as numpy's, from wherever it is."""
+    if isinstance(pixels, np.ndarray):
+        return pixels
+    return np.asarray(spec.prototype.nd_buffer.from_ndarray_like(pixels).as_numpy_array())

@@ -166,10 +166,10 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         raise NotImplementedError
 
     def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        return run(encoding(_job(self, chunk_spec), chunk_array.as_numpy_array()))
+        return run(encoding(_job(self, chunk_spec), chunk_array.as_ndarray_like()))
 
     async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        return await run_async(encoding(_job(self, chunk_spec), chunk_array.as_numpy_array()))
+        return await run_async(encoding(_job(self, chunk_spec), chunk_array.as_ndarray_like()))
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         return _handed_over(run(decoding(_job(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec)
@@ -196,16 +196,18 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     def _encode_partial_sync(
         self, byte_setter: Any, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
     ) -> None:
-        run(writing(_job(self, chunk_spec), selection, chunk_array.as_numpy_array()), byte_setter)
+        run(writing(_job(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter)
 
     async def _encode_partial_single(
         self, byte_setter: ByteSetter, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
     ) -> None:
-        await run_async(writing(_job(self, chunk_spec), selection, chunk_array.as_numpy_array()), byte_setter)
+        await run_async(writing(_job(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter)
 
 
 def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
-    return spec.prototype.nd_buffer.from_numpy_array(np.asarray(pixels))
+    buffer = spec.prototype.nd_buffer
+    # A tensor stays on its device: what zarr has there takes what knows its `__cuda_array_interface__`.
+    return buffer.from_numpy_array(pixels) if isinstance(pixels, np.ndarray) else buffer.from_ndarray_like(pixels)
 
 
 def _job(codec: CAECodec, spec: ArraySpec) -> ChunkJob:
