@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from zarr_cae import entropy, weights
-from zarr_cae.engine import Settings, engine_for
+from zarr_cae.engine import engine_for
 from zarr_cae.framing import FrameHeader, unpack
 from zarr_cae.pixels import Layout, to_planes
+from zarr_cae.settings import Settings
 from zarr_cae.tables import ideal_bits
 from zarr_cae.training.density import Density
 

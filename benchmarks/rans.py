@@ -61,9 +61,10 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
     from PIL import Image
 
     from zarr_cae import weights
-    from zarr_cae.engine import Settings, engine_for
+    from zarr_cae.engine import engine_for
     from zarr_cae.framing import FrameHeader
     from zarr_cae.pixels import Layout, to_planes
+    from zarr_cae.settings import Settings
 
     digest = weights.default_digest(weights.DEFAULT_MODEL, quality, "mse")
     loaded = weights.load(weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric="mse").path)

@@ -37,9 +37,10 @@ from PIL import Image
 from zarr.storage import MemoryStore
 
 from zarr_cae import CAECodec, weights
-from zarr_cae.engine import PASS_PIXELS, Settings, engine_for
+from zarr_cae.engine import PASS_PIXELS, engine_for
 from zarr_cae.pixels import Layout, to_planes
 from zarr_cae.rivals import RIVALS
+from zarr_cae.settings import Settings
 
 RIVAL_NAMES = ("jpegxl", "avif", "webp", "jpeg")
 Chunk = np.ndarray[Any, np.dtype[np.uint8]]

@@ -554,7 +554,7 @@ def test_settings_that_do_not_exist_are_refused(photograph):
 
 
 def test_settings_come_from_the_environment():
-    code = "import zarr; from zarr_cae.engine import Settings; assert Settings(**zarr.config.get('cae')).threads == 1"
+    code = "import zarr; from zarr_cae.settings import Settings; assert Settings(**zarr.config.get('cae')).threads == 1"
     subprocess.run(
         [sys.executable, "-W", "error", "-c", code], check=True, env={**os.environ, "ZARR_CAE__THREADS": "1"}
     )

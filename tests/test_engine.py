@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from zarr_cae import weights
-from zarr_cae.engine import HALO, PASS_PIXELS, Engine, Settings, choose_device, engine_for
+from zarr_cae.engine import HALO, PASS_PIXELS, Engine, choose_device, engine_for
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels import Layout, to_planes
+from zarr_cae.settings import Settings
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 

@@ -6,10 +6,11 @@ import torch
 import zarr
 
 from zarr_cae import CAECodec, weights
-from zarr_cae.engine import Engine, Settings, engine_for
+from zarr_cae.engine import Engine, engine_for
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.inference import SubpixelConv, SubpixelConv5, bfloat16_is_fast, choose_precision, prepare
 from zarr_cae.pixels import Layout, to_planes
+from zarr_cae.settings import Settings
 from zarr_cae.transforms import GDN, FactorizedSynthesis, SquareGDN, Upsampling
 
 CPU = torch.device("cpu")

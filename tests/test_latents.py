@@ -116,7 +116,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_latents_are_what_the_synthesis_network_receives(shape, axis, photograph):
-    from zarr_cae.engine import Settings, engine_for
+    from zarr_cae.engine import engine_for
+    from zarr_cae.settings import Settings
 
     size = int(np.prod(shape))
     data = photograph.ravel()[:size].reshape(shape)

@@ -1,6 +1,5 @@
 """Settings of the machine: `configure`, `zarr.config` and environment variables."""
 
-import dataclasses
 import doctest
 import os
 import subprocess
@@ -12,7 +11,6 @@ import zarr
 
 import zarr_cae
 from zarr_cae import CAECodec, CAEConfigurationError, settings
-from zarr_cae.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +60,10 @@ def test_the_codec_runs_with_what_is_configured(photograph):
     from zarr_cae import engine
 
     class Seen(engine.Engine):
-        def _run(self, key, requests):
+        def _run(self, key, requests, lanes):
             assert (key.settings.threads, key.settings.tile) == (2, 16)
             threads.add(len(requests))
-            return super()._run(key, requests)
+            return super()._run(key, requests, lanes)
 
     with pytest.MonkeyPatch.context() as patch, zarr_cae.configure(threads=2, tile=16, concurrency=1, device="cpu"):
         patch.setattr(engine, "Engine", Seen)
@@ -100,13 +98,6 @@ def test_unknown_names_are_refused():
 def test_concurrency_is_also_that_of_threads_of_the_fused_pipeline():
     with zarr_cae.configure(concurrency=24):
         assert zarr.config.get("codec_pipeline.max_workers") == 24
-
-
-def test_the_engine_takes_all_of_them():
-    from zarr_cae.engine import Settings as Engines
-
-    names = [(field.name, field.default) for field in dataclasses.fields(Settings)]
-    assert [(field.name, field.default) for field in dataclasses.fields(Engines)] == names
 
 
 def test_environment_variables_are_the_same_settings():

@@ -65,8 +65,22 @@ def test_values_outside_the_range_are_refused_in_the_same_words(name, bad):
     assert messages[0] == messages[1]
 
 
-def test_chunks_of_the_user_are_copied():
-    chunk = np.zeros((4, 5), np.uint8)
+class OnDevice:
+    """An array that only DLPack can reach."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **keywords):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_of_any_order_and_of_the_device():
+    chunk = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)[:, ::2, ::-1]
     chunk.setflags(write=False)
-    tensors.to_tensor(chunk, torch.device("cpu"))[0] = 1
-    assert not chunk.any()
+    cpu = torch.device("cpu")
+    np.testing.assert_array_equal(tensors.to_tensor(chunk, cpu).numpy(), chunk)
+    np.testing.assert_array_equal(tensors.to_tensor(OnDevice(torch.arange(5)), cpu).numpy(), np.arange(5))

@@ -12,7 +12,8 @@ import torch
 import zarr
 
 from zarr_cae import CAECodec, CAEConfigurationError, rans, weights, zoo
-from zarr_cae.engine import Engine, Settings
+from zarr_cae.engine import Engine
+from zarr_cae.settings import Settings
 from zarr_cae.tables import PRECISION
 
 N, M = 8, 12

@@ -25,10 +25,11 @@ from zarr.core.buffer import Buffer, NDBuffer
 from zarr.core.common import JSON, parse_named_configuration
 from zarr.storage import StorePath
 
-from zarr_cae.chunks import ChunkJob, MissingChunkError, contiguous, decoding, encoding, run, run_async
+from zarr_cae.chunks import ChunkJob, MissingChunkError, contiguous, decoding, encoding
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.partial import reading, writing
 from zarr_cae.pixels import Layout, ValueRange, resolve_channel_axis, resolve_value_range
+from zarr_cae.plans import run, run_async
 from zarr_cae.weights import (
     DEFAULT_MODEL,
     METRICS,
@@ -166,10 +167,10 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         raise NotImplementedError
 
     def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        return run(encoding(_job(self, chunk_spec), chunk_array.as_numpy_array()))
+        return run(encoding(_job(self, chunk_spec), chunk_array.as_ndarray_like()))
 
     async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        return await run_async(encoding(_job(self, chunk_spec), chunk_array.as_numpy_array()))
+        return await run_async(encoding(_job(self, chunk_spec), chunk_array.as_ndarray_like()))
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         return _handed_over(run(decoding(_job(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec)
@@ -196,16 +197,18 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     def _encode_partial_sync(
         self, byte_setter: Any, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
     ) -> None:
-        run(writing(_job(self, chunk_spec), selection, chunk_array.as_numpy_array()), byte_setter)
+        run(writing(_job(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter)
 
     async def _encode_partial_single(
         self, byte_setter: ByteSetter, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
     ) -> None:
-        await run_async(writing(_job(self, chunk_spec), selection, chunk_array.as_numpy_array()), byte_setter)
+        await run_async(writing(_job(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter)
 
 
 def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
-    return spec.prototype.nd_buffer.from_numpy_array(np.asarray(pixels))
+    buffer = spec.prototype.nd_buffer
+    # A tensor stays on its device: what zarr has there takes what knows its `__cuda_array_interface__`.
+    return buffer.from_numpy_array(pixels) if isinstance(pixels, np.ndarray) else buffer.from_ndarray_like(pixels)
 
 
 def _job(codec: CAECodec, spec: ArraySpec) -> ChunkJob:

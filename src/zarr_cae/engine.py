@@ -1,17 +1,19 @@
 """The networks at work: device choice, one cached network per weights and device, tiled and batched.
 
-Requests from any thread or event loop meet in one `MicroBatcher` per engine, large ones in pieces. On a GPU it has one
-lane. On a CPU each core is one, and runs whole networks, so that cores need not wait for each other at every layer;
-only a request that finds several cores free has them share each layer.
+Requests from any thread or event loop meet in one `MicroBatcher` per engine, large ones in pieces. On a CPU it has a
+lane for each core, which runs whole networks, so that cores need not wait for each other at every layer; only a request
+that finds several cores free has them share each layer. On a GPU it has two, each with a stream of its own: while one
+batch computes, another is copied. There whole chunks come and go as they are, and their pixels become planes and
+pixels again on the device (`tensors`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,9 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from zarr_cae import tensors
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.inference import Precision, choose_precision, prepare
 from zarr_cae.microbatch import MicroBatcher
+from zarr_cae.pixels import ChunkForm
+from zarr_cae.settings import Settings
 from zarr_cae.transforms import STRIDE, Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.weights import DEFAULT_MODEL, Weights
 from zarr_cae.windows import HALO
@@ -30,28 +35,6 @@ from zarr_cae.windows import HALO
 Array = npt.NDArray[Any]
 
 _LARGEST_SYMBOL = 32767
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How this process runs the networks; none of it changes what is stored."""
-
-    device: str = "auto"
-    """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"."""
-    threads: int | None = None
-    """Cores that the networks use on a CPU; None takes torch's number of threads when the engine is made."""
-    tile: int = 1024
-    """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
-    precision: str = "auto"
-    """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16"."""
-
-    def __post_init__(self) -> None:
-        threads_fit = self.threads is None or (type(self.threads) is int and self.threads >= 1)
-        if not threads_fit or type(self.tile) is not int or self.tile < STRIDE:
-            raise CAEConfigurationError(
-                f"cae: cae.tile must be an integer of at least {STRIDE} and cae.threads one of at least 1 (or None), "
-                f"got {self.tile!r}, {self.threads!r}"
-            )
 
 
 PASS_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -75,6 +58,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+_GPU_LANES = 2
+"""Batches on a GPU at a time: one that computes, one that is copied."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """The key of a batch: requests with equal jobs run together."""
@@ -85,6 +72,8 @@ class _Job:
     """Of one plane: (components, H, W) or (M, h, w)."""
     components: int
     settings: Settings
+    chunk: ChunkForm | None = None
+    """Where requests to analyse, or results of synthesis, are chunks."""
 
 
 class Engine:
@@ -109,8 +98,9 @@ class Engine:
             for name in ("gain", "shift", "step", "offset")
         }
         self._usual_threads = torch.get_num_threads()
+        self._streams = threading.local()
         largest = PASS_PIXELS[device.type]
-        self.batcher: MicroBatcher[Array, Array] = MicroBatcher(
+        self.batcher: MicroBatcher[Any, Any] = MicroBatcher(
             self._run,
             name=f"cae-{weights.info.model}-{device}",
             max_weight=largest,
@@ -143,6 +133,28 @@ class Engine:
         job = _Job("synthesise", quality, symbols.shape[1:], components, settings)
         return self._submit(job, symbols, components, STRIDE, 1, wait=wait)
 
+    def takes(self, chunk: ChunkForm) -> bool:
+        """Whether such chunks may be given whole: on GPUs, up to a size. Others go as planes, which may be cut."""
+        fits = chunk.pixels <= PASS_PIXELS[self.device.type]
+        return self.device.type != "cpu" and fits and tensors.supported(chunk.dtype)
+
+    def begin_chunk_analysis(
+        self, pixels: Any, chunk: ChunkForm, quality: int, settings: Settings, *, wait: bool = True
+    ) -> Future[Array]:
+        """The future of the symbols (N, M, H/16, W/16) int16 of a chunk, an array of the host or of the device.
+
+        It raises CAEDataError if a value lies outside the range.
+        """
+        job = _Job("analyse", quality, chunk.plane_shape, chunk.plane_shape[0], settings, chunk)
+        return self.batcher.submit(job, pixels, chunk.pixels, wait=wait)
+
+    def begin_chunk_synthesis(
+        self, symbols: Array, chunk: ChunkForm, quality: int, settings: Settings, *, wait: bool = True
+    ) -> Future[Any]:
+        """The future of the chunk with these symbols: an array, or a tensor if it stays on the device."""
+        job = _Job("synthesise", quality, symbols.shape[1:], chunk.plane_shape[0], settings, chunk)
+        return self.batcher.submit(job, symbols, chunk.pixels, wait=wait)
+
     def _submit(self, job: _Job, source: Array, channels: int, up: int, down: int, *, wait: bool) -> Future[Array]:
         """Queue a request, in pieces of bounded size with their surroundings if it is large.
 
@@ -167,22 +179,49 @@ class Engine:
 
     def _lanes(self, key: Hashable) -> int:
         assert isinstance(key, _Job)
-        return 1 if self.device.type != "cpu" else key.settings.threads or self._usual_threads
+        return _GPU_LANES if self.device.type != "cpu" else key.settings.threads or self._usual_threads
 
-    def _run(self, key: Hashable, requests: list[Array], lanes: int) -> list[Array]:
+    def _run(self, key: Hashable, requests: list[Any], lanes: int) -> Sequence[Any]:
         assert isinstance(key, _Job)
         if self.device.type == "cpu":
             _use_threads(lanes, self._usual_threads)
-        parts = [torch.from_numpy(request) for request in requests]
-        with torch.inference_mode():
-            if self.device.type == "cpu":
-                result = self._code(parts[0] if len(parts) == 1 else torch.cat(parts), key)
-            else:  # by way of pinned memory, which the device reads and writes by itself
-                shape = (sum(map(len, parts)), *parts[0].shape[1:])
-                whole = torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
-                done = self._code(whole.to(self.device, non_blocking=True), key)
-                result = torch.empty_like(done, device="cpu", pin_memory=True).copy_(done)
-        return np.split(result.numpy(), np.cumsum([len(request) for request in requests])[:-1])
+        with torch.inference_mode(), self._stream():
+            parts = self._sources(key, requests)
+            done = self._code(parts[0] if len(parts) == 1 else torch.cat(parts), key)
+            counts = list(map(len, parts))
+            if key.chunk is not None and key.direction == "synthesise":
+                ends = np.cumsum(counts).tolist()
+                return [
+                    self._chunk(done[end - count : end], key.chunk) for count, end in zip(counts, ends, strict=True)
+                ]
+            return np.split(_on_host(done), np.cumsum(counts)[:-1])
+
+    def _stream(self) -> AbstractContextManager[Any]:
+        """On a GPU, a stream of this thread's own."""
+        if self.device.type == "cpu":
+            return nullcontext()
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._streams.own)
+
+    def _sources(self, job: _Job, requests: list[Any]) -> list[Tensor]:
+        """Planes or symbols on the device."""
+        if job.chunk is None or job.direction == "synthesise":
+            return [tensors.to_tensor(request, self.device) for request in requests]
+        form = job.chunk
+        return [
+            tensors.to_planes(tensors.to_tensor(pixels, self.device), form.layout, form.value_range)
+            for pixels in requests
+        ]
+
+    def _chunk(self, planes: Tensor, form: ChunkForm) -> Any:
+        pixels = tensors.to_chunk(planes, form.layout, form.dtype, form.value_range)
+        if not form.stays:
+            return _on_host(pixels)
+        if pixels.is_cuda:  # who uses it and frees it knows only the usual stream
+            torch.cuda.current_stream(self.device).synchronize()
+            pixels.record_stream(torch.cuda.default_stream(self.device))
+        return pixels
 
     def _gain(self, name: str, job: _Job) -> Tensor:
         row = self.weights.row(job.quality)
@@ -196,6 +235,13 @@ class Engine:
         latents = source.float() * self._gain("step", job) + self._gain("offset", job)
         planes: Tensor = self._synthesis(latents.contiguous(memory_format=torch.channels_last))
         return planes if job.components == 3 else planes.mean(1, keepdim=True)
+
+
+def _on_host(values: Tensor) -> Array:
+    """From a GPU by way of pinned memory, which it writes by itself."""
+    if values.is_cuda:
+        values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values)
+    return values.numpy()
 
 
 class _Whole:

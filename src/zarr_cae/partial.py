@@ -17,10 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae import entropy, framing
-from zarr_cae.chunks import Analyse, ChunkJob, Fetch, Plan, Put, Synthesise, decoding, encoding
+from zarr_cae.chunks import (
+    Analyse,
+    ChunkJob,
+    Fetch,
+    Put,
+    Synthesise,
+    SynthesiseChunk,
+    decoding,
+    encoding,
+    on_host,
+)
 from zarr_cae.errors import FrameError
 from zarr_cae.framing import FrameHeader
 from zarr_cae.pixels import Chunk
+from zarr_cae.plans import Plan
 from zarr_cae.windows import Patch, Tile, assembled, enclosing, everything, runs, tiles
 
 Pixels = npt.NDArray[Any]
@@ -32,8 +43,10 @@ _SLACK = 0.1
 """Root mean square, in grey levels, up to which a write counts as one of what is there."""
 
 
-def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
+def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Any]:
     """The selected pixels of a chunk, which are those of the whole chunk's decoding within a grey level.
+
+    An array, or a tensor of the device as from `decoding` if the selection is the whole chunk.
 
     Parameters
     ----------
@@ -70,8 +83,11 @@ def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Chunk]:
     else:
         header, streams = _unpacked(frame, job.header)
         wanted = tiles(header, planes, patch)
+    symbols = assembled(_decoded(wanted, streams, job), len(planes), patch)
+    if box.complete and job.engine.takes(job.form):
+        return (yield SynthesiseChunk(job, symbols))
     _ = job.engine  # on this thread, not on the event loop's
-    synthesised = yield Synthesise(job, assembled(_decoded(wanted, streams, job), len(planes), patch))
+    synthesised = yield Synthesise(job, symbols)
     pixels: Chunk = job.pixels(box.cut(synthesised, patch), box.layout)[box.inside]
     return pixels
 
@@ -119,7 +135,7 @@ def _decoded(wanted: Sequence[Tile], streams: Streams, job: ChunkJob) -> list[tu
     return list(entropy.over_cores(decode, wanted))
 
 
-def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
+def writing(job: ChunkJob, selection: Any, value: Any) -> Plan[None]:
     """Write `value` to a selection of a chunk's pixels, and let the rest be.
 
     Three patches lie around the latents under the selection, each wider by `HALO`: those that the new pixels can
@@ -135,7 +151,8 @@ def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
     selection
         Of the chunk's pixels, as numpy takes it.
     value
-        What to write: of the selection's shape, with or without its axes of length 1, or a scalar.
+        What to write: of the selection's shape, with or without its axes of length 1, or a scalar. An array of numpy
+        or of the device; the latter stays there if it is the whole chunk.
 
     Raises
     ------
@@ -145,7 +162,12 @@ def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
         If the value lies outside the value range.
     """
     box = enclosing(selection, job.layout)
-    if box is not None and box.complete:
+    whole = box is not None and box.complete
+    if whole and value.shape == job.layout.shape:
+        yield from _storing(job, value)
+        return
+    value = on_host(value, job.spec)
+    if whole:
         yield from _storing(job, np.broadcast_to(_fitted(value, job.layout.shape), job.layout.shape))
         return
     found = yield Fetch(None, optional=True)
@@ -171,7 +193,7 @@ def writing(job: ChunkJob, selection: Any, value: Pixels) -> Plan[None]:
     if _alike(after, before, after[around.inside].size, job):
         return
     if _blank(job, after):
-        chunk = yield from decoding(job, frame)
+        chunk = on_host((yield from decoding(job, frame)), job.spec)
         _put(chunk, selection, value)
         if _blank(job, chunk):
             yield Put(None)
@@ -212,7 +234,7 @@ def _recoded(
     return dict(zip((number for number, _ in touched), streams, strict=True))
 
 
-def _storing(job: ChunkJob, chunk: Pixels) -> Plan[None]:
+def _storing(job: ChunkJob, chunk: Any) -> Plan[None]:
     """Store a whole chunk, or delete it where zarr keeps none."""
     if _blank(job, chunk):
         yield Put(None)
@@ -220,7 +242,7 @@ def _storing(job: ChunkJob, chunk: Pixels) -> Plan[None]:
         yield Put((yield from encoding(job, chunk)))
 
 
-def _blank(job: ChunkJob, pixels: Pixels) -> bool:
+def _blank(job: ChunkJob, pixels: Any) -> bool:
     """Whether a chunk with these pixels alone is not to be stored."""
     return not job.spec.config.write_empty_chunks and bool((pixels == job.spec.fill_value).all())
 

@@ -87,6 +87,28 @@ class Layout:
         return (*batch, *(() if self.channel_axis is None else (self.channel_axis,)), rows, columns)
 
 
+@dataclass(frozen=True)
+class ChunkForm:
+    """What a chunk is, for a network on a device to take it whole."""
+
+    layout: Layout
+    dtype: np.dtype[Any]
+    value_range: ValueRange
+    stays: bool = False
+    """Whether the pixels that come out of the network stay on its device, as a tensor."""
+
+    @property
+    def plane_shape(self) -> tuple[int, int, int]:
+        """Components, rows and columns of a plane, padded."""
+        rows, columns = (-(-side // STRIDE) * STRIDE for side in (self.layout.height, self.layout.width))
+        return 1 if self.layout.grey else RGB, rows, columns
+
+    @property
+    def pixels(self) -> int:
+        """Of all planes."""
+        return self.layout.planes * self.plane_shape[1] * self.plane_shape[2]
+
+
 def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None) -> int | None:
     """The channel axis of an array of this shape, as a non-negative number or None.
 

@@ -43,7 +43,7 @@ class Settings:
     device: str = "auto"
     """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"."""
     threads: int | None = None
-    """Threads of the networks on the CPU; None leaves torch's own choice."""
+    """Cores that the networks use on a CPU; None takes torch's number of threads when the engine is made."""
     tile: int = 1024
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
     precision: str = "auto"

@@ -7,6 +7,7 @@ planes, and no core of the host touches a pixel; arrays that are on the device a
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,18 @@ def supported(dtype: np.dtype[Any]) -> bool:
     return dtype in _DTYPES
 
 
-def to_tensor(chunk: Any, device: torch.device) -> Tensor:
-    """An array of numpy, or one on the device with `__cuda_array_interface__`, as a tensor on the device.
+def to_tensor(array: Any, device: torch.device) -> Tensor:
+    """An array of numpy, or one of the device that speaks DLPack (cupy's), as a tensor on the device.
 
-    What is on the device is not copied. From the host it goes by way of pinned memory, so that the copy overlaps with
-    what the device computes.
+    What is on the device is not copied. From the host it goes to a GPU by way of pinned memory, so that the copy
+    overlaps with what the device computes. On a CPU the tensor may share the array's memory: do not write to it.
     """
-    if not isinstance(chunk, np.ndarray):
-        return torch.as_tensor(chunk, device=device)
-    tensor = torch.from_numpy(np.array(chunk, order="C"))  # a copy: chunks may be read-only views of the user's memory
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if not isinstance(array, np.ndarray):
+        return torch.utils.dlpack.from_dlpack(array).to(device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def to_planes(chunk: Tensor, layout: Layout, value_range: ValueRange) -> Tensor:

@@ -81,8 +81,10 @@ class Box:
     @property
     def complete(self) -> bool:
         """Whether the selection is the whole chunk as it is."""
-        return self.layout.shape == self.chunk.shape and all(
-            isinstance(one, slice) and one.step in (None, 1) for one in self.inside
+        return (
+            isinstance(self.inside, tuple)
+            and self.layout.shape == self.chunk.shape
+            and all(isinstance(one, slice) and one.step in (None, 1) for one in self.inside)
         )
 
     @property
