@@ -61,11 +61,11 @@ def test_the_codec_runs_with_what_is_configured(photograph):
 
     class Seen(engine.Engine):
         def _run(self, key, requests, lanes):
-            assert (key.settings.threads, key.settings.tile) == (2, 16)
+            assert (key.settings.threads, key.settings.tile) == (2, 128)
             threads.add(len(requests))
             return super()._run(key, requests, lanes)
 
-    with pytest.MonkeyPatch.context() as patch, zarr_cae.configure(threads=2, tile=16, concurrency=1, device="cpu"):
+    with pytest.MonkeyPatch.context() as patch, zarr_cae.configure(threads=2, tile=128, concurrency=1, device="cpu"):
         patch.setattr(engine, "Engine", Seen)
         patch.setattr(engine, "_engines", {})
         array[...] = photograph[:64, :64]
