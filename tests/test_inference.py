@@ -47,7 +47,10 @@ def test_subpixel_convolution_is_that_of_compressai(size):
 @pytest.mark.parametrize("kind", [GDN, SquareGDN])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalisation_is_the_same_with_and_without_gradients(kind, inverse, dtype):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_normalisation_is_the_same_with_and_without_gradients(monkeypatch, kind, inverse, dtype, onednn):
+    if not onednn:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     torch.manual_seed(0)
     layer = kind(6, inverse=inverse)
     with torch.no_grad():

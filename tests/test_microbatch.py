@@ -258,6 +258,16 @@ def test_thread_waits_while_the_queue_is_full() -> None:
     assert results(futures) == [0, -1, -2]
 
 
+def test_thread_that_others_need_does_not_wait() -> None:
+    engine = Engine(max_weight=2, max_pending=2)
+    engine.hold()
+    with ThreadPoolExecutor(1) as pool:
+        futures = [pool.submit(engine.batcher.submit, "key", i, wait=False).result(TIMEOUT) for i in range(5)]
+    assert engine.batcher.statistics.pending == 5
+    engine.gate.set()
+    assert results(futures) == [0, -1, -2, -3, -4]
+
+
 def test_waiting_thread_is_not_starved_by_later_requests() -> None:
     """Its own request being taken lets it go, however full the queue still is."""
     gates = {key: threading.Event() for key in ("first", "second", "later")}

@@ -12,7 +12,7 @@ import contextvars
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
@@ -138,7 +138,7 @@ class _Journey:
         """On the engine's thread, which has other work: hand what it made to a thread of ours."""
         self._waits_for = None
         if done.cancelled():
-            self._arrive((CancelledError(), None, None))
+            self._arrive((asyncio.CancelledError(), None, None))
         elif done.exception() is not None:
             self._arrive((done.exception(), None, None))
         else:
