@@ -1,6 +1,6 @@
 """How much larger errors are near the borders of chunks than in their middles: what makes seams.
 
-    python benchmarks/seams.py IMAGE [IMAGE ...] [--quality 3,4] [--metric mse]
+    python benchmarks/seams.py IMAGE [IMAGE ...] [--quality 3,4] [--metric mse] [--weights sha256:...]
 
 Each image, cut to whole chunks of 256 x 256, is written and read through zarr. For pixels at a distance from the upper
 or lower border of their chunk: the mean squared error in grey levels, and that of the means of 16 pixels along the
@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--quality", default="3,4")
     parser.add_argument("--metric", default="mse", choices=("mse", "ms-ssim"))
+    parser.add_argument("--weights", metavar="DIGEST", help="other weights than the bundled ones")
     arguments = parser.parse_args()
     distance = np.minimum(np.arange(CHUNK), CHUNK - 1 - np.arange(CHUNK))
     print(f"{len(arguments.images)} images, {arguments.metric}\n{'px from the border':20}", end="")
     print("".join(f"{value:7d}" for value in DISTANCES))
     for quality in map(int, arguments.quality.split(",")):
-        codec = CAECodec(quality, arguments.metric, channel_axis=2)
+        codec = CAECodec(quality, arguments.metric, weights=arguments.weights, channel_axis=2)
         every = np.concatenate([errors(file, codec) for file in arguments.images])[:, :, SIDE : CHUNK - SIDE]
         means = every.reshape(*every.shape[:2], -1, RUN, 3).mean(3)
         for name, values in (("error", every), ("means along it", means)):

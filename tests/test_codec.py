@@ -584,13 +584,16 @@ def test_a_frame_of_another_shape_is_refused(photograph):
 
 
 def _networks_of_a_worker():
-    """(process, torch's threads, networks) of a worker of dask."""
+    """(process, torch's threads, cores for networks, whether no more run, networks) of a worker of dask."""
     import torch
 
     from zarr_cae import engine
 
+    cores = zarr.config.get("cae.threads")
+    running = [len(one.batcher._workers) for one in engine._engines.values()]
     with ThreadPoolExecutor(1) as fresh:  # a thread that nobody has told how many it may use
-        return os.getpid(), fresh.submit(torch.get_num_threads).result(), len(engine._engines)
+        threads = fresh.submit(torch.get_num_threads).result()
+    return os.getpid(), threads, cores, max(running) <= cores, len(running)
 
 
 def test_dask_workers_in_processes(tmp_path, photograph):
@@ -614,8 +617,8 @@ def test_dask_workers_in_processes(tmp_path, photograph):
         lazy = da.from_zarr(tmp_path / "photo.zarr", chunks=(256, 256, 3))
         found = lazy.compute()
         workers = list(client.run(_networks_of_a_worker).values())
-    assert len({process for process, _, _ in workers} - {os.getpid()}) == 2
-    assert {(threads, networks) for _, threads, networks in workers} == {(2, 1)}
+    assert len({process for process, *_ in workers} - {os.getpid()}) == 2
+    assert {tuple(rest) for _, *rest in workers} == {(1, 2, True, 1)}
     assert sorted(path.parent.name for path in (tmp_path / "photo.zarr/c").glob("[23]/*/0")) == sorted("0123" * 2)
     assert not list((tmp_path / "photo.zarr/c").glob("[01]/*/0"))
     assert (found[:256] == 9).all()
