@@ -42,7 +42,8 @@ class GDN(nn.Module):
     def norm(self, x: Tensor) -> Tensor:
         """`beta + gamma x` at each position."""
         weight = self.gamma[:, :, None, None]
-        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        plain = x.device.type == "cpu" and x.dtype == torch.float32
+        plain = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if plain and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             # On one thread torch takes 1 x 1 convolutions past oneDNN, which has them up to twice as fast.
             return torch.mkldnn_convolution(x, weight, self.beta, (0, 0), (1, 1), (1, 1), 1)
