@@ -58,7 +58,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     Parameters
     ----------
     quality
-        1 (smallest) to 8 (best): about 0.2 to 2.8 bits per pixel on photographs.
+        1 (smallest) to 8 (best): about 0.13 to 2.2 bits per pixel on photographs.
     metric
         What the networks were trained for: "mse" (PSNR) or "ms-ssim".
     model
