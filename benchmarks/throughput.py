@@ -1,7 +1,7 @@
 """Megapixels a second through zarr, against bare networks, CompressAI one chunk at a time, and classical codecs.
 
     python benchmarks/throughput.py [IMAGE ...] [--edge 4096] [--chunks 256,512] [--quality 4,8] [--repeats 3]
-        [--against compressai,networks,jpegxl,avif,webp,jpeg] [--threads N]
+        [--against compressai,networks,jpegxl,jpegxl3,avif,webp,jpeg] [--threads N]
 
 The picture is made of the images (default: the photograph that the package holds), mirrored at the seams, edge x edge
 RGB, and is written to and read from a memory store with `zarr.create_array`. In the same process, in turn with each
@@ -12,8 +12,8 @@ networks    forward passes of the same networks over the same chunks, in the bat
 zoo         the network of `bmshj2018-factorized` with random weights through `CAECodec`
 compressai  CompressAI's `bmshj2018-factorized` with random weights, `compress` and `decompress`, one chunk at a time,
             as caecodec did (compressai must be importable); at --sample of the chunks
-jpeg, ...   classical codecs, one chunk at a time on one thread, at the setting whose PSNR is nearest; through the
-            functions of `zarr_cae.rivals`; at --sample of the chunks
+jpegxl, ... classical codecs (jpegxl3 is JPEG XL with effort 3 instead of 7), one chunk at a time on one thread, at the
+            setting whose PSNR is nearest; through the functions of `zarr_cae.rivals`; at --sample of the chunks
 
 Seconds are the least of the repeats; ratios are to the first line of each table.
 """
@@ -42,7 +42,7 @@ from zarr_cae.pixels import Layout, to_planes
 from zarr_cae.rivals import RIVALS
 from zarr_cae.settings import Settings
 
-RIVAL_NAMES = ("jpegxl", "avif", "webp", "jpeg")
+RIVAL_NAMES = ("jpegxl", "jpegxl3", "avif", "webp", "jpeg")
 Chunk = np.ndarray[Any, np.dtype[np.uint8]]
 
 

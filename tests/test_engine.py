@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,6 +52,20 @@ def test_tiles_equal_the_whole(planes, device, quality):
     assert (symbols != expected).mean() < 1e-4
     pixels, pieces = (engine.synthesise(expected, quality, 3, settings) for settings in (whole, tiled))
     assert np.abs(pieces - pixels).max() < 1 / 255
+
+
+def test_compiled_networks_give_the_same(planes, monkeypatch):
+    """Traced by `torch.compile` with its simplest backend: the usual one takes a minute and a C++ compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, compiled = (Settings(device="cpu", precision="float32", compile=on) for on in (False, True))
+    engine, traced = (engine_for(bundled(2), settings) for settings in (plain, compiled))
+    assert traced is not engine
+    assert all(isinstance(network, torch._dynamo.OptimizedModule) for network in traced.networks)
+    for crop in (planes[:, :, :64, :48], planes[:, :, :32, :32].repeat(3, 0)):
+        symbols = engine.analyse(crop, 2, plain)
+        assert (traced.analyse(crop, 2, compiled) != symbols).mean() < 1e-3
+        back = [one.synthesise(symbols, 2, 3, settings) for one, settings in ((engine, plain), (traced, compiled))]
+        assert np.abs(back[0] - back[1]).max() < 1 / 255
 
 
 def test_memory_of_a_forward_pass_is_bounded(planes):

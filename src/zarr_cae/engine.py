@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +79,9 @@ class _Job:
 class Engine:
     """One network on one device."""
 
-    def __init__(self, weights: Weights, device: torch.device, precision: Precision = "float32") -> None:
+    def __init__(
+        self, weights: Weights, device: torch.device, precision: Precision = "float32", *, compiled: bool = False
+    ) -> None:
         self.weights, self.device = weights, device
         self._analysis, self._synthesis = _networks(weights)
         for name, module in (("analysis", self._analysis), ("synthesis", self._synthesis)):
@@ -93,6 +95,10 @@ class Engine:
             except RuntimeError as error:
                 raise CAEConfigurationError(f"cae: weights file {weights.info.path}: {error}") from error
             prepare(module, precision, device)
+        if compiled:  # for batches of any number and size, or every new one would be compiled for
+            self._analysis, self._synthesis = (
+                cast("nn.Module", torch.compile(network, dynamic=True)) for network in self.networks
+            )
         self._gains = {
             name: torch.from_numpy(weights.tensors[name])[:, :, None, None].to(device)
             for name in ("gain", "shift", "step", "offset")
@@ -347,7 +353,7 @@ def _scaled(window: Window, up: int, down: int) -> Window:
     return rows, columns
 
 
-_engines: dict[tuple[str, str, str], Engine] = {}
+_engines: dict[tuple[str, str, str, bool], Engine] = {}
 _lock = threading.Lock()
 
 
@@ -355,11 +361,11 @@ def engine_for(weights: Weights, settings: Settings) -> Engine:
     """The engine of these weights on the chosen device in the chosen precision, made once a process."""
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
-    key = (weights.info.digest, str(device), precision)
+    key = (weights.info.digest, str(device), precision, settings.compile)
     with _lock:
         engine = _engines.get(key)
         if engine is None:
-            engine = _engines[key] = Engine(weights, device, precision)
+            engine = _engines[key] = Engine(weights, device, precision, compiled=settings.compile)
         return engine
 
 

@@ -48,6 +48,8 @@ class Settings:
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
     precision: str = "auto"
     """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16"."""
+    compile: bool = False
+    """Whether the networks go through `torch.compile` first, at the first chunk of each form."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
@@ -62,6 +64,8 @@ class Settings:
             raise CAEConfigurationError(
                 f"cae: cae.precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}"
             )
+        if type(self.compile) is not bool:
+            raise CAEConfigurationError(f"cae: cae.compile must be True or False, got {self.compile!r}")
 
 
 def configure(
@@ -70,6 +74,7 @@ def configure(
     threads: int | _Unset | None = _KEPT,
     tile: int | _Unset = _KEPT,
     precision: str | _Unset = _KEPT,
+    compile: bool | _Unset = _KEPT,  # noqa: A002 - as torch calls it
     concurrency: int | _Unset = _KEPT,
 ) -> AbstractContextManager[object]:
     """Set how this process runs the networks, from here on or, in a `with` statement, to its end.
@@ -87,6 +92,10 @@ def configure(
         Edge in pixels of the pieces in which larger chunks run; it bounds memory.
     precision
         "auto", "float32" or "bfloat16".
+    compile
+        Whether `torch.compile` makes the networks, which takes a minute or more at the first
+        chunks; on CPUs it needs a C++ compiler. On those that were tried it made the networks slower
+        (`benchmarks/networks.py --compile`).
     concurrency
         Chunks that zarr codes at a time (its own `async.concurrency`, 10 by default), of which the networks make
         batches: 64 or more fill a GPU. It holds for all arrays of the process, of other codecs too.
@@ -106,7 +115,7 @@ def configure(
     >>> with zarr_cae.configure(device="cpu", threads=1, concurrency=4):
     ...     pass  # read and write arrays
     """
-    given = {"device": device, "threads": threads, "tile": tile, "precision": precision}
+    given = {"device": device, "threads": threads, "tile": tile, "precision": precision, "compile": compile}
     chosen = {name: value for name, value in given.items() if value is not _KEPT}
     checked = asdict(Settings(**cast("dict[str, Any]", chosen)))
     keys: dict[str, object] = {f"cae.{name}": checked[name] for name in chosen}

@@ -47,6 +47,13 @@ def _images_of(path: Path) -> Iterator[tuple[str, Pixels]]:
         )
 
 
+def _starts(side: int, edge: int) -> list[int]:
+    starts = list(range(0, max(1, side - edge + 1), edge))
+    if side - starts[-1] - edge >= edge // 4:
+        starts.append(side - edge)
+    return starts
+
+
 class Crops:
     """Random square crops of the images under some paths, each with a random flip and sometimes grey.
 
@@ -90,11 +97,19 @@ class Crops:
             out[row] = window
         return from_numpy(out).permute(0, 3, 1, 2).float().div_(255)
 
-    def tiles(self, largest: int = 512) -> Iterator[Tensor]:
-        """The training images, each cut to multiples of 16: float32 (1, 3, H, W) in [0, 1]."""
+    def tiles(self, edge: int = 256, largest: int = 512) -> Iterator[Tensor]:
+        """Windows of the training images: float32 (1, 3, H, W) in [0, 1], H and W multiples of 16 and at most `edge`.
+
+        They cover each image, or its first `largest` rows and columns, but for strips of less than a quarter of a
+        window. The last ones of an image may lie partly over others, rather than be narrow: contexts and predictions
+        know less along borders, and tables fitted to narrow windows would be too wide for whole ones.
+        """
         for pixels in self._images:
-            cut = pixels[tuple(slice(min(side, largest) // 16 * 16) for side in pixels.shape[:2])]
-            yield from_numpy(cut.copy()).permute(2, 0, 1)[None].float().div_(255)
+            for top in _starts(min(pixels.shape[0], largest), edge):
+                for left in _starts(min(pixels.shape[1], largest), edge):
+                    window = pixels[top : top + edge, left : left + edge]
+                    cut = window[tuple(slice(side // 16 * 16) for side in window.shape[:2])]
+                    yield from_numpy(cut.copy()).permute(2, 0, 1)[None].float().div_(255)
 
     @property
     def held_out_images(self) -> list[Pixels]:
