@@ -91,7 +91,6 @@ def test_png_there_and_back_in_fresh_processes(here: Path, photo: np.ndarray) ->
 
 
 def test_progress_on_a_terminal(here: Path, photo: np.ndarray) -> None:
-    termios = pytest.importorskip("termios", reason="this platform has no pseudo-terminals")
     save(photo, "photo.png")
     commands = {
         "encode": ["encode", "photo.png", "photo.zarr", "-q", "1", "--chunks", "128"],
@@ -99,18 +98,34 @@ def test_progress_on_a_terminal(here: Path, photo: np.ndarray) -> None:
         "bottleneck": ["bottleneck", "photo.zarr", "latents.npy"],
     }
     for name, arguments in commands.items():
-        seeing, shown = os.openpty()
-        termios.tcsetwinsize(shown, (24, 100))
-        done = subprocess.run([sys.executable, "-m", "zarr_cae", *arguments], stderr=shown, check=False)
-        os.close(shown)
-        screen = b""
-        with contextlib.suppress(OSError):  # which is how a terminal without a writer ends
-            while piece := os.read(seeing, 1 << 16):
-                screen += piece
-        os.close(seeing)
-        assert done.returncode == 0
-        assert f"{name}:   0%|".encode() in screen
-        assert b"Traceback" not in screen
+        assert f"{name}:   0%|" in on_a_terminal(arguments)
+
+
+def test_training_shows_loss_rate_and_distortion_on_a_terminal(here: Path, photo: np.ndarray) -> None:
+    for number in range(2):
+        save(photo[64 * number : 64 * number + 64, :96], f"{number}.png")
+    small = ["--crop", "32", "--crops-per-quality", "1", "--threads", "1"]
+    screen = on_a_terminal(["train", "0.png", "1.png", "--out", "run", "--steps", "2", *small])
+    shown = r"step {}, {}q1 \d+\.\d+ bpp \d+\.\d+ dB, q3 .*, q5 \d+\.\d+ bpp \d+\.\d+ dB"
+    assert re.search(shown.format(1, r"loss \d+\.\d+, "), screen)
+    assert re.search(shown.format(2, "held-out images: "), screen)
+
+
+def on_a_terminal(arguments: list[str]) -> str:
+    """What a command shows on a terminal of 200 columns."""
+    termios = pytest.importorskip("termios", reason="this platform has no pseudo-terminals")
+    seeing, shown = os.openpty()
+    termios.tcsetwinsize(shown, (24, 200))
+    done = subprocess.run([sys.executable, "-m", "zarr_cae", *arguments], stderr=shown, check=False)
+    os.close(shown)
+    screen = b""
+    with contextlib.suppress(OSError):  # which is how a terminal without a writer ends
+        while piece := os.read(seeing, 1 << 16):
+            screen += piece
+    os.close(seeing)
+    assert done.returncode == 0, screen
+    assert b"Traceback" not in screen
+    return screen.decode()
 
 
 def test_help_and_info_import_nothing_heavy(here: Path, photo: np.ndarray) -> None:

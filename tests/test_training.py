@@ -134,6 +134,27 @@ def test_a_tenth_of_the_crops_is_grey(crops: Crops) -> None:
     assert 0.04 < float(grey.float().mean()) < 0.18
 
 
+@pytest.mark.parametrize(
+    ("shape", "windows"),
+    [
+        ((100, 40), [(0, 0, 96, 32)]), ((64, 79), [(0, 0, 64, 64)]), ((64, 80), [(0, 0, 64, 64), (0, 16, 64, 64)]),
+        ((130, 64), [(0, 0, 64, 64), (64, 0, 64, 64)]), ((32, 900), [(0, left, 32, 64) for left in (0, 64, 96)]),
+    ],
+)  # fmt: skip
+def test_tables_are_fitted_to_windows_that_cover_the_images(
+    tmp_path: Path, shape: tuple[int, int], windows: list[tuple[int, int, int, int]]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    for name in ("0.png", "1.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    edge, largest = (128, 160) if shape == (100, 40) else (64, 160)
+    found = list(Crops([tmp_path], crop=32, seed=0).tiles(edge, largest))
+    assert len(found) == len(windows)
+    for tile, (top, left, rows, columns) in zip(found, windows, strict=True):
+        expected = pixels[top : top + rows, left : left + columns].transpose(2, 0, 1)[None]
+        np.testing.assert_array_equal(tile.mul(255).round().numpy(), expected)
+
+
 def test_data_mistakes(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CAEError, match="does not exist"):
         Crops([tmp_path / "nowhere"], crop=32, seed=0)

@@ -248,9 +248,9 @@ def open_bottleneck(
     store = BottleneckStore(store_or_path, storage_options=options)
     node = zarr.open(store=store, mode="r", path=path, **zarr_open_kwargs)
     if isinstance(node, zarr.Array) and not has_latents(node):
+        beneath = str(node.store_path).removeprefix("bottleneck-")
         raise CAEConfigurationError(
-            f"cae: array {str(node.store_path)!r} is not stored with the codec 'cae', so it has no latents; open it "
-            "with zarr.open"
+            f"cae: array {beneath!r} is not stored with the codec 'cae', so it has no latents; open it with zarr.open"
         )
     return node
 
