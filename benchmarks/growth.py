@@ -8,7 +8,7 @@ first chunk has warmed up the networks. Memory is the highest resident size of t
 plus the array of pixels itself (twice for reading: the second is the result). `--largest` limits the megapixels.
 
 Missing chunks, 64 x 64 px each, are only read; beside them the same with zarr's uncompressed chunks, as what it costs
-zarr itself to find that a chunk is not there.
+zarr itself to find that a chunk is not there, in time and in memory beside the result.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak() -> int:
+    """The most that `resident` ever was."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def pixels(files: list[Path], edge: int) -> np.ndarray:
     """(edge, edge, 3) uint8: the images, cut or repeated to squares of 512, side by side over and over."""
     squares = [np.resize(np.asarray(Image.open(file).convert("RGB"))[:512, :512], (512, 512, 3)) for file in files]
@@ -59,23 +64,23 @@ def create(folder: str, edge: int, chunk: int, codec: CAECodec | None) -> zarr.A
     return zarr.create_array(folder, shape=shape, chunks=chunks, dtype="uint8", serializer=serializer, compressors=None)
 
 
-def one(edge: int, chunk: int, quality: int, files: list[Path], *, missing: bool) -> dict[str, float]:
-    """What this process needs for one line."""
+def one(edge: int, chunk: int, quality: int, files: list[Path], missing: str | None) -> dict[str, float]:
+    """What this process needs for one line, or to read missing chunks of "cae" or "uncompressed"."""
     codec = CAECodec(quality=quality, channel_axis=2)
     with tempfile.TemporaryDirectory() as folder:
         warm = create(f"{folder}/warm", 256, 256, codec)
         warm[...] = pixels(files, 256)
         _ = warm[...]
         array = create(f"{folder}/array", edge, chunk, codec)
-        if missing:
-            plain = create(f"{folder}/plain", edge, chunk, None)
-            return {"read": seconds(lambda: array[...]), "plain": seconds(lambda: plain[...])}
         before = resident()
+        if missing:
+            absent = array if missing == "cae" else create(f"{folder}/plain", edge, chunk, None)
+            return {"read": seconds(lambda: absent[...]), "memory": peak() - before - absent.nbytes}
         source = pixels(files, edge)
         written = seconds(lambda: array.__setitem__(..., source))
-        after_write = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        after_write = peak()
         read = seconds(lambda: array[...])
-        after_read = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        after_read = peak()
     return {
         "write": written, "read": read, "write_memory": after_write - before - source.nbytes,
         "read_memory": after_read - before - 2 * source.nbytes,
@@ -103,11 +108,11 @@ def main() -> None:
     parser.add_argument("--quality", type=int, default=4)
     parser.add_argument("--largest", type=float, default=300, metavar="MP")
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--missing", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--missing", choices=("cae", "uncompressed"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     files = arguments.images or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
     if arguments.one:
-        print(json.dumps(one(*arguments.one, arguments.quality, files, missing=arguments.missing)))
+        print(json.dumps(one(*arguments.one, arguments.quality, files, arguments.missing)))
         return
     print(f"quality {arguments.quality}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'array':>7}{'chunk':>7}{'chunks':>8}{'s/MP write':>12}{'read':>8}{'MB above: write':>17}{'read':>7}")
@@ -120,10 +125,15 @@ def main() -> None:
                 f"{line['read'] / megapixels:8.3f}{line['write_memory'] / 1e6:17.0f}{line['read_memory'] / 1e6:7.0f}",
                 flush=True,
             )
-    print(f"\n{'missing chunks':>14}{'ms each':>9}{'uncompressed':>14}")
+    print(f"\n{'missing chunks':>14}{'ms each':>9}{'uncompressed':>14}{'MB above':>10}{'uncompressed':>14}")
     for edge, chunk in MISSING:
-        line, count = measured(edge, chunk, arguments, "--missing"), (edge // chunk) ** 2
-        print(f"{count:14d}{line['read'] / count * 1e3:9.3f}{line['plain'] / count * 1e3:14.3f}", flush=True)
+        ours, plain = (measured(edge, chunk, arguments, "--missing", kind) for kind in ("cae", "uncompressed"))
+        count = (edge // chunk) ** 2
+        print(
+            f"{count:14d}{ours['read'] / count * 1e3:9.3f}{plain['read'] / count * 1e3:14.3f}"
+            f"{ours['memory'] / 1e6:10.0f}{plain['memory'] / 1e6:14.0f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "zarr_cae"
 ROOMS = [
-    "errors", "framing", "contexts", "tables", "loops", "kernels", "rans", "entropy", "pixels", "windows", "settings",
-    "transforms", "inference", "tensors", "microbatch", "weights", "zoo", "engine", "plans", "chunks", "partial",
-    "codec", "latents", "rewriting", "bottleneck", "patches", "training", "bjontegaard", "evaluation", "rivals", "cli",
-    "__main__", "__init__",
+    "errors", "framing", "contexts", "tables", "loops", "kernels", "rans", "entropy", "pixels", "windows", "pillow",
+    "settings", "transforms", "inference", "tensors", "microbatch", "weights", "zoo", "engine", "plans", "chunks",
+    "partial", "codec", "latents", "rewriting", "bottleneck", "patches", "training", "bjontegaard", "evaluation",
+    "rivals", "cli", "__main__", "__init__",
 ]  # fmt: skip
 ONLY = {
     "torch": {"transforms", "inference", "tensors", "engine", "training", "zoo"},
     "zarr": {"settings", "plans", "chunks", "codec", "latents", "bottleneck", "patches", "cli", "training", "__init__"},
     "numba": {"kernels"},
     "compressai": {"zoo"},
-    "PIL": {"training", "evaluation", "rivals", "cli"},
+    "PIL": {"pillow", "training", "evaluation", "rivals", "cli"},
 }
 
 

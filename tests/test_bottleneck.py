@@ -51,6 +51,13 @@ def document(array):
     return json.loads(json.dumps(array.metadata.to_dict(), default=str))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def on_cpu():
+    """Where the same pixels are written as the same bytes in any batch; latents are read without a network."""
+    with zarr.config.set({"cae.device": "cpu"}):
+        yield
+
+
 @pytest.fixture(scope="module")
 def small(photograph):
     return photograph[150:214, 200:296]  # 64 x 96
@@ -194,6 +201,18 @@ def test_attributes_and_names_come_along(small):
         "pixel_shape": [64, 96, 3], "pixel_chunk_shape": [32, 40, 3], "pixel_data_type": "uint8",
         "model": "cae-v1", "quality": 2, "metric": "mse",
     }  # fmt: skip
+
+
+def test_an_attribute_of_the_same_name_stays_in_the_archive(small):
+    array = create(small, (32, 32, 3), attributes={"cae_bottleneck": "mine"})
+    assert open_bottleneck(array.store).attrs["cae_bottleneck"]["stride"] == 16
+    assert zarr.open_array(array.store).attrs["cae_bottleneck"] == "mine"
+
+
+@pytest.mark.parametrize("mode", ["r", None])
+def test_modes_that_read(small, mode):
+    array = create(small, (32, 32, 3))
+    assert open_bottleneck(array.store, mode=mode).shape == (4, 6, M)
 
 
 def test_rewriting_changes_nothing_in_place(small):
@@ -661,6 +680,31 @@ def test_xarray(archive, tmp_path, small):
             assert data.photo.values.tobytes() == archive[1].tobytes()
 
 
+def test_xarray_and_dask_with_grey_arrays(archive, tmp_path, small):
+    """Lazily, chunk by chunk; the latents of an array without channels have an axis more."""
+    xarray, dask = pytest.importorskip("xarray"), pytest.importorskip("dask.array")
+    colour, grey = archive[1], latents_of(small[..., 0], (32, 32))
+    root = zarr.create_group(tmp_path / "x.zarr")
+    for name, data, names in (("photo", small, ["y", "x", "c"]), ("grey", small[..., 0], ["y", "x"])):
+        array = root.create_array(
+            name, shape=data.shape, chunks=(32, 32, 3)[: data.ndim], dtype="uint8", serializer=CAECodec(quality=2),
+            compressors=None, dimension_names=names,
+        )  # fmt: skip
+        array[...] = data
+    store = BottleneckStore(tmp_path / "x.zarr")
+    with xarray.open_zarr(store, consolidated=False, chunks={}) as data:
+        assert dict(data.sizes) == {"y": 4, "x": 6, "c": M, "latent": M}
+        assert data.photo.chunks == ((2, 2), (2, 2, 2), (M,))
+        assert data.grey.chunks == ((2, 2), (2, 2, 2), (M,))
+        assert data.photo.values.tobytes() == colour.tobytes()
+        assert data.grey.values.tobytes() == grey.tobytes()
+        assert data.grey.isel(y=3, x=slice(1, 4)).values.tobytes() == grey[3, 1:4].tobytes()
+    for name, expected in (("photo", colour), ("grey", grey)):
+        lazy = dask.from_zarr(store, component=name)
+        assert lazy.chunksize == (2, 2, M)
+        assert lazy.compute(scheduler="threads").tobytes() == expected.tobytes()
+
+
 def test_dask(archive):
     dask = pytest.importorskip("dask.array")
     folder, expected = archive
@@ -740,7 +784,7 @@ def test_workers_of_a_data_loader(archive, start):
     folder, expected = archive
     data = as_torch_dataset(open_bottleneck(folder, path="photo"), 2, labels=range(6))
     data[0]  # whatever reading starts must survive the fork
-    loader = DataLoader(data, batch_size=3, num_workers=1, multiprocessing_context=start, timeout=120)
+    loader = DataLoader(data, batch_size=3, num_workers=2, multiprocessing_context=start, timeout=120)
     batches = list(loader)
     assert [batch.tolist() for _, batch in batches] == [[0, 1, 2], [3, 4, 5]]
     assert np.array_equal(batches[1][0][2].numpy(), expected[2:4, 4:6].transpose(2, 0, 1))

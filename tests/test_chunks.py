@@ -1,4 +1,9 @@
-"""Whole chunks on a device, tried on the CPU: the networks take chunks as they are, and arrays stay where they are."""
+"""Whole chunks on a device, tried on the CPU: the networks take chunks as they are, and arrays stay where they are.
+
+So do latents, which are made on the host, and what reads them.
+"""
+
+import argparse
 
 import numpy as np
 import pytest
@@ -7,7 +12,8 @@ import zarr
 from zarr.core.buffer import gpu
 from zarr.registry import register_ndbuffer
 
-from zarr_cae import CAECodec, tensors
+from zarr_cae import CAECodec, as_torch_dataset, open_bottleneck, tensors
+from zarr_cae.cli import archive, bottleneck
 from zarr_cae.engine import Engine
 from zarr_cae.errors import CAEDataError
 
@@ -42,6 +48,9 @@ class DeviceArray:
 
     def reshape(self, *shape, **keywords):
         return DeviceArray(self._array.reshape(*shape, **keywords))
+
+    def __array__(self, *_, **__):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")  # as cupy has it
 
     def __dlpack__(self, **keywords):
         return self._array.__dlpack__()
@@ -103,7 +112,15 @@ def whole(monkeypatch):
 
     monkeypatch.setattr(Engine, "_sources", sources)
     monkeypatch.setattr(Engine, "takes", lambda self, chunk: tensors.supported(chunk.dtype))
-    return taken
+    with zarr.config.set({"cae.device": "cpu"}):
+        yield taken
+
+
+@pytest.fixture
+def on_device():
+    """Arrays are on the device, as after `zarr.config.enable_gpu()`; the networks on the CPU."""
+    with zarr.config.set({"ndbuffer": "test_chunks.DeviceBuffer", "cae.device": "cpu"}):
+        yield
 
 
 def written(pixels, chunks, **keywords):
@@ -143,34 +160,59 @@ def test_chunks_given_whole_are_those_given_as_planes(
     assert differ.mean() < 1e-3  # a latent on the brink of rounding
 
 
-def test_arrays_of_the_device_stay_there(photograph, pipeline, whole):
+def test_arrays_of_the_device_stay_there(photograph, pipeline, whole, on_device):
     pixels = np.array(photograph[:128, :96])
-    with zarr.config.set({"ndbuffer": "test_chunks.DeviceBuffer"}):
-        array = zarr.create_array(
-            {}, shape=pixels.shape, chunks=(64, 96, 3), dtype="uint8", serializer=CAECodec(quality=4), compressors=None
-        )
-        ON_HOST.clear()
-        array[...] = DeviceArray(pixels)
-        back = array[...]
-        assert not ON_HOST
-        assert isinstance(back, DeviceArray)
-        assert sorted(set(whole)) == ["analyse", "synthesise"]
-        # A part of a chunk goes by way of the host, and comes back.
-        part = array[10:30, 5:50]
-        array[10:30, 5:50] = DeviceArray(pixels[10:30, 5:50].copy())
+    array = zarr.create_array(
+        {}, shape=pixels.shape, chunks=(64, 96, 3), dtype="uint8", serializer=CAECodec(quality=4), compressors=None
+    )
+    ON_HOST.clear()
+    array[...] = DeviceArray(pixels)
+    back = array[...]
+    assert not ON_HOST
+    assert isinstance(back, DeviceArray)
+    assert sorted(set(whole)) == ["analyse", "synthesise"]
+    # A part of a chunk goes by way of the host, and comes back.
+    part = array[10:30, 5:50]
+    array[10:30, 5:50] = DeviceArray(pixels[10:30, 5:50].copy())
     assert np.abs(back._array.astype(int) - pixels).mean() < 6
     np.testing.assert_allclose(part._array.astype(int), back._array[10:30, 5:50], atol=1)
 
 
-def test_arrays_of_the_device_are_coded_by_networks_elsewhere(photograph, pipeline):
+def test_arrays_of_the_device_are_coded_by_networks_elsewhere(photograph, pipeline, on_device):
     pixels = np.array(photograph[:64, :64])
-    with zarr.config.set({"ndbuffer": "test_chunks.DeviceBuffer"}):
-        array = zarr.create_array(
-            {}, shape=pixels.shape, chunks=pixels.shape, dtype="uint8", serializer=CAECodec(quality=4), compressors=None
-        )
-        array[...] = DeviceArray(pixels)
-        back = array[...]
+    array = zarr.create_array(
+        {}, shape=pixels.shape, chunks=pixels.shape, dtype="uint8", serializer=CAECodec(quality=4), compressors=None
+    )
+    array[...] = DeviceArray(pixels)
+    back = array[...]
     assert np.abs(back._array.astype(int) - pixels).mean() < 6
+
+
+def test_latents_come_onto_the_device_as_they_are(photograph, pipeline, on_device):
+    with zarr.config.set({"ndbuffer": "zarr.buffer.cpu.NDBuffer"}):
+        array = written(photograph[:64, :96], (32, 32, 3))
+        expected = open_bottleneck(array.store)[...]
+    found = open_bottleneck(array.store)[...]
+    assert isinstance(found, DeviceArray)
+    assert found._array.tobytes() == expected.tobytes()
+
+
+def test_patches_and_copies_of_arrays_of_the_device_are_on_the_host(photograph, pipeline, on_device, tmp_path):
+    path = tmp_path / "a.zarr"
+    with zarr.config.set({"ndbuffer": "zarr.buffer.cpu.NDBuffer"}):
+        zarr.create_array(
+            path, data=photograph[:64, :96], chunks=(32, 32, 3), serializer=CAECodec(quality=4), compressors=None
+        )
+        latents, pixels = open_bottleneck(path)[...], zarr.open_array(path, mode="r")[...]
+    patch = as_torch_dataset(open_bottleneck(path), 2)[5]
+    assert type(patch) is np.ndarray
+    assert patch.tobytes() == np.ascontiguousarray(latents[2:4, 4:6].transpose(2, 0, 1)).tobytes()
+    for name in ("l.npy", "l.zarr"):
+        bottleneck.bottleneck(argparse.Namespace(array=path, latents=tmp_path / name, overwrite=False))
+    assert np.load(tmp_path / "l.npy").tobytes() == latents.tobytes()
+    assert zarr.open_array(tmp_path / "l.zarr", mode="r")[...]._array.tobytes() == latents.tobytes()
+    archive.decode(argparse.Namespace(array=path, image=tmp_path / "p.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "p.npy").astype(int), pixels, atol=1)
 
 
 def test_bad_values_are_refused(whole):

@@ -27,7 +27,7 @@ from zarr.codecs import Crc32cCodec, GzipCodec, ZstdCodec
 from zarr_cae import CAECodec, CAEConfigurationError, weights
 from zarr_cae.cli import main
 from zarr_cae.cli.demo import photograph
-from zarr_cae.cli.images import read_image
+from zarr_cae.cli.images import open_source, read_image
 from zarr_cae.cli.writing import slabs
 from zarr_cae.evaluation import psnr, read_csv
 
@@ -388,12 +388,19 @@ def test_mistakes_are_one_line_and_leave_nothing(
     Path("text.png").write_text("no image")
     Path("bad.npy").write_text("no array")
     np.save("empty.npy", np.empty((0, 5), np.uint8))
+    np.savez("named.npz", np.zeros((5, 5), np.uint8))
+    Path("named.npz").rename("named.npy")
+    for name in ("..png", "...png"):
+        Path(name).write_bytes(Path("a.png").read_bytes())
     Path("other").mkdir()
     save(photo[:48, :48], "other/a.png")
     before = sorted(here.iterdir())
     assert "No such file" in refused(capsys, "encode", "nowhere.png", "o.zarr")
     assert "text.png" in refused(capsys, "encode", "text.png", "o.zarr")
     assert "bad.npy" in refused(capsys, "encode", "bad.npy", "o.zarr")
+    assert "named.npy is not a .npy file" in refused(capsys, "encode", "named.npy", "o.zarr")
+    assert "name '.'" in refused(capsys, "encode", "a.png", "..png", "o.zarr")
+    assert "name '..'" in refused(capsys, "encode", "...png", "o.zarr")
     assert "no pixels" in refused(capsys, "encode", "empty.npy", "o.zarr")
     assert "name the images in it" in refused(capsys, "encode", "other", "o.zarr")
     assert "both become" in refused(capsys, "encode", "a.png", "other/a.png", "o.zarr")
@@ -517,6 +524,25 @@ def test_damaged_images_are_refused(here: Path, photo: np.ndarray) -> None:
     assert count > 100
 
 
+def test_damaged_npy_files_are_refused(here: Path) -> None:
+    descriptions = ["{'descr': '|u1', 'fortran_order': False, 'shape': " + shape for shape in ("(10**3, 4), }", "(")]
+    descriptions += [f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({'9' * 30}, 4), }}", "(" * 300]
+    contents = [
+        b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(99) for text in descriptions
+    ]
+    for content in (*contents, b"", b"PK\x03\x04 no archive", b"\x93NUMPY", contents[0][:20]):
+        Path("a.npy").write_bytes(content)
+        with pytest.raises(CAEConfigurationError, match=r"a\.npy is not a \.npy file of numbers"):
+            open_source(Path("a.npy"))
+
+
+def test_images_over_the_limit_of_pillow(here: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(photo[:48, :48], "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert main(["encode", "a.png", "a.zarr"]) == 0
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
 @pytest.mark.parametrize("arguments", [[], ["shrink"], ["encode"], ["encode", "a", "b.zarr", "-q", "9"], ["demo", "x"]])
 def test_wrong_usage_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -590,7 +616,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     for index in range(4):
         save(photo[64 * index : 64 * index + 160, 100:260], f"images/{index}.png")
     small = ["--crop", "64", "--crops-per-quality", "1", "--threads", "1", "--device", "cpu"]
-    assert main(["train", "images", "--out", "run", "--steps", "4", *small]) == 0
+    assert main(["train", "images", "--out", "run", "--steps", "4", "--seed", "7", *small]) == 0
     (first,) = Path("run").glob("*.safetensors")
     out, error = capsys.readouterr()
     assert first.stem in out
@@ -616,6 +642,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     info = weights.find(digest, model="cae-v1", quality=3, metric="mse")
     assert info.provenance["steps"] == 6
     assert info.provenance["images"] == 3  # the fourth is held out
+    assert info.provenance["recipe"]["seed"] == 7
     array = zarr.create_array({}, data=photo[:64, :64], serializer=CAECodec(3, weights=digest), compressors=None)
     assert psnr(array[...], photo[:64, :64]) > 20
     save(photo[:64, :64], "a.png")
@@ -660,6 +687,9 @@ def test_train_mistakes(here: Path, photo: np.ndarray, capsys: pytest.CaptureFix
     assert "96" in refused(capsys, "train", "x", "--out", "run", "--metric", "ms-ssim", "--crop", "64")
     Path("junk.pt").write_bytes(b"junk")
     assert "junk.pt" in refused(capsys, "train", "x", "--out", "run", "--from", "junk.pt")
+    for name in ("bad.tar", "bad.png"):
+        Path(name).write_bytes(b"neither an archive nor an image")
+        assert name in refused(capsys, "train", name, "--out", "run")
     assert not Path("run").exists()
 
 

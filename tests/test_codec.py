@@ -11,9 +11,11 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.array_spec import ArrayConfig, ArraySpec
@@ -23,6 +25,7 @@ from zarr_cae import CAECodec, CAEConfigurationError, CAEDataError, CAEError, We
 from zarr_cae.evaluation import ms_ssim
 
 MISSING = "sha256:" + "0" * 64
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
 
 def psnr(a, b, peak=255.0):
@@ -44,10 +47,12 @@ def stored_bytes(array):
     return sum(len(value.to_bytes()) for key, value in array.store._store_dict.items() if "zarr.json" not in key)
 
 
-def test_create_with_codecs(photograph, pipeline):
+@pytest.mark.parametrize("device", DEVICES)
+def test_create_with_codecs(photograph, pipeline, device):
     array = zarr.create(shape=(512, 512, 3), chunks=(256, 256, 3), dtype="uint8", codecs=[CAECodec(quality=8)])
-    array[:] = photograph
-    assert psnr(array[:], photograph) > 34
+    with zarr.config.set({"cae.device": device}):
+        array[:] = photograph
+        assert psnr(array[:], photograph) > 34
     assert stored_bytes(array) < photograph.nbytes / 5
 
 
@@ -515,6 +520,59 @@ def test_refused_parameters(keywords, message):
         CAECodec(**keywords)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"quality": 8}, "qualities .*1, 2, 3, 4, 5.*, not for .*quality 8"),
+     ({"metric": "ms-ssim"}, "not for .*'ms-ssim'"),
+     ({"model": "bmshj2018-factorized"}, "not for model 'bmshj2018-factorized'")],
+    ids=["quality", "metric", "model"],
+)  # fmt: skip
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_another_configuration_are_refused_when_an_array_is_created_or_opened(change, message, sharded):
+    known = CAECodec(quality=1).to_dict()
+    wrong = {"name": "cae", "configuration": {**known["configuration"], **change}}
+    shards = (64, 64, 3) if sharded else None
+
+    def make(serializer):
+        return zarr.create_array(
+            MemoryStore(), shape=(64, 64, 3), chunks=(32, 32, 3), shards=shards, dtype="uint8", serializer=serializer,
+            compressors=None,
+        )  # fmt: skip
+
+    with pytest.raises(CAEConfigurationError, match=message):
+        make(wrong)
+    store = make(known).store
+    metadata = json.loads(store._store_dict["zarr.json"].to_bytes())
+    (codec,) = metadata["codecs"][0]["configuration"]["codecs"] if sharded else metadata["codecs"]
+    codec["configuration"] |= change
+    content = json.dumps(metadata).encode()
+    store._store_dict["zarr.json"] = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(content)
+    with pytest.raises(CAEConfigurationError, match=message):
+        zarr.open_array(store, mode="r")
+
+
+def test_weights_in_a_folder_that_cannot_be_read_do_not_hinder_opening(monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr("zarr_cae.codec.find", denied)
+    serializer = {"name": "cae", "configuration": {"weights": MISSING}}
+    array = zarr.create_array({}, shape=(32, 32, 3), dtype="uint8", serializer=serializer, compressors=None)
+    with pytest.raises(PermissionError):
+        array[...] = 5
+
+
+def test_nothing_is_stored_where_weights_are_unknown(photograph, pipeline):
+    for shards, window in ((None, slice(None)), (None, slice(3, 9)), ((64, 64, 3), slice(None))):
+        array = zarr.create_array(
+            MemoryStore(), shape=(64, 64, 3), chunks=(32, 32, 3), shards=shards, dtype="uint8", compressors=None,
+            serializer={"name": "cae", "configuration": {"weights": MISSING}},
+        )  # fmt: skip
+        with pytest.raises(WeightsNotFoundError, match=r"0000.*weights import"):
+            array[window] = photograph[:64, :64][window]
+        assert list(array.store._store_dict) == ["zarr.json"]
+
+
 def test_unknown_weights():
     with pytest.raises(WeightsNotFoundError, match=r"sha256:0{64}.*cae-v1.*quality 8.*mse.*weights import"):
         CAECodec(weights=MISSING)
@@ -584,16 +642,16 @@ def test_a_frame_of_another_shape_is_refused(photograph):
 
 
 def _networks_of_a_worker():
-    """(process, torch's threads, cores for networks, whether no more run, networks) of a worker of dask."""
-    import torch
-
-    from zarr_cae import engine
+    """(process, torch's threads, cores for networks, those for coding, whether no more run, networks) of a worker."""
+    from zarr_cae import engine, entropy, plans
 
     cores = zarr.config.get("cae.threads")
     running = [len(one.batcher._workers) for one in engine._engines.values()]
     with ThreadPoolExecutor(1) as fresh:  # a thread that nobody has told how many it may use
         threads = fresh.submit(torch.get_num_threads).result()
-    return os.getpid(), threads, cores, max(running) <= cores, len(running)
+    with mock.patch.object(os, "sched_getaffinity", return_value=range(64), create=True):  # of a larger machine
+        for_coding = entropy.cores(), plans._threads()._max_workers
+    return os.getpid(), threads, cores, for_coding, max(running) <= cores, len(running)
 
 
 def test_dask_workers_in_processes(tmp_path, photograph):
@@ -618,7 +676,7 @@ def test_dask_workers_in_processes(tmp_path, photograph):
         found = lazy.compute()
         workers = list(client.run(_networks_of_a_worker).values())
     assert len({process for process, *_ in workers} - {os.getpid()}) == 2
-    assert {tuple(rest) for _, *rest in workers} == {(1, 2, True, 1)}
+    assert {tuple(rest) for _, *rest in workers} == {(1, 2, (2, 2), True, 1)}
     assert sorted(path.parent.name for path in (tmp_path / "photo.zarr/c").glob("[23]/*/0")) == sorted("0123" * 2)
     assert not list((tmp_path / "photo.zarr/c").glob("[01]/*/0"))
     assert (found[:256] == 9).all()

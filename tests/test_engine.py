@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from zarr_cae import engine as engine_module
 from zarr_cae import weights
 from zarr_cae.engine import HALO, PASS_PIXELS, Engine, choose_device, engine_for
 from zarr_cae.errors import CAEConfigurationError
@@ -16,6 +17,8 @@ from zarr_cae.pixels import Layout, to_planes
 from zarr_cae.settings import Settings
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+RARE = {"cpu": 1e-4, "cuda": 5e-3}
+"""How many symbols may be rounded to the other side in other sizes: a GPU may sum convolutions in another way then."""
 
 
 def bundled(quality, metric="mse"):
@@ -49,7 +52,7 @@ def test_tiles_equal_the_whole(planes, device, quality):
     engine = engine_for(bundled(quality), whole)
     expected, symbols = (engine.analyse(planes, quality, settings) for settings in (whole, tiled))
     assert np.abs(symbols - expected).max() <= 1
-    assert (symbols != expected).mean() < 1e-4
+    assert (symbols != expected).mean() < RARE[device]
     pixels, pieces = (engine.synthesise(expected, quality, 3, settings) for settings in (whole, tiled))
     assert np.abs(pieces - pixels).max() < 1 / 255
 
@@ -164,19 +167,25 @@ def test_symbols_do_not_depend_on_the_batch(planes, device):
     engine = engine_for(bundled(4), settings)
     crops = np.concatenate([planes[:, :, n : n + 64, n : n + 64] for n in range(0, 160, 16)])
     together = engine.analyse(crops, 4, settings)
-    for crop, symbols in zip(crops, together, strict=True):
-        np.testing.assert_array_equal(engine.analyse(crop[None], 4, settings)[0], symbols)
+    alone = np.concatenate([engine.analyse(crop[None], 4, settings) for crop in crops])
+    if device == "cpu":
+        np.testing.assert_array_equal(alone, together)
+    assert np.abs(alone - together).max() <= 1
+    assert (alone != together).mean() < RARE[device]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_pixels_hardly_depend_on_the_batch(planes, device):
-    """Transposed convolutions round differently in other batches: a difference of far less than a grey level."""
+    """Transposed convolutions round differently in other batches: a difference of far less than a grey level.
+
+    On a GPU, in bfloat16 and TF32, of less than one.
+    """
     settings = Settings(device=device)
     engine = engine_for(bundled(4), settings)
     symbols = engine.analyse(np.concatenate([planes[:, :, n : n + 64, :64] for n in range(0, 80, 16)]), 4, settings)
     together = engine.synthesise(symbols, 4, 3, settings)
     alone = np.concatenate([engine.synthesise(one[None], 4, 3, settings) for one in symbols])
-    assert np.abs(alone - together).max() < 0.1 / 255
+    assert np.abs(alone - together).max() < (0.1 if device == "cpu" else 1) / 255
 
 
 def test_grey_planes_have_one_component(planes):
@@ -198,6 +207,41 @@ def test_engines_are_made_once():
 def test_devices_that_do_not_exist_are_refused(name):
     with pytest.raises(CAEConfigurationError, match=r"cae\.device"):
         choose_device(name)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A torch that says it sees two GPUs, of which the second is the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False, raising=False)
+    return monkeypatch
+
+
+def test_gpus_have_numbers(two_gpus):
+    assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
+        "cuda:1", "cuda:1", "cuda:0", "cpu",
+    ]  # fmt: skip
+    two_gpus.delattr(torch.cuda, "_is_in_bad_fork")  # not public: some torch may not have it
+    assert str(choose_device("auto")) == "cuda:1"
+    two_gpus.setattr(engine_module, "_engines", {})
+    two_gpus.setattr(engine_module, "Engine", lambda *_, **__: object())
+    first, second, other = (
+        engine_for(bundled(1), Settings(device=name, precision="float32")) for name in ("cuda", "cuda:1", "cuda:0")
+    )
+    assert first is second is not other
+
+
+def test_a_child_of_a_process_that_used_a_gpu_has_none(two_gpus):
+    two_gpus.setattr(torch.cuda, "_is_in_bad_fork", lambda: True, raising=False)
+    two_gpus.delattr(torch.cuda, "current_device")  # would start CUDA, which torch refuses here
+    assert [str(choose_device(name)) for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(CAEConfigurationError, match=rf"cae\.device is '{name}'.*forked.*'spawn'"):
+            choose_device(name)
+    with pytest.raises(CAEConfigurationError, match="sees 2 CUDA devices"):
+        choose_device("cuda:9")
 
 
 @pytest.mark.parametrize("architecture", [[1], {"depth": 3}, {"latent": -1}, {"latent": "many"}], ids=str)

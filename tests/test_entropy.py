@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import warnings
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zarr_cae import entropy
+from zarr_cae import configure, entropy
 from zarr_cae.errors import FrameError, StreamError
 from zarr_cae.framing import FrameHeader, pack, unpack
 from zarr_cae.tables import Tables
@@ -58,6 +59,34 @@ def test_frames_of_another_shape_and_damaged_streams_are_refused():
     _, streams = unpack(frame, header)
     with pytest.raises(StreamError):
         entropy.decode(pack(header, [bytes(streams[0])[:-2]]), header, TABLES)
+
+
+@pytest.mark.parametrize(
+    ("openmp", "chosen", "expected"),
+    [(None, None, 8), ("3", None, 3), ("3", 2, 2), ("3", 5, 5), ("16", None, 8), (None, 16, 8), ("2,4", None, 2),
+     ("many", None, 8), ("0", None, 8), ("", None, 8)],
+)  # fmt: skip
+def test_the_settings_or_openmp_limit_the_cores(monkeypatch, openmp, chosen, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    if openmp is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", openmp)
+    with configure(threads=chosen):
+        assert entropy.cores() == expected
+
+
+def test_the_pool_has_as_many_threads_as_the_settings_say_now(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for threads in (3, 1, 3):
+        together = threading.Barrier(threads, timeout=60)
+
+        def meet(_, together=together):
+            together.wait()
+            return threading.get_ident()
+
+        with configure(threads=threads):
+            assert len(set(entropy.over_cores(meet, range(4 * threads)))) == threads
 
 
 def _decode_in_child(frame, header, queue):

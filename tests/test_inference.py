@@ -81,6 +81,32 @@ def test_lowered_precision_keeps_the_pixels(photograph, precision, levels, rms, 
     assert (low.analyse(planes, quality, settings) != symbols).mean() < 0.05
 
 
+def tf32(values):
+    """Rounded to the ten bits of mantissa that a GPU multiplies; what is no float32 as it is."""
+    if values.dtype != torch.float32:
+        return values
+    bits = values.contiguous().view(torch.int32)
+    return (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize(("precision", "levels", "rms"), [("float32", 0.3, 0.05), ("auto", 1, 0.1)])
+@pytest.mark.parametrize("quality", [1, 8])
+def test_tf32_keeps_the_pixels(photograph, precision, levels, rms, quality):
+    """What torch's default on GPUs does, tried on the CPU: convolutions multiply float32 in fewer bits."""
+    loaded, settings = bundled(quality), Settings(device="cpu")
+    planes = to_planes(np.array(photograph[:256, :256]), Layout((256, 256, 3), 2), (0, 255))
+    exact, low = Engine(loaded, CPU, "float32"), Engine(loaded, CPU, precision)
+    for module in (module for network in low.networks for module in network.modules()):
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            module.weight.data = tf32(module.weight.data)
+            module.register_forward_pre_hook(lambda _, given: (tf32(given[0]), *given[1:]))
+    symbols = exact.analyse(planes, quality, settings)
+    apart = 255 * (low.synthesise(symbols, quality, 3, settings) - exact.synthesise(symbols, quality, 3, settings))
+    assert 0 < np.abs(apart).max() < levels
+    assert np.sqrt(np.square(apart).mean()) < rms
+    assert (low.analyse(planes, quality, settings) != symbols).mean() < 0.01
+
+
 def test_layers_at_the_latents_scale_stay_exact():
     network = Engine(bundled(4), CPU, "bfloat16").networks[1]
     dtypes = {name: next(module.parameters()).dtype for name, module in network.named_children()}

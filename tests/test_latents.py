@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ from zarr_cae.framing import FrameHeader, pack, unpack
 from zarr_cae.pixels import Layout
 
 FIXTURES = Path(__file__).parent / "fixtures" / "latents"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_golden_latents_bit_for_bit(synthetic, pipeline):
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_golden_latents_at_any_thread_count(synthetic, pipeline, monkeypatch, threads):
     with ThreadPoolExecutor(threads) as pool, zarr.config.set({"async.concurrency": threads}):
-        monkeypatch.setattr(entropy, "_pool", lambda: pool)
+        monkeypatch.setattr(entropy, "_pool", lambda _: pool)
         found = open_bottleneck(FIXTURES / "golden.zarr")[:]
     assert found.tobytes() == np.load(FIXTURES / "golden.npy").tobytes()
 
@@ -76,7 +78,7 @@ def test_decoding_is_parallel(photograph, pipeline, monkeypatch, chunks):
         return decode(*arguments)
 
     with ThreadPoolExecutor(2) as pool, zarr.config.set({"threading.max_workers": 2}):
-        monkeypatch.setattr(entropy, "_pool", lambda: pool)
+        monkeypatch.setattr(entropy, "_pool", lambda _: pool)
         monkeypatch.setattr(rans, "decode", met)
         assert view[...].tobytes() == expected.tobytes()
 
@@ -114,8 +116,10 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_latents_are_what_the_synthesis_network_receives(shape, axis, photograph):
+def test_latents_are_what_the_synthesis_network_receives(shape, axis, device, photograph):
+    """On every device, bit for bit."""
     from zarr_cae.engine import engine_for
     from zarr_cae.settings import Settings
 
@@ -125,10 +129,11 @@ def test_latents_are_what_the_synthesis_network_receives(shape, axis, photograph
     array = create(data, shape, serializer=codec)
     found = open_bottleneck(array.store)[...]
     weights = loaded(codec)
-    engine, layout, row = engine_for(weights, Settings()), Layout(shape, axis), weights.row(4)
+    engine, layout, row = engine_for(weights, Settings(device=device)), Layout(shape, axis), weights.row(4)
     received = []
-    hook = engine._synthesis.register_forward_pre_hook(lambda _, given: received.append(given[0].numpy().copy()))
-    array[...]
+    hook = engine._synthesis.register_forward_pre_hook(lambda _, given: received.append(given[0].cpu().numpy().copy()))
+    with zarr.config.set({"cae.device": device}):
+        array[...]
     hook.remove()
     received = np.concatenate(received)  # (N, M, h, w), in the order in which the network got to the planes
     header = FrameHeader(

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import os
 import threading
 import time
 import weakref
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
-from zarr_cae import CAECodec, chunks, pixels
+from zarr_cae import CAECodec, CAEConfigurationError, chunks, configure, pixels
 from zarr_cae.chunks import Put
 from zarr_cae.plans import NetworkStep, run, run_async
 
@@ -75,6 +76,43 @@ def test_a_plan_goes_on_in_threads_and_ends_at_the_store():
     assert store.frame == 3
     assert all(thread.name.startswith("cae-plan") for thread in threads[:3])
     assert threads[3] is threading.current_thread()
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_plans_compute_on_as_many_threads_as_the_settings_say_now(monkeypatch, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+
+    def plan(together, threads):
+        together.wait()
+        threads.add(threading.get_ident())
+        yield from ()
+
+    async def main(together, threads):
+        await asyncio.gather(*(run_async(plan(together, threads)) for _ in range(12)))
+
+    for chosen in (3, 1, 3):
+        count, threads = min(chosen, workers or chosen), set()
+        with configure(threads=chosen), zarr.config.set({"threading.max_workers": workers}):
+            asyncio.run(main(threading.Barrier(count, timeout=TIMEOUT), threads))
+        assert len(threads) == count
+
+
+def test_settings_that_become_wrong_while_a_plan_waits_are_an_error():
+    step = Network()
+
+    def plan():
+        yield step
+
+    async def main():
+        task = start(plan())
+        await queued(step)
+        await asyncio.to_thread(wait_until, lambda: step.future._done_callbacks)
+        with zarr.config.set({"cae.threads": 0}):
+            step.future.set_result(None)
+            with pytest.raises(CAEConfigurationError, match=r"cae\.threads"):
+                await task
+
+    asyncio.run(main())
 
 
 def test_the_event_loop_is_woken_once_for_all_steps_of_the_networks():
@@ -245,7 +283,7 @@ def test_planes_of_a_read_and_a_write_are_freed_without_the_garbage_collector(ph
         {}, shape=(256, 256, 3), chunks=(128, 128, 3), dtype="uint8", serializer=CAECodec(quality=1), compressors=None
     )
     data = photograph[:256, :256]
-    with zarr.config.set({"cae.tile": tile}):
+    with zarr.config.set({"cae.tile": tile, "cae.device": "cpu"}):  # GPUs take chunks, not planes
         array[:] = data
         _ = array[:]
         monkeypatch.setattr(chunks, "to_planes", spied(pixels.to_planes))

@@ -421,3 +421,26 @@ def test_first_use_in_threads_where_no_cache_can_be_written(tmp_path, no_place):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(obstacle / "cache"), "PYTHONWARNINGS": "error"}
     script = FIRST_USE.replace("import numpy as np\n", "import numpy as np\n" + no_place)
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+
+
+ONCE = """
+import numpy as np
+from zarr_cae import rans
+from zarr_cae.tables import Tables
+
+tables = Tables(np.full(2, -2), np.full(2, 6), np.tile([10, 200, 3500, 300, 80, 6], 2))
+symbols = np.tile(np.arange(-3, 5, dtype=np.int16), (2, 1, 1))
+assert (rans.decode(rans.encode(symbols, tables), (1, 8), tables) == symbols).all()
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    found = []
+    for _ in range(2):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "error"}
+        subprocess.run([sys.executable, "-c", ONCE], env=environment, check=True, timeout=240)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        found.append({path: (path.stat().st_mtime_ns, path.stat().st_ino, path.stat().st_size) for path in files})
+    assert {path.suffix for path in found[0]} == {".nbc", ".nbi"}
+    assert sum(path.suffix == ".nbc" for path in found[0]) >= 7  # a file for each of the loops
+    assert found[0] == found[1]

@@ -105,13 +105,13 @@ def test_environment_variables_are_the_same_settings():
     code = """
 import sys, zarr, zarr_cae
 from zarr_cae.settings import Settings
-assert Settings(**zarr.config.get("cae")) == Settings("cpu", 1, 256, "float32")
+assert Settings(**zarr.config.get("cae")) == Settings("cpu", 1, 256, "float32", True)
 with zarr_cae.configure(threads=2):
-    assert Settings(**zarr.config.get("cae")) == Settings("cpu", 2, 256, "float32")
+    assert Settings(**zarr.config.get("cae")) == Settings("cpu", 2, 256, "float32", True)
 assert zarr.config.get("cae.threads") == 1
 assert "torch" not in sys.modules
 """
-    names = {"DEVICE": "cpu", "THREADS": "1", "TILE": "256", "PRECISION": "float32"}
+    names = {"DEVICE": "cpu", "THREADS": "1", "TILE": "256", "PRECISION": "float32", "COMPILE": "True"}
     environment = {**os.environ, **{f"ZARR_CAE__{name}": value for name, value in names.items()}}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zarr_cae import CAEError, rans, weights
+from zarr_cae import CAEConfigurationError, CAEError, rans, weights
 from zarr_cae.cli.demo import photograph
 from zarr_cae.tables import Tables, ideal_bits
 from zarr_cae.training.data import Crops
@@ -166,6 +166,52 @@ def test_data_mistakes(folder: Path, tmp_path: Path) -> None:
         Recipe("low", metric="ms-ssim", crop=80)
 
 
+@pytest.mark.parametrize("damage", ["empty", "junk", "cut", "link", "gzip"])
+def test_damaged_tar_files_are_named(folder: Path, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w:gz" if damage == "gzip" else "w") as archive:
+        for file in folder.iterdir():
+            archive.add(file, file.name)
+        if damage == "link":
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = tarfile.LNKTYPE, "nowhere.png"
+            archive.addfile(link)
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "junk": b"x" * 2000, "link": content}.get(damage, content[: len(content) // 2]))
+    with pytest.raises(CAEConfigurationError, match=r"training data .*images\.tar cannot be read as a tar file"):
+        Crops([path], crop=32, seed=0)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["file", "tar"])
+@pytest.mark.parametrize("error", [OSError, ValueError, SyntaxError, EOFError, MemoryError])
+def test_damaged_images_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], inside: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("of no sense")
+
+    path = folder / "0.png"
+    if inside:
+        path = tmp_path / "images.tar"
+        with tarfile.open(path, "w") as archive:
+            archive.add(folder / "0.png", "0.png")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(CAEConfigurationError, match=r"training image .*0\.png cannot be read.*of no sense"):
+        Crops([path], crop=32, seed=0)
+
+
+def test_deep_images_are_refused_by_their_mode(photo: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(photo[:64, :64, 0].astype(np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(CAEConfigurationError, match="mode I;16; expected 8-bit"):
+        Crops([tmp_path], crop=32, seed=0)
+
+
+def test_images_over_the_limit_of_pillow_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert len(Crops([folder], crop=64, seed=0)) == 5
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
 # The KLT start
 
 
@@ -241,13 +287,28 @@ def test_density_widens_where_earlier_channels_are_busy_and_predicts_slow_ones()
 # The fit
 
 
+def test_sources_are_those_that_move_the_learned_score_most() -> None:
+    symbols = np.random.default_rng(0).integers(-3, 4, (2, 24, 16, 16)).astype(np.int16)
+    symbols[:, 3] = 0  # moves no score
+    mix = np.zeros((24, 24), np.float32)
+    mix[21, [1, 4, 5]] = 2, -3, 1
+    mix[21, 22] = 7  # a later channel, of which the decoder knows nothing
+    mix[22, :20] = np.where(np.arange(20) < 4, 0.1, 2)
+    contexts = fit(symbols, np.zeros(24, bool), mix).contexts
+    found = [dict(zip(contexts.source[c].tolist(), contexts.weight[c].tolist(), strict=True)) for c in range(24)]
+    assert found[21] == {1: 182, 5: 91, -1: 0}
+    assert found[22] == dict.fromkeys(range(4, 20), 273 // 16)
+    assert all(one == {-1: 0} for one in (*found[:21], found[23]))
+
+
 def test_fitted_contexts_beat_tables_without() -> None:
     rng = np.random.default_rng(0)
     busy = np.kron(rng.choice([0.2, 4.0], (60, 4, 4), p=[0.7, 0.3]), np.ones((8, 8)))
     symbols = np.rint(rng.laplace(size=(60, 12, 32, 32)) * busy[:, None]).astype(np.int16)
     symbols[:, 0] = np.cumsum(rng.integers(-1, 2, (60, 32, 32)), axis=2)
     predicted = np.arange(12) == 0
-    fitted, plain = fit(symbols[:40], predicted), fit(symbols[:40], np.zeros(12, bool))
+    mix = np.tril(np.ones((12, 12), np.float32), -1)
+    fitted, plain = fit(symbols[:40], predicted, mix), fit(symbols[:40], np.zeros(12, bool), mix)
     tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
     length = sum(8 * len(rans.encode(tile, tables)) for tile in symbols[40:])
     entropy = 0.0
@@ -263,7 +324,7 @@ def test_fitted_contexts_beat_tables_without() -> None:
 def test_channels_that_are_always_zero_can_be_fitted() -> None:
     tiles = np.zeros((3, 4, 8, 8), np.int16)
     tiles[:, 2, 0, 0] = 1
-    fitted = fit(tiles, np.zeros(4, bool))
+    fitted = fit(tiles, np.zeros(4, bool), np.ones((4, 4), np.float32))
     tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
     wild = np.full((4, 8, 8), 999, np.int16)
     assert np.array_equal(rans.decode(rans.encode(wild, tables), (8, 8), tables), wild)

@@ -225,7 +225,7 @@ def open_bottleneck(
     path
         Of the node within it.
     zarr_open_kwargs
-        For `zarr.open`, among them `storage_options` for a URL. The mode is "r".
+        For `zarr.open`, among them `storage_options` for a URL. The mode is "r", which None stands for too.
 
     Returns
     -------
@@ -239,7 +239,7 @@ def open_bottleneck(
         If the node is an array of another codec, or one whose latents can't be served; WeightsNotFoundError if its
         weights are not on this machine.
     """
-    if zarr_open_kwargs.pop("mode", "r") != "r":
+    if zarr_open_kwargs.pop("mode", None) not in (None, "r"):
         latents.refuse_writing()
     options = zarr_open_kwargs.pop("storage_options", None)
     if isinstance(store_or_path, StorePath):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from types import FrameType
@@ -26,7 +27,7 @@ from zarr.core.common import JSON, parse_named_configuration
 from zarr.storage import StorePath
 
 from zarr_cae.chunks import ChunkJob, MissingChunkError, contiguous, decoding, encoding
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.partial import reading, writing
 from zarr_cae.pixels import Layout, ValueRange, resolve_channel_axis, resolve_value_range
 from zarr_cae.plans import run, run_async
@@ -151,7 +152,11 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         return {"name": NAME, "configuration": configuration}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
-        """Resolve `channel_axis` against the array and refuse what cannot be coded, when the array is created."""
+        """Resolve `channel_axis` against the array and refuse what cannot be coded, when it is created or opened.
+
+        Weights that are of another model, metric or quality are refused here too. Those that are not on this machine,
+        or lie in a folder that cannot be read, are missed only when chunks are.
+        """
         spec = array_spec if _EVOLVES_IN_ORDER else _after_filters(self, array_spec, sys._getframe(1))  # noqa: SLF001
         low, high = resolve_value_range(spec.dtype.to_native_dtype(), self.value_range)
         if not low <= cast("float", spec.fill_value) <= high:
@@ -160,6 +165,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
                 "filled with it; give fill_value=<a value inside>"
             )
         axis = resolve_channel_axis(spec.shape, self.channel_axis)
+        with suppress(WeightsNotFoundError, OSError):
+            find(self.weights, model=self.model, quality=self.quality, metric=self.metric)
         return self if axis == self.channel_axis else _replace_axis(self, axis)
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -42,9 +42,14 @@ PASS_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device for a `cae.device` setting. Raises CAEConfigurationError if it does not exist here."""
+    """The torch device for a `cae.device` setting, a GPU with its number.
+
+    Raises CAEConfigurationError if it does not exist here, or can't be used because this process was forked from one
+    that used a GPU; "auto" takes the CPU then.
+    """
+    forked = _forked_from_cuda()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() and not forked else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -55,7 +60,20 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {name!r}")
+    if device.type == "cuda" and forked:
+        raise CAEConfigurationError(
+            f"cae: cae.device is {name!r}, but CUDA was in use before this process was forked, and does not survive "
+            "that; start processes with 'spawn' or 'forkserver', or use 'auto' or 'cpu' in them"
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _forked_from_cuda() -> bool:
+    """Whether torch refuses CUDA here because the parent had begun to use it; torch's own name for that is private."""
+    in_bad_fork: Callable[[], bool] | None = getattr(torch.cuda, "_is_in_bad_fork", None)
+    return in_bad_fork is not None and in_bad_fork()
 
 
 _GPU_LANES = 2

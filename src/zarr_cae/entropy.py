@@ -19,14 +19,26 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
+chosen_threads: Callable[[], int | None] | None = None
+"""How many threads this machine's settings allow, if they say. Nothing is known of them here: `settings` sets this."""
+
+
 def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those that this process may use now: of those that it has, as many as the settings or OMP_NUM_THREADS say."""
+    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chosen = chosen_threads() if chosen_threads is not None else None
+    return min(present, chosen or _openmp_threads() or present)
 
 
-@lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cores(), thread_name_prefix="cae-entropy")
+def _openmp_threads() -> int | None:
+    """Of the outermost level, where the variable has one for each."""
+    number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(number) if number.isdecimal() else None
+
+
+@lru_cache(maxsize=8)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="cae-entropy")
 
 
 if hasattr(os, "register_at_fork"):
@@ -35,7 +47,7 @@ if hasattr(os, "register_at_fork"):
 
 def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterable[_Result]:
     """`map`, over the cores (the coder releases the GIL) if there is more than one item."""
-    return map(function, items) if len(items) == 1 else _pool().map(function, items)
+    return map(function, items) if len(items) == 1 else _pool(cores()).map(function, items)
 
 
 def encode_tile(tile: Symbols, tables: Tables) -> bytes:

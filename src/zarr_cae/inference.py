@@ -2,7 +2,8 @@
 
 What rounding to bfloat16 does depends on where. A residual branch is a small correction to what passes by it in
 float32, so that its rounding hardly shows in the pixels; that of the other convolutions and of GDN does, by some grey
-levels at most (`tests/test_inference.py` holds both; `benchmarks/networks.py` has the speeds).
+levels at most (`tests/test_inference.py` holds both; `benchmarks/networks.py` has the speeds). "float32" is what torch
+takes for that: on GPUs convolutions multiply in TF32, whose rounding an eighth as coarse shows in no pixel either.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
@@ -32,6 +33,13 @@ class Encoders(NamedTuple):
 _ready: dict[Callable[[], Any], Any] = {}
 _compiling = threading.RLock()
 _Made = TypeVar("_Made")
+
+if hasattr(os, "register_at_fork"):
+    # A fork waits for a compilation to end. It would not do to renew this lock in the child: numba's own, and what that
+    # guards, would be left there as they were in its midst.
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
 
 
 def decoders() -> Decoders:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from zarr.core.buffer import cpu
 
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.rewriting import ATTRIBUTE
@@ -34,7 +35,8 @@ class LatentPatches:
 
     Item i is a float32 array (K, rows, columns), K the length of the latents' axis, or (item, labels[i]). It needs
     no torch; workers of a DataLoader may fork or spawn. Each item reads the chunks it touches: a patch of the size of
-    a chunk (16 positions are 256 pixels), or whole chunks, reads nothing twice.
+    a chunk (16 positions are 256 pixels), or whole chunks, reads nothing twice. Items are arrays of numpy also after
+    `zarr.config.enable_gpu()`: latents are made on the host.
 
     Parameters
     ----------
@@ -100,8 +102,8 @@ class LatentPatches:
             for role in self._axes
         )  # fmt: skip
         roles = [role for role in self._axes if role != "batch"]
-        item = np.asarray(self.array[window]).transpose([roles.index(role) for role in ("latents", "rows", "columns")])
-        item = np.ascontiguousarray(item)
+        found = np.asarray(self.array.get_basic_selection(window, prototype=cpu.buffer_prototype))
+        item = np.ascontiguousarray(found.transpose([roles.index(role) for role in ("latents", "rows", "columns")]))
         absent = np.isnan(item)
         if absent.any():
             if self.missing is None:

@@ -21,6 +21,7 @@ STRIDE = 16
 RGB = 3
 _IMAGE_MINIMUM = 32
 _IMAGE_ASPECT = 4
+_STACK_MINIMUM = 16
 
 Chunk = npt.NDArray[Any]
 Planes = npt.NDArray[np.float32]
@@ -109,10 +110,16 @@ class ChunkForm:
         return self.layout.planes * self.plane_shape[1] * self.plane_shape[2]
 
 
+_AT_A_TIME = 1 << 17
+"""Samples that are converted at a time; few enough for a core's cache."""
+
+
 def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None) -> int | None:
     """The channel axis of an array of this shape, as a non-negative number or None.
 
-    "auto" takes the only axis of length 3, or none, and refuses what could be read in two ways. Raises
+    "auto" takes the only axis of length 3, or none, and refuses what could be read in two ways: several such axes;
+    none, and last two axes that are no image's; one before the last axis of a stack (four axes or more) whose columns
+    are fewer than 16 and a quarter of the rows or less, as (3, 256, 256, 4) is rather a stack of 3 RGBA images. Raises
     CAEConfigurationError.
     """
     explicit = "give channel_axis=<number of the axis>, or channel_axis=None if there is none"
@@ -126,6 +133,14 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None)
         return Layout(shape, None).channel_axis
     threes = [axis for axis, length in enumerate(shape) if length == RGB]
     if len(threes) == 1:
+        layout = Layout(shape, threes[0])
+        narrow = layout.width < _STACK_MINIMUM and layout.height >= _IMAGE_ASPECT * layout.width
+        if narrow and len(shape) > 3 and threes[0] < len(shape) - 1:
+            raise CAEConfigurationError(
+                f"cae: channel_axis 'auto' is ambiguous for shape {shape}: axis {threes[0]} has length 3, but RGB "
+                f"images of {layout.height} x {layout.width} (the last two of the other axes) may not be what is "
+                f"meant; {explicit}"
+            )
         return threes[0]
     if threes:
         raise CAEConfigurationError(
@@ -211,11 +226,18 @@ def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
 def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
     """Planes (N, 3 or 1, H', W') back to a chunk: cropped, clipped to the range, rounded where dtype is integer."""
     low, high = value_range
-    inside = planes[:, :, : layout.height, : layout.width]
-    values = _floats(inside, low, high) if dtype.kind == "f" else _integers(inside, dtype, int(low), int(high))
+    # Components side by side, and only some rows at a time in floats: a chunk may be large.
+    values = np.empty((len(planes), layout.height, layout.width, planes.shape[1]), dtype).transpose(0, 3, 1, 2)
+    count = max(1, _AT_A_TIME // planes[:, :, 0].size)
+    for top in range(0, layout.height, count):
+        rows = slice(top, min(top + count, layout.height))
+        some = planes[:, :, rows, : layout.width]
+        values[:, :, rows] = (
+            _floats(some, low, high) if dtype.kind == "f" else _integers(some, dtype, int(low), int(high))
+        ).astype(dtype, copy=False)
     order = layout.channels_first
     ordered = values.reshape([layout.shape[axis] for axis in order])
-    return np.ascontiguousarray(ordered.transpose(np.argsort(order)).astype(dtype))
+    return np.ascontiguousarray(ordered.transpose(np.argsort(order)))
 
 
 def _floats(planes: Planes, low: float, high: float) -> Chunk:

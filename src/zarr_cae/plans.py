@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
 import zarr
 
 from zarr_cae import entropy
+from zarr_cae.errors import CAEConfigurationError
 
 _Result = TypeVar("_Result")
 
@@ -144,8 +145,8 @@ class _Journey:
         else:
             try:
                 _threads().submit(context.run, self.go, done.result())
-            except RuntimeError as exiting:  # the interpreter, so that no more threads run
-                self._arrive((exiting, None, None))
+            except (RuntimeError, CAEConfigurationError) as error:  # the interpreter exits, or settings became wrong
+                self._arrive((error, None, None))
 
     def leave(self) -> None:
         """Withdraw what is queued: nobody waits for it any more."""
@@ -175,11 +176,16 @@ def _tried(plan: Plan[Any], answer: Any) -> _Outcome:
         return error, None, None
 
 
-@lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    """For what plans compute: as many as zarr may use for its codecs."""
-    return ThreadPoolExecutor(zarr.config.get("threading.max_workers") or entropy.cores(), "cae-plan")
+    """For what plans compute: as many as there are cores for it and zarr may use for its codecs."""
+    cores = entropy.cores()
+    return _pool(min(cores, zarr.config.get("threading.max_workers") or cores))
+
+
+@lru_cache(maxsize=8)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "cae-plan")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)
+    os.register_at_fork(after_in_child=_pool.cache_clear)

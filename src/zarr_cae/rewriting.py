@@ -9,7 +9,8 @@ Chunks stay what they are, and so does their number; `latents.latent_shape` give
   rows of pixels have `n // c * ceil(c / 16) + ceil(n % c / 16)`: simply ceil(n / 16) where 16 divides c.
 * Channel axis: M latent channels for an RGB chunk; for grey planes M for each, plane by plane.
 * No channel axis: a last axis of length M is added, named "latent" if the others have names.
-* Other axes stay. Names of axes and attributes come along; the attribute `cae_bottleneck` describes the mapping.
+* Other axes stay. Names of axes and attributes come along; the attribute `cae_bottleneck` describes the mapping. An
+  attribute of that name that the array has itself does not show here, but stays in the archive.
 * dtype float32. Chunks that were never written (zarr does not store chunks that are all fill value) read as NaN, the
   fill value. Their latents do not exist, would depend on the network and differ between channels, so no single number
   is right, and any could be mistaken for a real one, which is never NaN. NaN does not fail by itself: one such patch

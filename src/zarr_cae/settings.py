@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, cast
 
 import zarr
 
+from zarr_cae import entropy
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels import STRIDE
 
@@ -41,13 +42,19 @@ class Settings:
     """
 
     device: str = "auto"
-    """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"."""
+    """"auto" (CUDA if there is any; the CPU in processes forked from one that used it), "cpu", "cuda" or "cuda:N"."""
     threads: int | None = None
-    """Cores that the networks use on a CPU; None takes torch's number of threads when the engine is made."""
+    """Cores that the networks use on a CPU, and the entropy coder; None takes torch's number of threads when the
+    engine is made, and for the coder OMP_NUM_THREADS, or all cores."""
     tile: int = 1024
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
     precision: str = "auto"
-    """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16"."""
+    """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16".
+
+    On a GPU, convolutions in float32 round what they multiply to TF32, as is torch's default: pixels differ by less
+    than a grey level for it. `torch.backends.cudnn.allow_tf32 = False` makes them exact. That is left to the user, as
+    it holds for all networks and threads of the process.
+    """
     compile: bool = False
     """Whether the networks go through `torch.compile` first, at the first chunk of each form."""
 
@@ -87,7 +94,8 @@ def configure(
     device
         "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
     threads
-        Threads of the networks on the CPU; None leaves torch's own choice, one for each core.
+        Threads of the networks on the CPU, and of the entropy coder; None leaves torch's own choice, one for each
+        core, or as many as OMP_NUM_THREADS says.
     tile
         Edge in pixels of the pieces in which larger chunks run; it bounds memory.
     precision
@@ -126,3 +134,10 @@ def configure(
         if "max_workers" in zarr.config.get("codec_pipeline"):  # of FusedCodecPipeline, a thread for each chunk
             keys["codec_pipeline.max_workers"] = concurrency
     return cast("AbstractContextManager[object]", zarr.config.set(keys))
+
+
+def _chosen_threads() -> int | None:
+    return Settings(threads=zarr.config.get("cae.threads", None)).threads
+
+
+entropy.chosen_threads = _chosen_threads

@@ -79,6 +79,8 @@ def encode(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     names = [path.stem for path in images]
     for name, path in zip(names, images, strict=True):
+        if name in {".", ".."}:
+            refuse(f"{path}: no array can have the name {name!r}; rename the file")
         if names.count(name) > 1:
             others = ", ".join(str(other) for other in images if other.stem == name and other != path) or "itself again"
             refuse(f"{path} and {others} would both become array {name!r}; rename one")
@@ -120,12 +122,14 @@ def decode(arguments: argparse.Namespace) -> None:
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:
-    """Decode an array into another, piece by piece."""
+    """Decode an array into another, of the host, piece by piece."""
+    from zarr.core.buffer import cpu
+
     size = _positions(array) / 1e6
     with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:
         for window in slabs(array.shape, array.shards or array.chunks):
             with refusing_damage(str(array.store_path)):
-                pixels = array[window]
+                pixels = array.get_basic_selection(window, prototype=cpu.buffer_prototype)
             target[window] = pixels
             bar.update(size * target[window].size / array.size)
 

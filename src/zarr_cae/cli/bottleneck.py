@@ -66,6 +66,7 @@ def _open(path: Path) -> zarr.Array[Any]:
 
 async def _write(array: zarr.Array[Any], path: Path) -> None:
     import zarr.api.asynchronous
+    from zarr.core.buffer import cpu
 
     target = await zarr.api.asynchronous.create_array(
         path,
@@ -78,14 +79,16 @@ async def _write(array: zarr.Array[Any], path: Path) -> None:
         dimension_names=cast("Any", array.metadata).dimension_names,
     )
     for window, values in _pieces(array):
-        await target.setitem(window, values)
+        await target.setitem(window, values, prototype=cpu.buffer_prototype)
 
 
 def _pieces(array: zarr.Array[Any]) -> Iterator[tuple[tuple[slice, ...], npt.NDArray[np.float32]]]:
-    """All windows of an array with their values, under a progress bar."""
+    """All windows of an array with their values, on the host, under a progress bar."""
+    from zarr.core.buffer import cpu
+
     with progress(array.nbytes, "B", "bottleneck", unit_scale=True) as bar:
         for window in slabs(array.shape, array.shards or array.chunks):
             with refusing_damage(str(array.store_path)):
-                values = np.asarray(array[window])
+                values = np.asarray(array.get_basic_selection(window, prototype=cpu.buffer_prototype))
             yield window, values
             bar.update(values.nbytes)

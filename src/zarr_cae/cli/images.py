@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import secrets
-import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from zarr_cae.cli.arguments import refuse
 from zarr_cae.errors import CAEError
+from zarr_cae.pillow import IMAGE_DAMAGE, no_size_limit
 
 if TYPE_CHECKING:
     import zarr
@@ -37,8 +38,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 _METADATA = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_DAMAGE = (AttributeError, KeyError, TypeError, ValueError)
 _CHUNK_DAMAGE = (EOFError, RuntimeError, ValueError, zlib.error)
-_IMAGE_DAMAGE = (*_CHUNK_DAMAGE, IndexError, KeyError, MemoryError, SyntaxError, TypeError, struct.error)
-"""What zarr raises for metadata, zarr's codecs for chunks, and Pillow's plugins for images that make no sense."""
+"""What zarr raises for metadata and zarr's codecs for chunks that make no sense."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def open_source(path: Path) -> Source:
         return Source(path.stem, array, "auto", None if names is None else tuple(names))
     if path.suffix.lower() == ".npy":
         try:
-            return Source(path.stem, np.load(path, mmap_mode="r", allow_pickle=False), "auto")
-        except (ValueError, EOFError) as error:
+            return Source(path.stem, np.lib.format.open_memmap(path, mode="r"), "auto")  # which takes no .npz
+        except (ValueError, OverflowError, TypeError, TokenError) as error:
             refuse(f"{path} is not a .npy file of numbers: {error}")
     pixels = read_image(path)
     grey = pixels.ndim == 2
@@ -92,24 +92,12 @@ def megapixels(path: Path) -> float:
     if _is_array(path):
         source = open_source(path)
         return math.prod(source.shape) / (3e6 if 3 in source.shape else 1e6)
-    with _no_size_limit(), refusing_damage(str(path), _IMAGE_DAMAGE), Image.open(path) as image:
+    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), Image.open(path) as image:
         return image.width * image.height / 1e6
 
 
 def _is_array(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() == ".npy" or any(part.endswith(".zarr") for part in path.parts)
-
-
-@contextmanager
-def _no_size_limit() -> Iterator[None]:
-    """Without Pillow's limit against bombs: the user named the file, and it may be large."""
-    from PIL import Image
-
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 @contextmanager
@@ -163,7 +151,7 @@ def read_image(path: Path) -> Pixels:
     """
     from PIL import Image, ImageOps
 
-    with _no_size_limit(), refusing_damage(str(path), _IMAGE_DAMAGE), Image.open(path) as image:
+    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format in _FRAMES_MATTER:
             refuse(f"{path} has {frames} frames; give them as separate images, or stacked in one .npy file")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +15,39 @@ from PIL import Image
 from torch import Tensor, from_numpy
 
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.pillow import IMAGE_DAMAGE, no_size_limit
 
 Pixels = npt.NDArray[np.uint8]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
+_TAR_DAMAGE = (tarfile.TarError, OSError, EOFError, KeyError, ValueError, zlib.error, lzma.LZMAError)
 
 
 def _open(source: Path | io.BytesIO, name: str) -> Pixels:
     try:
-        with Image.open(source) as image:
-            if image.mode[0] in "IF":
-                raise CAEConfigurationError(f"cae: training image {name} has mode {image.mode}; expected 8-bit samples")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise CAEConfigurationError(f"cae: training image {name} cannot be read: {error}") from error
+        with no_size_limit(), Image.open(source) as image:
+            mode = image.mode
+            pixels = None if mode[0] in "IF" else np.asarray(image.convert("RGB"))
+    except (OSError, *IMAGE_DAMAGE) as error:
+        raise CAEConfigurationError(
+            f"cae: training image {name} cannot be read; is it damaged? {type(error).__name__}: {error}"
+        ) from error
+    if pixels is None:
+        raise CAEConfigurationError(f"cae: training image {name} has mode {mode}; expected 8-bit samples")
+    return pixels
+
+
+def _members(path: Path) -> Iterator[tuple[str, io.BytesIO]]:
+    """The images in a tar file, by name."""
+    try:
+        with tarfile.open(path) as archive:
+            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                stream = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
+                if stream is not None:
+                    yield member.name, io.BytesIO(stream.read())
+    except _TAR_DAMAGE as error:
+        raise CAEConfigurationError(
+            f"cae: training data {path} cannot be read as a tar file; is it damaged? {type(error).__name__}: {error}"
+        ) from error
 
 
 def _images_of(path: Path) -> Iterator[tuple[str, Pixels]]:
@@ -34,11 +56,8 @@ def _images_of(path: Path) -> Iterator[tuple[str, Pixels]]:
             if file.suffix.lower() in SUFFIXES or file.suffix == ".tar":
                 yield from _images_of(file)
     elif path.suffix == ".tar":
-        with tarfile.open(path) as archive:
-            for member in sorted(archive.getmembers(), key=lambda member: member.name):
-                stream = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
-                if stream is not None:
-                    yield member.name, _open(io.BytesIO(stream.read()), f"{path}:{member.name}")
+        for name, content in _members(path):
+            yield name, _open(content, f"{path}:{name}")
     elif path.exists():
         yield path.name, _open(path, str(path))
     else:

@@ -41,9 +41,9 @@ def export(
     latents = [model.analysis(image)[0] for image in images]
     predicted = model.density.predicted.bool().numpy()
     fitted = []
-    for row in gain[:, :, None, None]:
+    for row, mix in zip(gain[:, :, None, None], model.density.mix, strict=True):
         rounded = [(values * row).round().clamp(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).short() for values in latents]
-        fitted.append(fit([tile.numpy() for tile in rounded], predicted))
+        fitted.append(fit([tile.numpy() for tile in rounded], predicted, mix.numpy()))
     for name in ("minimum", "length"):
         tensors[f"tables.{name}"] = np.stack([getattr(own, name) for own in fitted])
     tensors["tables.frequency"] = np.concatenate([own.frequency for own in fitted])

@@ -15,10 +15,14 @@ Metric = Literal["mse", "ms-ssim"]
 Range = Literal["low", "high"]
 
 LAMBDAS: dict[Metric, tuple[float, ...]] = {
-    "mse": (0.0011, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800),
-    "ms-ssim": (2.10, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00),
+    "mse": (0.0011, 0.0035, 0.0067, 0.0130, 0.0250, 0.0260, 0.0620, 0.1480),
+    "ms-ssim": (2.10, 4.58, 8.73, 16.64, 31.73, 42.00, 92.00, 200.00),
 }
-"""Weight of the distortion at qualities 1 to 8: CompressAI's, but for quality 1, whose rate would exceed theirs."""
+"""Weight of the distortion at qualities 1 to 8.
+
+CompressAI's at qualities 2 to 5. With its own, the rate at 1 would exceed CompressAI's, and between 5 and 6, which are of
+two networks, it would nearly double.
+"""
 QUALITIES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7, 8)}
 WIDTHS: dict[Range, Widths] = {"low": LOW_RATE, "high": HIGH_RATE}
 
