@@ -20,7 +20,7 @@ LAMBDAS: dict[Metric, tuple[float, ...]] = {
 }
 """Weight of the distortion at qualities 1 to 8.
 
-CompressAI's at qualities 2 to 5. With its own, the rate at 1 would exceed CompressAI's, and between 5 and 6, which are of
+CompressAI's at qualities 2 to 5. With its others the rate at 1 would exceed CompressAI's, and from 5 to 6, which are of
 two networks, it would nearly double.
 """
 QUALITIES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7, 8)}
