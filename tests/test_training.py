@@ -17,6 +17,7 @@ from PIL import Image
 
 from zarr_cae import CAEConfigurationError, CAEError, rans, weights
 from zarr_cae.cli.demo import photograph
+from zarr_cae.contexts import to_differences
 from zarr_cae.tables import Tables, ideal_bits
 from zarr_cae.training.data import Crops
 from zarr_cae.training.density import Density
@@ -282,6 +283,14 @@ def test_density_widens_where_earlier_channels_are_busy_and_predicts_slow_ones()
         optimiser.step()
     assert bits < start
     assert bits < 0.97 * alone.bits(rounded, rounded).sum()
+
+
+def test_the_density_predicts_as_the_coder_does() -> None:
+    symbols = torch.randint(-5, 6, (1, 1, 3, 7, 9), generator=torch.Generator().manual_seed(0)).float()
+    density = Density(1, 3)
+    density.predicted[:2] = 1
+    differences = to_differences(symbols[0, 0].numpy().astype(np.int16), np.array([True, True, False]))
+    np.testing.assert_array_equal(density._differences(symbols, symbols)[0, 0].numpy(), differences)
 
 
 # The fit

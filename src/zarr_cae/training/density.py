@@ -93,13 +93,17 @@ class Density(nn.Module):
 
 
 def neighbours(latents: Tensor) -> Tensor:
-    """Mean of the left and the upper neighbour of (..., h, w); at the edges the one that is there, at the corner 0."""
+    """What predicts (..., h, w): the mean of the left and the upper neighbour, rounded as `contexts` has it.
+
+    At the edges the neighbour that is there, at the corner 0. Gradients pass the rounding.
+    """
     left = nn.functional.pad(latents[..., :-1], (1, 0))
     upper = nn.functional.pad(latents[..., :-1, :], (0, 0, 1, 0))
     mean = 0.5 * (left + upper)
     mean[..., 0, :] = left[..., 0, :]
     mean[..., 0] = upper[..., 0]
-    return mean
+    rounded: Tensor = mean + ((mean + 0.5).floor() - mean).detach()
+    return rounded
 
 
 def blur(activity: Tensor) -> Tensor:

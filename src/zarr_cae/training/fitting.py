@@ -18,7 +18,7 @@ _WIDEST = 1023
 """Symbols beyond this are left to the escape."""
 _MARGIN = 16
 """How far beyond the largest symbol seen a table may reach."""
-_PRIOR = 16.0
+_PRIOR = 4.0
 """Symbols that the smoothed histogram of all classes counts for in the table of one."""
 _TAIL = 1e-3
 
