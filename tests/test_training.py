@@ -22,7 +22,7 @@ from zarr_cae.tables import Tables, ideal_bits
 from zarr_cae.training.data import Crops
 from zarr_cae.training.density import Density
 from zarr_cae.training.export import export, restore
-from zarr_cae.training.fitting import fit
+from zarr_cae.training.fitting import _learned_sources, fit
 from zarr_cae.training.loop import DECODER_ONLY_FROM, Recipe, Trainer, learning_rate, read_checkpoint, train
 from zarr_cae.training.loss import border_bias, mean_squared_error, multiscale_dissimilarity, rate_distortion
 from zarr_cae.training.model import Coded, GainedAutoencoder
@@ -297,17 +297,35 @@ def test_the_density_predicts_as_the_coder_does() -> None:
 
 
 def test_sources_are_those_that_move_the_learned_score_most() -> None:
-    symbols = np.random.default_rng(0).integers(-3, 4, (2, 24, 16, 16)).astype(np.int16)
-    symbols[:, 3] = 0  # moves no score
+    surroundings = np.random.default_rng(0).integers(0, 100, (24, 500)).astype(np.uint8)
+    surroundings[3] = 7  # moves no score
     mix = np.zeros((24, 24), np.float32)
     mix[21, [1, 4, 5]] = 2, -3, 1
     mix[21, 22] = 7  # a later channel, of which the decoder knows nothing
     mix[22, :20] = np.where(np.arange(20) < 4, 0.1, 2)
-    contexts = fit(symbols, np.zeros(24, bool), mix).contexts
-    found = [dict(zip(contexts.source[c].tolist(), contexts.weight[c].tolist(), strict=True)) for c in range(24)]
+    found = [dict(zip(*map(np.ndarray.tolist, one), strict=True)) for one in _learned_sources(mix, surroundings)]
     assert found[21] == {1: 182, 5: 91, -1: 0}
     assert found[22] == dict.fromkeys(range(4, 20), 273 // 16)
     assert all(one == {-1: 0} for one in (*found[:21], found[23]))
+
+
+def test_a_channel_takes_the_sources_that_make_it_shorter() -> None:
+    """Channel 2 is busy where channel 0 is: a regression sees it, learned weights may or may not."""
+    rng = np.random.default_rng(0)
+    busy = np.kron(rng.choice([0.1, 5.0], (40, 4, 4)), np.ones((8, 8)))
+    symbols = rng.laplace(size=(40, 3, 32, 32))
+    symbols[:, [0, 2]] *= busy[:, None]
+    symbols = np.rint(symbols).astype(np.int16)
+    blind, learned = np.zeros((3, 3), np.float32), np.zeros((3, 3), np.float32)
+    blind[2, 1] = learned[2, 0] = 1
+    bits = []
+    for mix in (blind, learned):
+        fitted = fit(symbols, np.zeros(3, bool), mix)
+        weight = dict(zip(fitted.contexts.source[2].tolist(), fitted.contexts.weight[2].tolist(), strict=True))
+        assert weight[0] > 2 * weight.get(1, 0)
+        tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
+        bits.append(ideal_bits(symbols[0], tables))
+    assert bits[0] == pytest.approx(bits[1], rel=0.02)
 
 
 def test_fitted_contexts_beat_tables_without() -> None:

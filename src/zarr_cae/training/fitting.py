@@ -21,8 +21,11 @@ _MARGIN = 16
 _PRIOR = 4.0
 """Symbols that the smoothed histogram of all classes counts for in the table of one."""
 _TAIL = 1e-3
+_RIDGE = 1e-4
 
 Symbols = npt.NDArray[np.int16]
+Sources = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]
+"""Of one channel: earlier channels and their weights, (SOURCES,) each, as `Contexts` has them."""
 
 
 class Fitted(NamedTuple):
@@ -45,21 +48,29 @@ def fit(tiles: Sequence[Symbols], predicted: npt.NDArray[np.bool_], mix: npt.NDA
         bool (M,): which channels are coded as differences.
     mix
         float32 (M, M): weight of each channel's activity (second axis) in the score of a later one, as `Density` has
-        learned it. Weights by least squares instead, from activities alone, took 1.5 % more bytes: the busiest
-        positions decide them, and the many quiet ones hold the gain.
+        learned it. A channel takes these weights or those of a least-squares fit, with whichever it is shorter. The
+        fit alone took up to 1.5 % more bytes: the busiest positions decide it, and the many quiet ones hold the gain.
     """
     coded = [to_differences(tile, predicted) for tile in tiles]
     flat = np.concatenate([tile.reshape(len(tile), -1) for tile in coded], 1)
     activities = [np.minimum(np.abs(tile.astype(np.int32)), LARGEST_ACTIVITY).astype(np.uint8) for tile in coded]
     surroundings = np.concatenate([around(values).reshape(len(values), -1) for values in activities], 1)
-    source, weight = _sources(mix, surroundings)
+    targets = np.concatenate([values.reshape(len(values), -1) for values in activities], 1)
+    candidates = zip(_learned_sources(mix, surroundings), _regressed_sources(surroundings, targets), strict=True)
+    chosen: list[Sources] = []
     threshold = np.full((len(flat), CLASSES - 1), np.iinfo(np.uint16).max, np.uint16)
     rows: list[tuple[int, npt.NDArray[np.uint32]]] = []
-    for channel, symbols in enumerate(flat):
-        score = scores(surroundings, source[channel], weight[channel])
-        found = _thresholds(score)
+    for channel, (symbols, options) in enumerate(zip(flat, candidates, strict=True)):
+        tried = []
+        for one in options:
+            score = scores(surroundings, *one)
+            found = _thresholds(score)
+            tried.append((one, found, _counts(symbols, np.searchsorted(found, score, "right"))))
+        best, found, counts = min(tried, key=lambda one: _entropy(one[2]))
+        chosen.append(best)
         threshold[channel, : len(found)] = found
-        rows += _rows(symbols, np.searchsorted(found, score, "right"))
+        rows += _rows(counts)
+    source, weight = (np.stack(part) for part in zip(*chosen, strict=True))
     zero = np.floor((flat == 0).mean(1) * (1 << PRECISION)).astype(np.uint16)
     return Fitted(
         Contexts(source, weight, threshold, predicted, zero),
@@ -69,21 +80,52 @@ def fit(tiles: Sequence[Symbols], predicted: npt.NDArray[np.bool_], mix: npt.NDA
     )
 
 
-def _sources(
-    mix: npt.NDArray[np.float32], surroundings: npt.NDArray[np.uint8]
-) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
-    """For each channel the few earlier ones that move its score most, and their weights in integers."""
-    channels = len(mix)
+def _learned_sources(mix: npt.NDArray[np.float32], surroundings: npt.NDArray[np.uint8]) -> list[Sources]:
+    """For each channel the few earlier ones that move its learned score most."""
     deviation = np.array([around_one.std() for around_one in surroundings])
-    source = np.full((channels, SOURCES), -1, np.int16)
-    weight = np.zeros((channels, SOURCES), np.uint8)
-    for channel in range(1, channels):
-        values = mix[channel, :channel].clip(min=0)
+    found = []
+    for channel, row in enumerate(mix):
+        values = row[:channel].clip(min=0)
         chosen = np.sort((-values * deviation[:channel]).argsort(kind="stable")[:SOURCES])
-        values = values[chosen]
-        whole = np.floor(values * (LARGEST_WEIGHTS / max(values.sum(), 1e-30))).clip(max=255)
-        kept = whole > 0
-        source[channel, : kept.sum()], weight[channel, : kept.sum()] = chosen[kept], whole[kept]
+        found.append(_in_integers(chosen, values[chosen]))
+    return found
+
+
+def _regressed_sources(surroundings: npt.NDArray[np.uint8], targets: npt.NDArray[np.uint8]) -> list[Sources]:
+    """For each channel the few earlier ones whose activities best predict its own in least squares."""
+    channels = len(targets)
+    normal, right = np.zeros((channels, channels)), np.zeros((channels, channels))
+    for begin in range(0, targets.shape[1], 1 << 16):
+        piece = surroundings[:, begin : begin + (1 << 16)].astype(np.float32)
+        normal += piece @ piece.T
+        right += piece @ targets[:, begin : begin + (1 << 16)].T.astype(np.float32)
+    normal += np.eye(channels) * (_RIDGE * np.trace(normal) / channels + 1e-9)
+    return [_in_integers(*_sparse_weights(normal[:c, :c], right[:c, c])) for c in range(channels)]
+
+
+def _sparse_weights(
+    normal: npt.NDArray[np.float64], right: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """Non-negative least squares with at most SOURCES weights, by dropping the least important a few at a time."""
+    chosen = np.arange(len(right))
+    while len(chosen):
+        values: npt.NDArray[Any] = np.linalg.solve(normal[np.ix_(chosen, chosen)], right[chosen])
+        if (values <= 0).any():
+            chosen = chosen[values > 0]
+        elif len(chosen) > SOURCES:
+            importance = values**2 * normal.diagonal()[chosen]
+            drop = max(1, int(0.3 * (len(chosen) - SOURCES)))
+            chosen = np.sort(chosen[importance.argsort()[drop:]])
+        else:
+            return chosen, values
+    return chosen, np.empty(0)
+
+
+def _in_integers(chosen: npt.NDArray[np.intp], values: npt.NDArray[np.floating[Any]]) -> Sources:
+    whole = np.floor(values * (LARGEST_WEIGHTS / max(values.sum(), 1e-30))).clip(max=255)
+    kept = np.flatnonzero(whole)
+    source, weight = np.full(SOURCES, -1, np.int16), np.zeros(SOURCES, np.uint8)
+    source[: len(kept)], weight[: len(kept)] = chosen[kept], whole[kept]
     return source, weight
 
 
@@ -99,15 +141,27 @@ def _thresholds(score: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
     return np.unique(np.ceil(found).clip(1, 65535).astype(np.uint16))
 
 
-def _rows(symbols: Symbols, classes: npt.NDArray[np.intp]) -> list[tuple[int, npt.NDArray[np.uint32]]]:
-    """A trimmed table for each class, from its histogram and a smoothed one of all classes."""
+def _counts(symbols: Symbols, classes: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    """(CLASSES, 2 n + 1): how often each class has each symbol from -n to n, those beyond counted at the ends."""
     limit = min(_WIDEST, int(np.abs(symbols.astype(np.int32)).max()) + _MARGIN)
     size = 2 * limit + 1
     index = symbols.astype(np.int64).clip(-limit, limit) + limit
-    counts = np.bincount(classes * size + index, minlength=CLASSES * size).reshape(CLASSES, size).astype(float)
+    return np.bincount(classes * size + index, minlength=CLASSES * size).reshape(CLASSES, size).astype(float)
+
+
+def _entropy(counts: npt.NDArray[np.float64]) -> float:
+    """Bits of all symbols with an ideal table a class."""
+    share = counts / counts.sum(1, keepdims=True).clip(min=1)
+    return -float((counts * np.log2(share, where=counts > 0, out=np.zeros_like(counts))).sum())
+
+
+def _rows(counts: npt.NDArray[np.float64]) -> list[tuple[int, npt.NDArray[np.uint32]]]:
+    """A trimmed table for each class, from its counts and smoothed ones of all classes."""
+    limit = counts.shape[1] // 2
+    magnitude = np.abs(np.arange(-limit, limit + 1))
     everything = counts.sum(0)
-    scale = np.abs(symbols.astype(np.float64)).mean() + 0.2
-    tail = np.exp(-np.abs(np.arange(size) - limit) / scale)
+    scale = (everything * magnitude).sum() / everything.sum() + 0.2
+    tail = np.exp(-magnitude / scale)
     smooth: npt.NDArray[Any] = np.convolve(everything, [0.25, 0.5, 0.25], "same")
     prior = (1 - _TAIL) * smooth / smooth.sum() + _TAIL * tail / tail.sum()
     return [trimmed_frequencies((row + _PRIOR * prior) / (row.sum() + _PRIOR), -limit) for row in counts]
