@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from zarr_cae import loops
 
-__all__ = ["Decoders", "Encoders", "decoders", "encoders"]
+__all__ = ["Decoders", "Encoders", "decoders", "dequantiser", "encoders"]
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +20,6 @@ class Decoders(NamedTuple):
 
     decode: Callable[..., tuple[int, int]]
     restore: Callable[..., None]
-    dequantise: Callable[..., None]
 
 
 class Encoders(NamedTuple):
@@ -45,6 +44,11 @@ if hasattr(os, "register_at_fork"):
 def decoders() -> Decoders:
     """What reading needs: compiled, or loaded from numba's cache, once in a process."""
     return _once(_compile_decoders)
+
+
+def dequantiser() -> Callable[..., None]:
+    """`loops.dequantise`, which only who reads latents needs: compiled, or loaded, once in a process."""
+    return _once(_compile_dequantiser)
 
 
 def encoders() -> Encoders:
@@ -110,8 +114,14 @@ def _compile_decoders() -> Decoders:
     return Decoders(
         _compiled(loops.decode, t.counts, t.u16, t.int, t.int, *t.tables, *shortcuts, t.coded, *t.contexts, *room),
         _compiled(loops.restore, t.void, t.symbols, t.int, t.flags),
-        _compiled(loops.dequantise, t.void, t.i16, t.int, t.f32, t.f32, t.values, t.int, t.int, t.int, t.int),
     )
+
+
+def _compile_dequantiser() -> Callable[..., None]:
+    t = _Types()
+    where = (t.values, t.int, t.int, t.int, t.int)  # values, begin, rows, columns, channels
+    compiled: Callable[..., None] = _compiled(loops.dequantise, t.void, t.i16, t.int, t.f32, t.f32, *where)
+    return compiled
 
 
 def _compile_encoders() -> Encoders:

@@ -24,7 +24,7 @@ from zarr.core.common import JSON, parse_named_configuration
 from zarr_cae import codec, entropy
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.framing import STRIDE, FrameHeader
-from zarr_cae.kernels import decoders
+from zarr_cae.kernels import dequantiser
 from zarr_cae.pixels import RGB, Layout
 from zarr_cae.tables import Tables
 
@@ -157,7 +157,7 @@ class CAEBottleneckCodec(ArrayBytesCodec):
         frame = memoryview(cast("Any", chunk_bytes.as_numpy_array()))
         tiles = entropy.tiles(frame, found.header)
         values = np.empty(found.shape, np.float32)
-        dequantise, flat, places = decoders().dequantise, values.reshape(-1), found.places
+        dequantise, flat, places = dequantiser(), values.reshape(-1), found.places
 
         def put(tile: entropy.Tile, symbols: entropy.Symbols) -> None:
             strides = places.rows, places.columns, places.channels
