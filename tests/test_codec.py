@@ -266,8 +266,10 @@ def test_dtypes_with_a_value_range(pipeline, dtype, low, high):
     array = create(data, chunks=(64, 64), codec=CAECodec(value_range=(low, high)), fill_value=low)
     back = array[:]
     assert back.dtype == data.dtype
-    # Most beside the step to the fill value, with which the last chunks are padded.
-    assert np.abs(back.astype(float) - data.astype(float)).max() < 0.08 * (high - low)
+    apart = np.abs(back.astype(float) - data.astype(float))
+    assert apart[:-4, :-4].max() < 0.06 * (high - low)
+    # Beside the step to the fill value, with which the last chunks are padded, more.
+    assert apart.max() < 0.08 * (high - low)
     array[10:20] = back[10:20]  # decoded values can be written again
     if data.dtype.kind == "f" or high < np.iinfo(data.dtype).max:  # or nothing lies outside
         with pytest.raises(CAEDataError, match="value_range"):
