@@ -612,6 +612,8 @@ def test_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    from zarr_cae.training.loop import read_checkpoint
+
     Path("images").mkdir()
     for index in range(4):
         save(photo[64 * index : 64 * index + 160, 100:260], f"images/{index}.png")
@@ -654,6 +656,23 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     assert tuned.info.provenance["from"] == digest
     assert np.allclose(tuned.tensors["step"], old.tensors["step"], rtol=0.01)
     assert "range" in refused(capsys, "train", "images", "--out", "x", "--from", digest, "--range", "high", *small)
+
+    own = (0.001, 0.002, 0.004, 0.008, 0.016)
+    options = ["--steps", "1", "--density-only", *small]
+    lambdas = ["--lambdas", ",".join(map(str, own))]
+    assert main(["train", "images", "--out", "density", "--from", "tuned/checkpoint.pt", *lambdas, *options]) == 0
+    (fourth,) = Path("density").glob("*.safetensors")
+    density = weights.load(weights.store(fourth.read_bytes()).path)
+    assert density.info.provenance["recipe"]["lambdas"] == list(own)
+    np.testing.assert_array_equal(density.tensors["synthesis.conv2.weight"], tuned.tensors["synthesis.conv2.weight"])
+    assert (density.tensors["gain"] != tuned.tensors["gain"]).any()
+    # who goes on from there keeps its lambdas, unless they are of another metric
+    again = ["train", "images", "--out", "again", "--from", f"sha256:{fourth.stem}", *options]
+    assert main(["weights", "import", str(fourth)]) == 0
+    assert main(again) == 0
+    assert read_checkpoint(Path("again/checkpoint.pt"))["recipe"]["lambdas"] == own
+    assert "--from" in refused(capsys, "train", "images", "--out", "x", *options)
+    assert "lambdas" in refused(capsys, "train", "images", "--out", "x", "--lambdas", "1,2", *small)
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -11,10 +11,11 @@ import torch
 
 from zarr_cae import engine as engine_module
 from zarr_cae import weights
-from zarr_cae.engine import HALO, PASS_PIXELS, Engine, choose_device, engine_for
+from zarr_cae.engine import PASS_PIXELS, Engine, choose_device, engine_for
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels import Layout, to_planes
 from zarr_cae.settings import Settings
+from zarr_cae.windows import HALO, LEAST_COLUMNS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 RARE = {"cpu": 1e-4, "cuda": 5e-3}
@@ -45,16 +46,22 @@ def test_there_and_back(planes, device, quality):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("quality", [1, 8])
-def test_tiles_equal_the_whole(planes, device, quality):
-    """With enough halo the tiles' symbols and pixels are the whole's, but for float rounding."""
-    whole, tiled = Settings(device=device), Settings(device=device, tile=160)
+@pytest.mark.parametrize(("quality", "columns", "tile"), [(1, 336, 160), (6, 512, 128), (8, 336, 160), (6, 1024, 256)])
+def test_tiles_equal_the_whole(photograph, device, quality, columns, tile):
+    """In the default precision, which may be bfloat16 in parts; planes narrower and wider than a tile's least width."""
+    pixels = np.hstack([photograph, photograph[:, ::-1]])[:400, :columns]
+    planes = to_planes(pixels, Layout(pixels.shape, 2), (0, 255))
+    whole, tiled = Settings(device=device, tile=2048), Settings(device=device, tile=tile)
     engine = engine_for(bundled(quality), whole)
     expected, symbols = (engine.analyse(planes, quality, settings) for settings in (whole, tiled))
-    assert np.abs(symbols - expected).max() <= 1
     assert (symbols != expected).mean() < RARE[device]
-    pixels, pieces = (engine.synthesise(expected, quality, 3, settings) for settings in (whole, tiled))
-    assert np.abs(pieces - pixels).max() < 1 / 255
+    if device == "cuda":  # which may sum convolutions of other sizes in another way
+        assert np.abs(symbols - expected).max() <= 1
+        symbols = expected
+    first = engine.synthesise(expected, quality, 3, whole)
+    second = engine.synthesise(symbols, quality, 3, tiled)
+    levels = [np.rint(image.clip(0, 1) * 255) for image in (first, second)]
+    assert np.abs(levels[0] - levels[1]).max() <= 1
 
 
 def test_compiled_networks_give_the_same(planes, monkeypatch):
@@ -72,15 +79,21 @@ def test_compiled_networks_give_the_same(planes, monkeypatch):
 
 
 def test_memory_of_a_forward_pass_is_bounded(planes):
-    """However large or many the planes: no more pixels than a batch or a tile, and the tile's halo around each."""
+    """However large or many the planes: no more pixels than a batch or a tile, and what lies around each."""
     settings = Settings(device="cpu", tile=128)
     engine = Engine(bundled(1), torch.device("cpu"))
     sizes = []
     for network, unit in ((engine._analysis, 1), (engine._synthesis, 16)):
-        network.register_forward_pre_hook(lambda _, given, unit=unit: sizes.append(given[0].shape[-1] * unit))
-    engine.synthesise(engine.analyse(planes, 1, settings), 1, 3, settings)
-    assert len(sizes) == 2 * 4 * 3
-    assert 128 < max(sizes) <= 128 + 2 * 16 * HALO
+        network.register_forward_pre_hook(
+            lambda _, given, unit=unit: sizes.append([len(given[0]), *(side * unit for side in given[0].shape[2:])])
+        )
+    wide = planes.repeat(3, 3)
+    engine.synthesise(engine.analyse(wide, 1, settings), 1, 3, settings)
+    assert sum(count for count, _, _ in sizes) == 2 * 4 * 2
+    assert max(count * rows * columns for count, rows, columns in sizes) <= PASS_PIXELS["cpu"]
+    _, rows, columns = np.max(sizes, 0)
+    assert 128 < rows <= 128 + 2 * 16 * HALO
+    assert columns == 16 * LEAST_COLUMNS
     counts = []
     engine._analysis.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
     many = np.zeros((300, 1, 64, 64), np.float32)
@@ -136,7 +149,7 @@ def test_pieces_of_a_large_request_are_spread_over_the_threads(planes):
     with engine.batcher._lock:
         future = engine.begin_analysis(planes, 1, settings)
     assert future.result(60).shape == (1, engine.weights.latent_channels, 25, 21)
-    assert len(seen) == 4 * 3
+    assert len(seen) == 4
     assert len({ident for ident, _ in seen}) == 2
     assert max(threads for _, threads in seen[:-1]) == 1
 

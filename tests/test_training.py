@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import tarfile
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from zarr_cae.training.export import export, restore
 from zarr_cae.training.fitting import _learned_sources, fit
 from zarr_cae.training.loop import DECODER_ONLY_FROM, Recipe, Trainer, learning_rate, read_checkpoint, train
 from zarr_cae.training.loss import border_bias, mean_squared_error, multiscale_dissimilarity, rate_distortion
-from zarr_cae.training.model import Coded, GainedAutoencoder
+from zarr_cae.training.model import Coded, GainedAutoencoder, default_lambdas
 from zarr_cae.training.soap import Soap
 
 
@@ -82,7 +83,7 @@ def test_bfloat16_gives_nearly_the_same_loss(folder: Path, started: Trainer) -> 
         model.low_precision = low
         torch.manual_seed(1)
         coded = model(pixels, noisy=True, straight_through=False, tune_decoder=False)
-        loss = rate_distortion(coded, pixels[:, None], "mse", model.qualities)
+        loss = rate_distortion(coded, pixels[:, None], "mse", default_lambdas("mse", "low"))
         loss.backward()
         losses.append(loss.item())
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -363,7 +364,7 @@ def test_loss_is_rate_plus_weighed_distortion() -> None:
     error = torch.zeros_like(pixels)
     error[..., 4:12, 4:12] = 0.1  # nothing at the borders
     coded = Coded(pixels + error, torch.tensor([[0.5], [1.0]]))
-    loss = rate_distortion(coded, pixels, "mse", (2, 3))
+    loss = rate_distortion(coded, pixels, "mse", (0.0035, 0.0067))
     weight = np.array([0.0035, 0.0067]) ** -0.5
     each = np.array([0.0035, 0.0067]) * 255**2 * 0.01 / 4 + [0.5, 1.0]
     assert float(loss) == pytest.approx(np.mean(weight / weight.mean() * each), rel=1e-4)
@@ -501,11 +502,12 @@ def test_starting_from_a_checkpoints_weights_only(trainer: Trainer, tmp_path: Pa
     other = copy.deepcopy(trainer)
     trainer.train_step()
     trainer.save(tmp_path / "c.pt")
-    other.load(tmp_path / "c.pt", weights_only=True)
+    other.start_from_checkpoint(tmp_path / "c.pt")
     assert other.step == 0
     assert torch.equal(other.model.log_gain, trainer.average["log_gain"])
-    with pytest.raises(CAEError, match="'low' network"):
-        Trainer.load(_of_range("high"), tmp_path / "c.pt")
+    for start in (Trainer.load, Trainer.start_from_checkpoint):
+        with pytest.raises(CAEError, match="'low' network"):
+            start(_of_range("high"), tmp_path / "c.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(CAEError, match="not a checkpoint"):
         other.load(tmp_path / "junk.pt")
@@ -518,6 +520,70 @@ def _of_range(rates: str) -> Trainer:
     trainer = object.__new__(Trainer)
     trainer.recipe, trainer.device = Recipe(rates), torch.device("cpu")
     return trainer
+
+
+def test_gains_and_densities_for_other_lambdas_lie_between_those_that_are_there(started: Trainer) -> None:
+    model, pixels = started.averaged(), started.crops.batch(5)
+    old = default_lambdas("mse", "low")
+    before = copy.deepcopy(model.state_dict())
+    model.move(old, old)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], msg=name)
+    bits = model(pixels, noisy=False, straight_through=True, tune_decoder=True).bits_per_pixel[:, 0]
+    between = tuple((low * high) ** 0.5 for low, high in itertools.pairwise(old))
+    model.move(old, (*between, 2 * old[-1]))
+    gain = before["log_gain"]
+    torch.testing.assert_close(model.log_gain[:-1], (gain[:-1] + gain[1:]) / 2)
+    share = math.log(2 * old[-1] / old[-2]) / math.log(old[-1] / old[-2])
+    torch.testing.assert_close(model.log_gain[-1], torch.lerp(gain[-2], gain[-1], share))
+    # All five see other crops, but the same ones as before: each now needs more bits than the quality it was.
+    assert (model(pixels, noisy=False, straight_through=True, tune_decoder=True).bits_per_pixel[:, 0] > bits).all()
+
+
+def test_starting_for_other_lambdas(trainer: Trainer, started: Trainer, folder: Path, tmp_path: Path) -> None:
+    """From a checkpoint and from an export of it alike; another metric's lambdas say nothing about gains."""
+    own = (0.002, 0.004, 0.008, 0.016, 0.032)
+    trainer.recipe = replace(RECIPE, lambdas=own)
+    trainer.save(tmp_path / "c.pt")
+    provenance = {"recipe": {"lambdas": list(own)}}
+    images = list(trainer.crops.tiles())
+    exported = weights.load(weights.store(export(trainer.averaged(), "mse", provenance, images), tmp_path).path)
+    wanted = copy.deepcopy(trainer.model)
+    wanted.load_state_dict(trainer.average)
+    wanted.move(own, RECIPE.lambdas)
+    for start in (
+        lambda trainer: trainer.start_from_checkpoint(tmp_path / "c.pt"),
+        lambda trainer: trainer.start_from(exported),
+    ):
+        other = copy.deepcopy(started)
+        start(other)
+        torch.testing.assert_close(other.model.log_gain, wanted.log_gain, atol=1e-4, rtol=0)
+        torch.testing.assert_close(other.average["log_gain"], wanted.log_gain, atol=1e-4, rtol=0)
+        other.recipe = replace(RECIPE, metric="ms-ssim", crop=96, lambdas=())
+        start(other)
+        torch.testing.assert_close(other.model.log_gain, trainer.average["log_gain"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lambdas", [(1.0, 2.0), (1.0, 2.0, 3.0, 5.0, 4.0), (0.0, 1.0, 2.0, 3.0, 4.0), (1, 2, 3, 4, 4)])
+def test_senseless_lambdas_are_refused(lambdas: tuple[float, ...]) -> None:
+    with pytest.raises(CAEConfigurationError, match="5 ascending positive numbers"):
+        Recipe("low", lambdas=lambdas)
+
+
+def test_the_density_alone_is_trained(crops: Crops, started: Trainer) -> None:
+    trainer = Trainer(replace(RECIPE, density_only=True, steps=30, rate=1e-2), crops)
+    trainer.model.load_state_dict(started.average)
+    batch = crops.batch(5)
+    trainer.crops = copy.copy(crops)
+    trainer.crops.batch = lambda size: batch[:size]  # type: ignore[method-assign]
+    reports = [trainer.train_step() for _ in range(30)]
+    changed = {
+        name for name, value in trainer.model.state_dict().items() if not torch.equal(value, started.average[name])
+    }
+    assert changed
+    assert all(name.startswith("density.") for name in changed)
+    assert sum(reports[-1].bits_per_pixel) < 0.98 * sum(reports[0].bits_per_pixel)
+    assert reports[-1].psnr == pytest.approx(reports[0].psnr)
 
 
 # export

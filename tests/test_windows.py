@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from zarr_cae.framing import FrameHeader
 from zarr_cae.pixels import Layout, to_planes
-from zarr_cae.windows import HALO, Patch, assembled, enclosing, everything, runs, tiles
+from zarr_cae.windows import HALO, LEAST_COLUMNS, Patch, assembled, enclosing, everything, pieces, runs, tiles
 
 LAYOUTS = [((40, 50), None), ((40, 50, 3), 2), ((3, 40, 50), 0), ((4, 40, 50), 0), ((2, 5, 40, 3, 50), 3),
            ((2, 40, 5, 50), 2), ((6, 33, 17), None)]  # fmt: skip
@@ -117,3 +117,25 @@ def test_runs_of_neighbours(numbers):
     found = list(runs(list(numbers)))
     assert [n for first, last in found for n in range(first, last + 1)] == sorted(numbers)
     assert all(left[1] + 1 < right[0] for left, right in itertools.pairwise(found))
+
+
+@given(rows=st.integers(1, 200), columns=st.integers(1, 200), edge=st.integers(1, 80))
+def test_pieces_make_up_the_plane_and_see_enough_around_them(rows, columns, edge):
+    seen = np.zeros((rows, columns), int)
+    for outer, inner in pieces((rows, columns), edge):
+        seen[inner.rows, inner.columns] += 1
+        for side, around, length in ((inner.rows, outer.rows, rows), (inner.columns, outer.columns, columns)):
+            assert around.start <= max(0, side.start - HALO)
+            assert around.stop >= min(length, side.stop + HALO)
+        assert outer.rows.stop <= rows
+        assert outer.columns.stop <= columns
+        assert outer.shape[0] <= edge + 2 * HALO
+        assert min(columns, LEAST_COLUMNS) <= outer.shape[1] <= max(edge + 2 * HALO, LEAST_COLUMNS)
+    assert (seen == 1).all()
+
+
+def test_a_plane_that_fits_is_one_piece():
+    whole = Patch(slice(0, 64), slice(0, 64))
+    assert list(pieces((64, 64), 64)) == [(whole, whole)]
+    narrow = Patch(slice(0, 8), slice(0, LEAST_COLUMNS))
+    assert list(pieces((8, LEAST_COLUMNS), 8)) == [(narrow, narrow)]

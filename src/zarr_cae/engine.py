@@ -9,9 +9,10 @@ pixels again on the device (`tensors`).
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from zarr_cae.pixels import ChunkForm
 from zarr_cae.settings import Settings
 from zarr_cae.transforms import STRIDE, Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.weights import DEFAULT_MODEL, Weights
-from zarr_cae.windows import HALO
+from zarr_cae.windows import Patch, pieces
 
 Array = npt.NDArray[Any]
 
@@ -144,7 +145,7 @@ class Engine:
     def begin_analysis(self, planes: Array, quality: int, settings: Settings, *, wait: bool = True) -> Future[Array]:
         """The future of `analyse`; to cancel it withdraws what has not begun. `wait` as in `MicroBatcher.submit`."""
         job = _Job("analyse", quality, planes.shape[1:], planes.shape[1], settings)
-        return self._submit(job, planes, self.weights.latent_channels, 1, STRIDE, wait=wait)
+        return self._submit(job, planes, self.weights.latent_channels, STRIDE, 1, wait=wait)
 
     def synthesise(self, symbols: Array, quality: int, components: int, settings: Settings) -> Array:
         """Symbols (N, M, h, w) int16 to planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]."""
@@ -155,7 +156,7 @@ class Engine:
     ) -> Future[Array]:
         """The future of `synthesise`, as that of `begin_analysis`."""
         job = _Job("synthesise", quality, symbols.shape[1:], components, settings)
-        return self._submit(job, symbols, components, STRIDE, 1, wait=wait)
+        return self._submit(job, symbols, components, 1, STRIDE, wait=wait)
 
     def takes(self, chunk: ChunkForm) -> bool:
         """Whether such chunks may be given whole: on GPUs, up to a size. Others go as planes, which may be cut."""
@@ -179,25 +180,26 @@ class Engine:
         job = _Job("synthesise", quality, symbols.shape[1:], chunk.plane_shape[0], settings, chunk)
         return self.batcher.submit(job, symbols, chunk.pixels, wait=wait)
 
-    def _submit(self, job: _Job, source: Array, channels: int, up: int, down: int, *, wait: bool) -> Future[Array]:
+    def _submit(self, job: _Job, source: Array, channels: int, given: int, made: int, *, wait: bool) -> Future[Array]:
         """Queue a request, in pieces of bounded size with their surroundings if it is large.
 
-        The result has `channels`, and `up` samples for `down` of the source's.
+        The source has `given` samples a latent position along rows and columns, the result `made`, and `channels`.
         """
-        shape = tuple(side * up // down for side in source.shape[2:])
-        windows = list(_tiles(source.shape[2:], job.settings, STRIDE // up))
-        pixels = max((place[0].stop - place[0].start) * (place[1].stop - place[1].start) for _, _, place in windows)
-        count = max(1, PASS_PIXELS[self.device.type] // (pixels * up**2))
-        if len(windows) == 1 and len(source) <= count:
-            return self.batcher.submit(job, source, source[:, 0].size * up**2, wait=wait)
+        rows, columns = (side // given for side in source.shape[2:])
+        patches = list(pieces((rows, columns), job.settings.tile // STRIDE))
+        pixels = STRIDE**2 * max(math.prod(outer.shape) for outer, _ in patches)
+        count = max(1, PASS_PIXELS[self.device.type] // pixels)
+        if len(patches) == 1 and len(source) <= count:
+            return self.batcher.submit(job, source, pixels * len(source), wait=wait)
         dtype = np.int16 if job.direction == "analyse" else np.float32
-        whole = _Whole(np.empty((len(source), channels, *shape), dtype))
+        whole = _Whole(np.empty((len(source), channels, rows * made, columns * made), dtype))
         for first in range(0, len(source), count):
-            for outer, inner, place in windows:
-                piece = source[first : first + count, :, *outer]
+            some = slice(first, first + count)
+            for outer, inner in patches:
+                piece = source[some, :, *outer.scaled(given)]
                 own = replace(job, shape=piece.shape[1:])
-                part = self.batcher.submit(own, piece, piece[:, 0].size * up**2, wait=wait)
-                whole.add(part, (slice(first, first + count), *_scaled(place, up, down)), _scaled(inner, up, down))
+                part = self.batcher.submit(own, piece, len(piece) * STRIDE**2 * math.prod(outer.shape), wait=wait)
+                whole.add(part, (some, *inner.scaled(made)), Patch(*inner.within(outer)).scaled(made))
         whole.complete()
         return whole.future
 
@@ -348,27 +350,6 @@ def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:
         raise CAEConfigurationError(
             f"cae: weights file {info.path}: there is no network of architecture {info.architecture!r}: {error}"
         ) from error
-
-
-Window = tuple[slice, slice]
-
-
-def _tiles(shape: tuple[int, ...], settings: Settings, unit: int) -> Iterator[tuple[Window, Window, Window]]:
-    """Windows in which a plane is run: with halo, the wanted part of that, and its place; `unit` samples a latent."""
-    edge, halo = settings.tile // STRIDE * unit, HALO * unit
-    for top in range(0, shape[0], edge):
-        for left in range(0, shape[1], edge):
-            place = tuple(slice(start, min(start + edge, size)) for start, size in zip((top, left), shape, strict=True))
-            outer = tuple(
-                slice(max(0, s.start - halo), min(size, s.stop + halo)) for s, size in zip(place, shape, strict=True)
-            )
-            inner = tuple(slice(s.start - o.start, s.stop - o.start) for s, o in zip(place, outer, strict=True))
-            yield outer, inner, place  # type: ignore[misc]
-
-
-def _scaled(window: Window, up: int, down: int) -> Window:
-    rows, columns = (slice(side.start * up // down, side.stop * up // down) for side in window)
-    return rows, columns
 
 
 _engines: dict[tuple[str, str, str, bool], Engine] = {}

@@ -20,6 +20,13 @@ from zarr_cae.pixels import Layout
 
 HALO = 6
 """Latent positions around a tile that can reach into it: 84 px in `cae-v1` analysis, 5.25 positions in synthesis."""
+LEAST_COLUMNS = 51
+"""Latent columns that a network is given of a plane that has so many.
+
+In bfloat16 oneDNN sums a convolution whose output has more than 50 columns in another order than a narrower one. A few
+symbols in a million were rounded to the other side for it, which showed as two grey levels. Where pieces of a plane are
+on the same side of 50 as the whole, at every scale, both have the same symbols.
+"""
 
 Index: TypeAlias = int | slice | npt.NDArray[np.intp]
 Indices = npt.NDArray[np.intp]
@@ -60,6 +67,26 @@ class Patch:
             max(own.start, one.start) < min(own.stop, one.stop)
             for own, one in ((self.rows, other.rows), (self.columns, other.columns))
         )
+
+    def scaled(self, samples: int) -> tuple[slice, slice]:
+        """Where the patch lies in an array with so many samples a position along each axis."""
+        rows, columns = (slice(side.start * samples, side.stop * samples) for side in (self.rows, self.columns))
+        return rows, columns
+
+
+def pieces(shape: tuple[int, int], edge: int) -> Iterator[tuple[Patch, Patch]]:
+    """Patches of about `edge` positions a side that make up a plane of `shape` positions, in rows.
+
+    Before each the patch around it that a network must be given, with at least `LEAST_COLUMNS` if the plane has them.
+    """
+    across = shape[1] if shape[1] <= LEAST_COLUMNS else max(edge, LEAST_COLUMNS - 2 * HALO)
+    for top in range(0, shape[0], edge):
+        for left in range(0, shape[1], across):
+            bottom, right = min(top + edge, shape[0]), min(left + across, shape[1])
+            rows = slice(max(0, top - HALO), min(bottom + HALO, shape[0]))
+            first = max(0, min(left - HALO, shape[1] - LEAST_COLUMNS))
+            columns = slice(first, min(max(right + HALO, first + LEAST_COLUMNS), shape[1]))
+            yield Patch(rows, columns), Patch(slice(top, bottom), slice(left, right))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,16 @@ def add(commands: Commands) -> None:
     parser.add_argument("--crops-per-quality", type=_positive(int), help="crops a step at each quality; default 3")
     parser.add_argument("--rate", type=_positive(float), help="peak learning rate; default 2e-3, with --from 4e-4")
     parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument(
+        "--lambdas", type=_numbers, metavar="A,B,...",
+        help="weight of the distortion at each quality of the range, ascending: larger for a higher rate. With --from, "
+        "default what that was trained with, and gains start between those that it has",
+    )  # fmt: skip
+    parser.add_argument(
+        "--density-only", action="store_true", default=None,
+        help="with --from: leave the transforms as they are; train only the density that the rate is estimated by, and "
+        "fit contexts and tables to IMAGES. Minutes instead of hours",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--bfloat16", action="store_true", default=None,
@@ -77,6 +87,13 @@ def _positive(number: type[int | float]) -> Any:
     return parse
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+_numbers.__name__ = "list of numbers"
+
+
 def train(arguments: argparse.Namespace) -> None:
     """`zarr-cae train`."""
     folder: Path = arguments.out
@@ -85,6 +102,8 @@ def train(arguments: argparse.Namespace) -> None:
         refuse(f"{checkpoint} does not exist")
     if not arguments.paths:
         refuse("give images to train on, or to fit the tables of the export to")
+    if arguments.density_only and arguments.start is None and not arguments.resume:
+        refuse("--density-only needs a trained network: give --from")
     if checkpoint.exists() and not (arguments.resume or arguments.export_only):
         refuse(f"{checkpoint} exists; go on with --resume, or give another --out")
     crops = _export_only(arguments, checkpoint) if arguments.export_only else _run(arguments, folder, checkpoint)
@@ -151,19 +170,20 @@ class _Start:
     name: str
     rates: str
     metric: str
+    lambdas: tuple[float, ...]
     exported: weights.WeightsInfo | None
     checkpoint: Path | None
 
     @classmethod
     def find(cls, text: str) -> _Start:
-        from zarr_cae.training.loop import read_checkpoint
+        from zarr_cae.training.loop import Recipe, read_checkpoint, trained_lambdas
         from zarr_cae.training.model import QUALITIES
 
         if not text.startswith("sha256:"):
             if not Path(text).is_file():
                 refuse(f"{text} is neither sha256:<digest> nor a checkpoint file")
-            recipe = read_checkpoint(Path(text))["recipe"]
-            return cls(Path(text).name, recipe["rates"], recipe["metric"], None, Path(text))
+            recipe = Recipe(**read_checkpoint(Path(text))["recipe"])
+            return cls(Path(text).name, recipe.rates, recipe.metric, recipe.lambdas, None, Path(text))
         weights.check_digest(text)
         info = next((info for info in weights.available() if info.digest == text), None)
         if info is None:
@@ -171,14 +191,14 @@ class _Start:
         rates = next((name for name, qualities in QUALITIES.items() if qualities == info.qualities), None)
         if rates is None or info.model != weights.DEFAULT_MODEL:
             refuse(f"weights {text} are of {info.model!r}; only {weights.DEFAULT_MODEL!r} can be trained")
-        return cls(info.digest, rates, info.metric, info, None)
+        return cls(info.digest, rates, info.metric, trained_lambdas(info), info, None)
 
     def put_into(self, trainer: Trainer) -> None:
         """Give the trainer's network these weights."""
         if self.exported is not None:
             trainer.start_from(weights.load(self.exported.path))
         elif self.checkpoint is not None:
-            trainer.load(self.checkpoint, weights_only=True)
+            trainer.start_from_checkpoint(self.checkpoint)
 
 
 def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | None) -> Recipe:
@@ -188,7 +208,7 @@ def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | Non
     given = {
         "rates": arguments.range, "metric": arguments.metric, "crop": arguments.crop, "seed": arguments.seed,
         "crops_per_quality": arguments.crops_per_quality, "rate": arguments.rate,
-        "bfloat16": arguments.bfloat16,
+        "bfloat16": arguments.bfloat16, "lambdas": arguments.lambdas, "density_only": arguments.density_only,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     length: dict[str, Any] = {}
@@ -207,6 +227,8 @@ def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | Non
         chosen = {"rates": start.rates, "metric": start.metric, "rate": _FINE_TUNING_RATE}
         if given.get("rates", start.rates) != start.rates:
             refuse(f"{start.name} is a network of the {start.rates} range, not {given['rates']}")
+        if given.get("metric", start.metric) == start.metric:
+            chosen["lambdas"] = start.lambdas
     if given.get("metric", chosen.get("metric")) == "ms-ssim":
         chosen["crop"] = 192
     return Recipe(**{**chosen, **given, **length})

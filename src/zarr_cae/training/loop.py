@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from zarr_cae.training.data import Crops
 from zarr_cae.training.export import restore
 from zarr_cae.training.klt import start_from_klt
 from zarr_cae.training.loss import SMALLEST_CROP, mean_squared_error, multiscale_dissimilarity, rate_distortion
-from zarr_cae.training.model import GainedAutoencoder, Metric, Range
+from zarr_cae.training.model import QUALITIES, GainedAutoencoder, Metric, Range, default_lambdas
 from zarr_cae.training.soap import Soap
-from zarr_cae.weights import Weights
+from zarr_cae.weights import Weights, WeightsInfo
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,20 @@ class Recipe:
     holdout: float = 0.05
     bfloat16: bool = False
     """Multiply in bfloat16, except around the latents and while only the decoder is tuned."""
+    lambdas: tuple[float, ...] = ()
+    """Weight of the distortion at each quality of the range, ascending; by default `default_lambdas`."""
+    density_only: bool = False
+    """Leave the transforms and the gains as they are, and fit the density alone to really rounded latents."""
 
     def __post_init__(self) -> None:
+        qualities = QUALITIES[self.rates]
+        object.__setattr__(self, "lambdas", tuple(self.lambdas) or default_lambdas(self.metric, self.rates))
+        ascending = all(low < high for low, high in pairwise((0.0, *self.lambdas, math.inf)))
+        if len(self.lambdas) != len(qualities) or not ascending:
+            raise CAEConfigurationError(
+                f"cae: lambdas must be {len(qualities)} ascending positive numbers, for qualities {qualities[0]} to "
+                f"{qualities[-1]}, got {', '.join(map(str, self.lambdas))}"
+            )
         if self.crop % 16 or self.crop < 32:
             raise CAEConfigurationError(f"cae: crop must be a multiple of 16 and at least 32, got {self.crop}")
         if self.metric == "ms-ssim" and self.crop < SMALLEST_CROP:
@@ -84,6 +97,9 @@ class Trainer:
         self.model = GainedAutoencoder(recipe.rates)
         start_from_klt(self.model, crops.batch(96))
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if recipe.density_only:
+            self.model.requires_grad_(requires_grad=False)
+            self.model.density.requires_grad_(requires_grad=True)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         normalisation = [p for name, p in self.model.named_parameters() if "gdn" in name]
         entropy = list(self.model.density.parameters())
@@ -111,16 +127,16 @@ class Trainer:
         """One optimiser step over `crops_per_quality` crops at each quality."""
         started, fraction = time.monotonic(), self.fraction
         qualities = self.model.qualities
-        tune_decoder = fraction >= DECODER_ONLY_FROM
-        straight_through = fraction >= STRAIGHT_THROUGH_FROM
+        tune_decoder = self.recipe.density_only or fraction >= DECODER_ONLY_FROM
+        straight_through = tune_decoder or fraction >= STRAIGHT_THROUGH_FROM
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.rate * group["share"] * learning_rate(fraction, self.step)
-        self.model.low_precision = self.recipe.bfloat16 and not tune_decoder
+        self.model.low_precision = self.recipe.bfloat16 and (self.recipe.density_only or not tune_decoder)
         pixels = self.crops.batch(len(qualities) * self.recipe.crops_per_quality)
         pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         coded = self.model(pixels, noisy=not tune_decoder, straight_through=straight_through, tune_decoder=tune_decoder)
         target = pixels.reshape(len(qualities), -1, *pixels.shape[1:])
-        loss = rate_distortion(coded, target, self.recipe.metric, qualities)
+        loss = rate_distortion(coded, target, self.recipe.metric, self.recipe.lambdas)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -184,23 +200,47 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(path)
 
-    def load(self, path: Path, *, weights_only: bool = False) -> None:
-        """Go on from a checkpoint, or only start from its (averaged) weights."""
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of this recipe."""
         state = read_checkpoint(path)
-        if state["recipe"]["rates"] != self.recipe.rates:
-            raise CAEConfigurationError(
-                f"cae: {path} holds a {state['recipe']['rates']!r} network, not {self.recipe.rates!r}"
-            )
-        self.model.load_state_dict(state["average" if weights_only else "model"])
+        self._check_range(path, state)
+        self.model.load_state_dict(state["model"])
         self.average = {name: value.to(self.device, copy=True) for name, value in state["average"].items()}
-        if not weights_only:
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.seconds = state["step"], state["seconds"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def start_from_checkpoint(self, path: Path) -> None:
+        """Start from the averaged weights of a checkpoint instead of the KLT."""
+        state = read_checkpoint(path)
+        self._check_range(path, state)
+        self.model.load_state_dict(state["average"])
+        before = Recipe(**state["recipe"])
+        self._start(before.metric, before.lambdas)
 
     def start_from(self, weights: Weights) -> None:
         """Start from an exported network instead of the KLT."""
         restore(self.model, weights)
+        self._start(weights.info.metric, trained_lambdas(weights.info))
+
+    def _check_range(self, path: Path, state: dict[str, Any]) -> None:
+        if state["recipe"]["rates"] != self.recipe.rates:
+            raise CAEConfigurationError(
+                f"cae: {path} holds a {state['recipe']['rates']!r} network, not {self.recipe.rates!r}"
+            )
+
+    def _start(self, metric: Metric, lambdas: tuple[float, ...]) -> None:
+        """Let training begin with the network as it is, which was trained for this."""
+        if metric == self.recipe.metric:
+            self.model.move(lambdas, self.recipe.lambdas)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+
+def trained_lambdas(info: WeightsInfo) -> tuple[float, ...]:
+    """What an exported network was trained with, as its provenance has it, or else the default."""
+    recipe = info.provenance.get("recipe")
+    found = recipe.get("lambdas") if isinstance(recipe, Mapping) else None
+    rates = next(name for name, qualities in QUALITIES.items() if qualities == info.qualities)
+    return tuple(found) if found else default_lambdas(info.metric, rates)
 
 
 def prepare(device: str, threads: int | None) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, from_numpy, nn
 
-from zarr_cae.training.model import LAMBDAS, Coded, Metric
+from zarr_cae.training.model import Coded, Metric
 
 _SEAMS = 0.25
 """Weight of the bias along borders beside the squared error."""
@@ -76,12 +76,12 @@ def _blur(length: int) -> Tensor:
     return from_numpy(matrix)
 
 
-def rate_distortion(coded: Coded, pixels: Tensor, metric: Metric, qualities: tuple[int, ...]) -> Tensor:
-    """The loss, averaged over crops; pixels (Q, n, 3, H, W).
+def rate_distortion(coded: Coded, pixels: Tensor, metric: Metric, weights: tuple[float, ...]) -> Tensor:
+    """The loss, averaged over crops; pixels (Q, n, 3, H, W), `weights` lambda of each quality.
 
     Each quality's Lagrangian is weighed by lambda^-1/2, or the top rates would have nearly all of the gradient.
     """
-    lambdas = torch.tensor([LAMBDAS[metric][quality - 1] for quality in qualities], device=pixels.device)
+    lambdas = torch.tensor(weights, device=pixels.device)
     if metric == "mse":
         error = mean_squared_error(coded.pixels, pixels) + _SEAMS * border_bias(coded.pixels, pixels)
         distortion = lambdas[:, None] * 255**2 * error

@@ -27,6 +27,11 @@ QUALITIES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7
 WIDTHS: dict[Range, Widths] = {"low": LOW_RATE, "high": HIGH_RATE}
 
 
+def default_lambdas(metric: Metric, rates: Range) -> tuple[float, ...]:
+    """`LAMBDAS` of the qualities of one range."""
+    return tuple(LAMBDAS[metric][quality - 1] for quality in QUALITIES[rates])
+
+
 @dataclass(frozen=True)
 class Coded:
     """What one pass through the network gives, for crops grouped by quality."""
@@ -63,6 +68,20 @@ class GainedAutoencoder(nn.Module):
             gain = 1.5 / scale * (LAMBDAS["mse"][quality - 1] / 4e-4) ** 0.5
             nn.init.constant_(self.log_gain[row], torch.tensor(gain).log().item())
             nn.init.constant_(self.log_step[row], -torch.tensor(gain).log().item())
+
+    @torch.no_grad()
+    def move(self, old: tuple[float, ...], new: tuple[float, ...]) -> None:
+        """Give each quality, trained with one lambda of `old`, the gains and the density for that of `new`.
+
+        Interpolated over the logarithm of lambda, as gains are meant to be (Cui et al. 2021, section 3.3), and beyond
+        the ends continued as between the last two.
+        """
+        known, wanted = (torch.tensor(lambdas, device=self.log_gain.device).log() for lambdas in (old, new))
+        below = (torch.searchsorted(known, wanted) - 1).clamp(0, len(known) - 2)
+        share = (wanted - known[below]) / (known[below + 1] - known[below])
+        for parameter in (self.log_gain, self.log_step, *self.density.parameters()):
+            along = share.reshape(-1, *[1] * (parameter.dim() - 1))
+            parameter.copy_(torch.lerp(parameter[below], parameter[below + 1], along))
 
     def scaled(self, pixels: Tensor) -> Tensor:
         """Pixels (Q n, 3, H, W), grouped by quality, to latents before rounding (Q, n, M, h, w)."""
