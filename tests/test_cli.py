@@ -343,13 +343,31 @@ def test_alpha(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]
     save(opaque, "opaque.png")
     assert main(["encode", "opaque.png", "opaque.zarr"]) == 0
     assert zarr.open_array("opaque.zarr", mode="r").shape == (48, 48, 3)
-    opaque[0, 0, 3] = 0
+    opaque[:, :24, 3] = 0
     save(opaque, "clear.png")
-    assert "transparent" in refused(capsys, "encode", "clear.png", "clear.zarr")
-    assert not Path("clear.zarr").exists()
+    assert main(["encode", "clear.png", "clear.zarr"]) == 0
+    array = zarr.open_array("clear.zarr", mode="r")
+    assert array.shape == array.chunks == (48, 48, 4)
+    assert array.metadata.dimension_names == ("y", "x", "rgba")
+    assert main(["decode", "clear.zarr", "back.png"]) == 0
+    with Image.open("back.png") as back:
+        assert back.mode == "RGBA"
+        assert psnr(np.asarray(back), opaque) > 30
+    assert main(["decode", "clear.zarr", "back.npy"]) == 0
+    assert ".png" in refused(capsys, "decode", "clear.zarr", "back.jpg")
+    # Films may turn transparent.
+    first, second = Image.fromarray(opaque[..., :3]), Image.fromarray(opaque)
+    first.save("film.png", save_all=True, append_images=[second])
+    assert main(["encode", "film.png", "film.zarr"]) == 0
+    film = zarr.open_array("film.zarr", mode="r")
+    assert film.shape == (2, 48, 48, 4)
+    assert film.chunks == (1, 48, 48, 4)
+    assert film[0, ..., 3].min() > 240
+    assert film[1, :, :20, 3].max() < 16
+    assert "transparent" in refused(capsys, "evaluate", "clear.png", "--quality", "1")
 
 
-def test_upright_palette_and_frames(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+def test_upright_and_palette(here: Path, photo: np.ndarray) -> None:
     image = Image.fromarray(photo[:48, :64])
     exif = image.getexif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -359,8 +377,33 @@ def test_upright_palette_and_frames(here: Path, photo: np.ndarray, capsys: pytes
     group = zarr.open_group("both.zarr", mode="r")
     assert group["turned"].shape == (64, 48, 3)
     assert group["palette"].shape == (48, 64, 3)
-    image.save("frames.tif", save_all=True, append_images=[image])
-    assert "2 frames" in refused(capsys, "encode", "frames.tif", "frames.zarr")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_frames_become_a_first_axis(
+    mode: str, here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack = np.stack([photo[n : n + 48, :64] for n in (0, 100, 200)])
+    stack = stack if mode == "RGB" else stack[..., 0].astype(np.uint16) * 257
+    pages = [Image.fromarray(page) for page in stack]
+    pages[0].save("stack.tif", save_all=True, append_images=pages[1:])
+    assert main(["encode", "stack.tif", "stack.zarr", "--chunks", "32,32"]) == 0
+    array = zarr.open_array("stack.zarr", mode="r")
+    assert array.shape == stack.shape
+    assert array.chunks == (1, 32, 32, 3)[: stack.ndim]
+    assert array.metadata.dimension_names == ("t", "y", "x", "c")[: stack.ndim]
+    assert main(["decode", "stack.zarr", "back.tif"]) == 0
+    with Image.open("back.tif") as back:
+        assert back.n_frames == 3
+        for index, page in enumerate(array[...]):
+            back.seek(index)
+            np.testing.assert_array_equal(np.asarray(back), page)
+    assert psnr(array[...], stack, 255 if mode == "RGB" else 65535) > 28
+    assert ".npy" in refused(capsys, "decode", "stack.zarr", "back.png")
+    assert "frames" in refused(capsys, "evaluate", "stack.tif", "--quality", "1")
+    pages[0].save("odd.tif", save_all=True, append_images=[pages[1].crop((0, 0, 40, 40))])
+    assert "2 sizes" in refused(capsys, "encode", "odd.tif", "odd.zarr")
+    assert not Path("odd.zarr").exists()
 
 
 def test_overwriting(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 
 from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, progress, quality, refuse, value_range
 from zarr_cae.cli.images import (
+    PAGES,
+    RGBA,
     Pixels,
     arrays_at,
     megapixels,
@@ -37,7 +39,8 @@ def add(commands: Commands) -> None:
     parser = command(
         commands, "encode", encode,
         "Encode images into a Zarr array (one image) or a group of arrays named after the files (several). Images "
-        "are anything Pillow reads, .npy files and .zarr arrays; colour images become RGB, 16-bit grey stays uint16.",
+        "are anything Pillow reads, .npy files and .zarr arrays; colour images become RGB, or RGBA if there are "
+        "transparent pixels, 16-bit grey stays uint16, and several frames become a first axis.",
     )  # fmt: skip
     parser.add_argument("paths", nargs="+", metavar="PATH", help="IMAGE... OUT.zarr: the images, and last the output")
     parser.add_argument("-q", "--quality", type=quality, default=8, help="1 (smallest) to 8 (best); default 8")
@@ -57,8 +60,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.zarr if it exists")
     parser = command(
         commands, "decode", decode,
-        "Decode a Zarr array into an image file. The format is the suffix's: any that Pillow writes, or .npy, which "
-        "holds arrays of every shape and dtype. An existing file is replaced.",
+        "Decode a Zarr array into an image file. The format is the suffix's: any that Pillow writes, .tif also "
+        "for stacks, or .npy, which holds arrays of every shape and dtype. An existing file is replaced.",
     )  # fmt: skip
     parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
     parser.add_argument("image", type=Path, metavar="IMAGE")
@@ -111,14 +114,15 @@ def decode(arguments: argparse.Namespace) -> None:
             _read(array, target)
             target.flush()
         return
-    order = _picture_axes(array)
-    picture(np.empty([array.shape[axis] for axis in order], array.dtype), path)  # refuse before the work
+    stack, page = _picture_axes(array, pages=picture_format(path) in PAGES)
+    shape = [array.shape[axis] for axis in page]
+    picture(np.empty(shape, array.dtype), path)  # refuse before the work
     pixels = np.empty(array.shape, array.dtype)
     _read(array, pixels)
-    drop = [axis for axis in range(array.ndim) if axis not in order]
-    kept = [axis for axis in range(array.ndim) if axis in order]
-    image = pixels.squeeze(tuple(drop)).transpose([kept.index(axis) for axis in order])
-    save_picture(picture(np.ascontiguousarray(image), path), path)
+    first, *further = (
+        picture(np.ascontiguousarray(one), path) for one in pixels.transpose(*stack, *page).reshape(-1, *shape)
+    )
+    save_picture(first, path, further=further)
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:
@@ -134,15 +138,18 @@ def _read(array: zarr.Array[Any], target: Pixels) -> None:
             bar.update(size * target[window].size / array.size)
 
 
-def _picture_axes(array: zarr.Array[Any]) -> list[int]:
-    """The axes that make a picture: rows, columns and colours, if all others have length 1."""
+def _picture_axes(array: zarr.Array[Any], *, pages: bool) -> tuple[list[int], list[int]]:
+    """The axes that count pictures, without `pages` of length 1, and those of one: rows, columns, colours."""
     channels = _channel_axis(array)
     others = [axis for axis in range(array.ndim) if axis != channels]
-    single = [axis for axis in others[:-2] if array.shape[axis] != 1]
     colours = [] if channels is None or array.shape[channels] == 1 else [channels]
-    if len(others) < 2 or single or (colours and array.shape[colours[0]] != 3):
+    names = getattr(array.metadata, "dimension_names", None)
+    alpha = bool(colours) and names is not None and names[colours[0]] == RGBA
+    pictures = len(others) >= 2 and (pages or all(array.shape[axis] == 1 for axis in others[:-2]))
+    if not pictures or (colours and array.shape[colours[0]] != (4 if alpha else 3)):
         refuse(f"an array of shape {array.shape} is no single grey or RGB picture; write it to .npy")
-    return [*others[-2:], *colours]
+    page = [*others[-2:], *colours]
+    return [axis for axis in range(array.ndim) if axis not in page], page
 
 
 def info(arguments: argparse.Namespace) -> None:

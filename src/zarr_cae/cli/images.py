@@ -6,7 +6,7 @@ import math
 import secrets
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[Any]
 _FRAMES_MATTER = {"TIFF", "GIF", "WEBP", "PNG", "AVIF"}
 """Formats whose further frames are images of their own; those of a JPEG are previews and depth maps."""
+_TRANSPARENT = {"PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "TGA"}
+"""Formats that keep an alpha channel with its 256 levels."""
+PAGES = {"TIFF"}
+"""Formats that a stack of pictures is decoded to: the only one of films that keeps pixels as they are."""
+RGBA = "rgba"
+"""Name of the axis of a picture's colours and alpha. Four channels of another name are no picture."""
 _RGB_MODES = {"RGB", "RGBX", "P", "CMYK", "YCbCr", "LAB", "HSV"}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -80,9 +86,8 @@ def open_source(path: Path) -> Source:
             return Source(path.stem, np.lib.format.open_memmap(path, mode="r"), "auto")  # which takes no .npz
         except (ValueError, OverflowError, TypeError, TokenError) as error:
             refuse(f"{path} is not a .npy file of numbers: {error}")
-    pixels = read_image(path)
-    grey = pixels.ndim == 2
-    return Source(path.stem, pixels, None if grey else 2, ("y", "x") if grey else ("y", "x", "c"))
+    pixels, names = read_pixels(path)
+    return Source(path.stem, pixels, None if names[-1] == "x" else len(names) - 1, names)
 
 
 def megapixels(path: Path) -> float:
@@ -93,7 +98,7 @@ def megapixels(path: Path) -> float:
         source = open_source(path)
         return math.prod(source.shape) / (3e6 if 3 in source.shape else 1e6)
     with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), Image.open(path) as image:
-        return image.width * image.height / 1e6
+        return _frames(image) * image.width * image.height / 1e6
 
 
 def _is_array(path: Path) -> bool:
@@ -145,20 +150,49 @@ def open_array(path: Path) -> zarr.Array[Any]:
 
 
 def read_image(path: Path) -> Pixels:
-    """A file's pixels upright: (H, W, 3) uint8, (H, W) uint8, or (H, W) of the file's own deeper dtype.
+    """One opaque picture upright: (H, W, 3) uint8, (H, W) uint8, or (H, W) of the file's own deeper dtype.
 
     Raises CAEConfigurationError for transparent images and for those of several frames.
     """
+    pixels, names = read_pixels(path)
+    if names not in (("y", "x"), ("y", "x", "c")):
+        reason = "transparent pixels; flatten it" if names[-1] == RGBA else "several frames; save them as images"
+        refuse(f"{path} has {reason} first")
+    return pixels
+
+
+def read_pixels(path: Path) -> tuple[Pixels, tuple[str, ...]]:
+    """All that an image file holds, upright, and the names of its axes: of "t", "y", "x", "c" those that there are.
+
+    As `read_image`, but of several frames (T, H, W[, C]), and with a last axis named `RGBA` if there are transparent
+    pixels. Raises CAEConfigurationError if frames are of different forms.
+    """
     from PIL import Image, ImageOps
 
+    pages = []
     with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), Image.open(path) as image:
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format in _FRAMES_MATTER:
-            refuse(f"{path} has {frames} frames; give them as separate images, or stacked in one .npy file")
-        return _pixels(ImageOps.exif_transpose(image), path)
+        for frame in range(_frames(image)):
+            image.seek(frame)
+            pages.append(_pixels(ImageOps.exif_transpose(image)))
+    transparent = any(page.shape[2:] == (4,) for page in pages)
+    if transparent:  # which in a film may come and go
+        pages = [_with_alpha(page) if page.shape[2:] == (3,) else page for page in pages]
+    forms = {(page.shape, page.dtype) for page in pages}
+    if len(forms) > 1:
+        refuse(f"{path} has frames of {len(forms)} sizes or modes; save them as separate images")
+    names = ("y", "x", RGBA if transparent else "c")[: pages[0].ndim]
+    return (pages[0], names) if len(pages) == 1 else (np.stack(pages), ("t", *names))
 
 
-def _pixels(image: Image.Image, path: Path) -> Pixels:
+def _frames(image: Image.Image) -> int:
+    return getattr(image, "n_frames", 1) if image.format in _FRAMES_MATTER else 1
+
+
+def _with_alpha(page: Pixels) -> Pixels:
+    return np.dstack([page, np.full(page.shape[:2], 255, np.uint8)])
+
+
+def _pixels(image: Image.Image) -> Pixels:
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode in {"I", "F"}:
@@ -168,10 +202,7 @@ def _pixels(image: Image.Image, path: Path) -> Pixels:
     if image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info:
         with_alpha = image.convert("RGBA")
         if with_alpha.getchannel("A").getextrema() != (255, 255):
-            refuse(
-                f"{path} has transparent pixels, which would be lost; flatten it first, or save its RGBA pixels as "
-                ".npy and encode that with --channel-axis 2"
-            )
+            return np.asarray(with_alpha)
         image = with_alpha.convert("L" if image.mode in {"L", "LA", "La"} else "RGB")
     return np.asarray(image.convert("RGB" if image.mode in _RGB_MODES else "L"))
 
@@ -188,13 +219,14 @@ def picture_format(path: Path) -> str:
 
 
 def picture(pixels: Pixels, path: Path) -> Image.Image:
-    """(H, W) or (H, W, 3) pixels as an image that the format of `path` can hold; refused if it cannot."""
+    """(H, W), RGB or RGBA pixels as an image that the format of `path` can hold; refused if it cannot."""
     from PIL import Image
 
     name = picture_format(path)
     shape, dtype = pixels.shape, pixels.dtype
     grey, colour = pixels.ndim == 2, pixels.ndim == 3 and shape[-1] == 3
-    if dtype == np.uint8 and (grey or colour):
+    alpha = pixels.ndim == 3 and shape[-1] == 4
+    if dtype == np.uint8 and (grey or colour or (alpha and name in _TRANSPARENT)):
         return Image.fromarray(pixels)
     if dtype == np.uint16 and grey and name in {"PNG", "TIFF"}:
         return Image.fromarray(pixels)
@@ -203,15 +235,20 @@ def picture(pixels: Pixels, path: Path) -> Image.Image:
     holds = [".npy"]
     if grey and dtype in (np.uint16, np.float32):
         holds += [".tif"] if dtype == np.float32 else [".tif", ".png"]
+    if alpha and dtype == np.uint8:
+        holds += [".png", ".tif"]
     return refuse(f"an array of {dtype} {shape} does not fit into {path.suffix}; write it to {' or '.join(holds)}")
 
 
-def save_picture(image: Image.Image, path: Path, name: str | None = None) -> None:
-    """Write an image file, whole or not at all."""
+def save_picture(
+    image: Image.Image, path: Path, name: str | None = None, *, further: Sequence[Image.Image] = ()
+) -> None:
+    """Write an image file, whole or not at all; `further` are the other pages of a TIFF."""
     name = picture_format(path) if name is None else name
+    pages = {"save_all": True, "append_images": further} if further else {}
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        image.save(partial, name, **_SAVE_OPTIONS.get(name, {}))
+        image.save(partial, name, **_SAVE_OPTIONS.get(name, {}), **pages)
 
 
 @contextmanager
