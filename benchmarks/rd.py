@@ -49,7 +49,7 @@ def run(command: list[str], unprinted: list[str] | None = None) -> None:
         sys.exit(status)
 
 
-def fine_tune(folder: Path, minutes: str) -> None:
+def fine_tune(folder: Path, length: list[str]) -> None:
     """The bundled weights for mse, qualities 1 to 5, trained on for some pictures and compared on others."""
     pictures = sorted(path for path in folder.rglob("*.png") if min(Image.open(path).size) >= 512)
     held_out = [str(path) for path in pictures[9::10]]
@@ -58,7 +58,7 @@ def fine_tune(folder: Path, minutes: str) -> None:
     with TemporaryDirectory() as temporary:
         os.environ["ZARR_CAE_WEIGHTS"], tuned = f"{temporary}/weights", f"{temporary}/tuned"
         start = ["--range", "low", "--from", weights.default_digest(weights.DEFAULT_MODEL, 1, "mse")]
-        run(["train", *rest, "--out", tuned, *start, "--minutes", minutes, "--threads", "1", "--bfloat16"], rest)
+        run(["train", *rest, "--out", tuned, *start, *length, "--threads", "1", "--bfloat16"], rest)
         (file,) = Path(tuned).glob("*.safetensors")
         run(["weights", "import", str(file)])
         before = f"{temporary}/before.csv"
@@ -75,11 +75,13 @@ def main() -> int:
     parser.add_argument("--only", choices=tuple(RUNS))
     parser.add_argument("--fine-tuning", type=Path, metavar="FOLDER")
     parser.add_argument("--minutes", default="8", help="of fine-tuning")
+    parser.add_argument("--density-only", action="store_true", help="instead, for 300 steps")
     arguments = parser.parse_args()
     if (arguments.images is None) == (arguments.fine_tuning is None):
         parser.error("give either IMAGES or --fine-tuning FOLDER")
     if arguments.fine_tuning is not None:
-        fine_tune(arguments.fine_tuning, arguments.minutes)
+        length = ["--density-only", "--steps", "300"] if arguments.density_only else ["--minutes", arguments.minutes]
+        fine_tune(arguments.fine_tuning, length)
         return 0
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
