@@ -776,6 +776,7 @@ def test_patches_that_do_not_fit(small):
         as_torch_dataset(array)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is but one core
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader(archive, start):
