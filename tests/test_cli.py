@@ -714,6 +714,9 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     assert main(["weights", "import", str(fourth)]) == 0
     assert main(again) == 0
     assert read_checkpoint(Path("again/checkpoint.pt"))["recipe"]["lambdas"] == own
+    half = ["--holdout", "0.5", "--steps", "1", *small]
+    assert main(["train", "images", "--out", "half", "--from", digest, *half]) == 0
+    assert json.loads(Path("half/run.json").read_text())["images"] == 2
     assert "--from" in refused(capsys, "train", "images", "--out", "x", *options)
     assert "lambdas" in refused(capsys, "train", "images", "--out", "x", "--lambdas", "1,2", *small)
 

@@ -570,6 +570,12 @@ def test_senseless_lambdas_are_refused(lambdas: tuple[float, ...]) -> None:
         Recipe("low", lambdas=lambdas)
 
 
+@pytest.mark.parametrize("holdout", [0.0, 0.6, -0.1, math.nan])
+def test_senseless_shares_to_hold_out_are_refused(holdout: float) -> None:
+    with pytest.raises(CAEConfigurationError, match="holdout must be a share"):
+        Recipe("low", holdout=holdout)
+
+
 def test_the_density_alone_is_trained(crops: Crops, started: Trainer) -> None:
     trainer = Trainer(replace(RECIPE, density_only=True, steps=30, rate=1e-2), crops)
     trainer.model.load_state_dict(started.average)

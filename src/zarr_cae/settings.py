@@ -47,7 +47,8 @@ class Settings:
     """Cores that the networks use on a CPU, and the entropy coder; None takes torch's number of threads when the
     engine is made, and for the coder OMP_NUM_THREADS, or all cores."""
     tile: int = 1024
-    """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass."""
+    """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass. However small it
+    is, with what lies around them pieces have 816 columns, if the plane has them (`windows.LEAST_COLUMNS`)."""
     precision: str = "auto"
     """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16".
 

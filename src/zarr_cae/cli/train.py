@@ -49,6 +49,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--rate", type=_positive(float), help="peak learning rate; default 2e-3, with --from 4e-4")
     parser.add_argument("--seed", type=int, help="default 0")
     parser.add_argument(
+        "--holdout", type=_positive(float), metavar="SHARE", help="of the images, kept out of training; default 0.05"
+    )
+    parser.add_argument(
         "--lambdas", type=_numbers, metavar="A,B,...",
         help="weight of the distortion at each quality of the range, ascending: larger for a higher rate. With --from, "
         "default what that was trained with, and gains start between those that it has",
@@ -209,6 +212,7 @@ def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | Non
         "rates": arguments.range, "metric": arguments.metric, "crop": arguments.crop, "seed": arguments.seed,
         "crops_per_quality": arguments.crops_per_quality, "rate": arguments.rate,
         "bfloat16": arguments.bfloat16, "lambdas": arguments.lambdas, "density_only": arguments.density_only,
+        "holdout": arguments.holdout,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     length: dict[str, Any] = {}

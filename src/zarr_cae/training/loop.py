@@ -38,6 +38,7 @@ class Recipe:
     """Peak learning rate of the convolutions; GDN has a tenth of it."""
     seed: int = 0
     holdout: float = 0.05
+    """Share of the images that is kept out of training: at least one, at most every other."""
     bfloat16: bool = False
     """Multiply in bfloat16, except around the latents and while only the decoder is tuned."""
     lambdas: tuple[float, ...] = ()
@@ -46,6 +47,8 @@ class Recipe:
     """Leave the transforms and the gains as they are, and fit the density alone to really rounded latents."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.holdout <= 0.5:
+            raise CAEConfigurationError(f"cae: holdout must be a share of at most 0.5, got {self.holdout}")
         qualities = QUALITIES[self.rates]
         object.__setattr__(self, "lambdas", tuple(self.lambdas) or default_lambdas(self.metric, self.rates))
         ascending = all(low < high for low, high in pairwise((0.0, *self.lambdas, math.inf)))
