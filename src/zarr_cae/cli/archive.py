@@ -105,8 +105,7 @@ def decode(arguments: argparse.Namespace) -> None:
     """`zarr-cae decode`."""
     path: Path = arguments.image
     numpy_file = path.suffix.lower() == ".npy"
-    if not numpy_file:
-        picture_format(path)
+    name = None if numpy_file else picture_format(path)
     array = open_array(arguments.array)
     if numpy_file:
         with replacing(path) as partial:
@@ -114,7 +113,7 @@ def decode(arguments: argparse.Namespace) -> None:
             _read(array, target)
             target.flush()
         return
-    stack, page = _picture_axes(array, pages=picture_format(path) in PAGES)
+    stack, page = _picture_axes(array, pages=name in PAGES)
     shape = [array.shape[axis] for axis in page]
     picture(np.empty(shape, array.dtype), path)  # refuse before the work
     pixels = np.empty(array.shape, array.dtype)
@@ -122,7 +121,7 @@ def decode(arguments: argparse.Namespace) -> None:
     first, *further = (
         picture(np.ascontiguousarray(one), path) for one in pixels.transpose(*stack, *page).reshape(-1, *shape)
     )
-    save_picture(first, path, further=further)
+    save_picture(first, path, name, further=further)
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:

@@ -239,11 +239,14 @@ class Trainer:
 
 
 def trained_lambdas(info: WeightsInfo) -> tuple[float, ...]:
-    """What an exported network was trained with, as its provenance has it, or else the default."""
+    """What an exported network was trained with, as its provenance has it, or else the default.
+
+    Raises CAEConfigurationError if that is no sense.
+    """
     recipe = info.provenance.get("recipe")
     found = recipe.get("lambdas") if isinstance(recipe, Mapping) else None
     rates = next(name for name, qualities in QUALITIES.items() if qualities == info.qualities)
-    return tuple(found) if found else default_lambdas(info.metric, rates)
+    return Recipe(rates, info.metric, lambdas=tuple(found) if isinstance(found, list) else ()).lambdas
 
 
 def prepare(device: str, threads: int | None) -> str:

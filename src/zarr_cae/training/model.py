@@ -73,8 +73,8 @@ class GainedAutoencoder(nn.Module):
     def move(self, old: tuple[float, ...], new: tuple[float, ...]) -> None:
         """Give each quality, trained with one lambda of `old`, the gains and the density for that of `new`.
 
-        Interpolated over the logarithm of lambda, as gains are meant to be (Cui et al. 2021, section 3.3), and beyond
-        the ends continued as between the last two.
+        Their logarithms are interpolated, as Cui et al. do for rates between those trained, here over the logarithm of
+        lambda, and beyond the ends continued as between the last two.
         """
         known, wanted = (torch.tensor(lambdas, device=self.log_gain.device).log() for lambdas in (old, new))
         below = (torch.searchsorted(known, wanted) - 1).clamp(0, len(known) - 2)
