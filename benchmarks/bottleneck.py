@@ -32,15 +32,15 @@ from rans import compressai_ans  # beside this file
 
 import zarr_cae
 from zarr_cae import CAECodec, open_bottleneck
-from zarr_cae.codec import loaded
-from zarr_cae.tables import PRECISION, Tables
+from zarr_cae.codec.cae import loaded
+from zarr_cae.coder.tables import PRECISION, Tables
 
 PIPELINES = {"batched": "BatchedCodecPipeline", "fused": "FusedCodecPipeline"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".webp"}
 
 
 def images(folder: Path | None) -> Iterator[np.ndarray]:
-    bundled = Path(zarr_cae.__file__).parent / "data" / "astronaut.png"
+    bundled = Path(zarr_cae.__file__).parent / "cli" / "astronaut.png"
     paths = [bundled] if folder is None else sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     if not paths:
         sys.exit(f"no images in {folder}")

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zarr_cae import weights
-from zarr_cae.engine import Engine
-from zarr_cae.evaluation import Curve
-from zarr_cae.pixels import Layout, to_planes
-from zarr_cae.tables import ideal_bits
-from zarr_cae.transforms import HIGH_RATE, LOW_RATE, Residual
+from zarr_cae.coder.tables import ideal_bits
+from zarr_cae.evaluation.measures import Curve
+from zarr_cae.networks.engine import Engine
+from zarr_cae.networks.transforms import HIGH_RATE, LOW_RATE, Residual
+from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.weights import registry as weights
 
 TILE = 512
 

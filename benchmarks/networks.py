@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from zarr_cae.inference import choose_precision, prepare
-from zarr_cae.transforms import (
+from zarr_cae.networks.inference import choose_precision, prepare
+from zarr_cae.networks.transforms import (
     GDN,
     HIGH_RATE,
     LOW_RATE,

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zarr_cae import entropy, weights
-from zarr_cae.engine import engine_for
-from zarr_cae.framing import FrameHeader, unpack
-from zarr_cae.pixels import Layout, to_planes
-from zarr_cae.settings import Settings
-from zarr_cae.tables import ideal_bits
+from zarr_cae.coder import tiles as entropy
+from zarr_cae.coder.frame import FrameHeader, unpack
+from zarr_cae.coder.tables import ideal_bits
+from zarr_cae.config import Settings
+from zarr_cae.networks.engine import engine_for
+from zarr_cae.pixels.layout import Layout, to_planes
 from zarr_cae.training.density import Density
+from zarr_cae.weights import registry as weights
 
 LARGEST = 2000
 """Symbols beyond are an IndexError; the largest on photographs are some hundreds."""

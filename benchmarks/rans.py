@@ -1,4 +1,4 @@
-"""Speed of `zarr_cae.rans` and of `compressai.ans` on the same symbols, one core, one run.
+"""Speed of `zarr_cae.coder.rans` and of `compressai.ans` on the same symbols, one core, one run.
 
     python benchmarks/rans.py [IMAGE ...] [--quality 1,4,8] [--repeats N]
 
@@ -35,9 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from zarr_cae import rans
-from zarr_cae.contexts import to_differences
-from zarr_cae.tables import PRECISION, Tables, ideal_bits, rows_of, trimmed_frequencies
+from zarr_cae.coder import rans
+from zarr_cae.coder.contexts import to_differences
+from zarr_cae.coder.tables import PRECISION, Tables, ideal_bits, rows_of, trimmed_frequencies
 
 
 def synthetic() -> tuple[np.ndarray, Tables]:
@@ -60,11 +60,11 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
     """The tiles, each (M, h, w) int16, of the images' symbols, and their tables."""
     from PIL import Image
 
-    from zarr_cae import weights
-    from zarr_cae.engine import engine_for
-    from zarr_cae.framing import FrameHeader
-    from zarr_cae.pixels import Layout, to_planes
-    from zarr_cae.settings import Settings
+    from zarr_cae.coder.frame import FrameHeader
+    from zarr_cae.config import Settings
+    from zarr_cae.networks.engine import engine_for
+    from zarr_cae.pixels.layout import Layout, to_planes
+    from zarr_cae.weights import registry as weights
 
     digest = weights.default_digest(weights.DEFAULT_MODEL, quality, "mse")
     loaded = weights.load(weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric="mse").path)
@@ -106,7 +106,7 @@ def compare(tiles: list[np.ndarray], tables: Tables, repeats: int) -> None:
     shapes = [tile.shape[1:] for tile in tiles]
     decode_s, decoded = best(lambda: [rans.decode(s, n, tables) for s, n in zip(streams, shapes, strict=True)], repeats)
     if not all(map(np.array_equal, decoded, tiles)):
-        sys.exit("zarr_cae.rans: decoded symbols differ")
+        sys.exit("zarr_cae.coder.rans: decoded symbols differ")
     payload, ideal = sum(map(len, streams)), sum(ideal_bits(tile, tables) for tile in tiles) / 8
     total = sum(tile.size for tile in tiles)
     counted = sum(int(tile.any(axis=(1, 2)).sum()) * tile[0].size for tile in tiles)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    files = files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
+    files = files or [Path(str(resources.files("zarr_cae.cli") / "astronaut.png"))]
     for quality in map(int, arguments.quality.split(",")):
         if quality:
             print(f"\nquality {quality}, {len(files)} images")

@@ -31,9 +31,9 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from zarr_cae import weights
 from zarr_cae.cli import main as zarr_cae
-from zarr_cae.rivals import RIVALS
+from zarr_cae.evaluation.classical import RIVALS
+from zarr_cae.weights import registry as weights
 
 RUNS = {
     "image": ["--chunks", "image", "--against", ",".join(name for name in RIVALS if name != "jpegxl3")],

@@ -13,7 +13,7 @@ zoo         the network of `bmshj2018-factorized` with random weights through `C
 compressai  CompressAI's `bmshj2018-factorized` with random weights, `compress` and `decompress`, one chunk at a time,
             as caecodec did (compressai must be importable); at --sample of the chunks
 jpegxl, ... classical codecs (jpegxl3 is JPEG XL with effort 3 instead of 7), one chunk at a time on one thread, at the
-            setting whose PSNR is nearest; through the functions of `zarr_cae.rivals`; at --sample of the chunks
+            setting whose PSNR is nearest; `zarr_cae.evaluation.classical`; at --sample of the chunks
 
 Seconds are the least of the repeats; ratios are to the first line of each table.
 """
@@ -36,11 +36,12 @@ import zarr
 from PIL import Image
 from zarr.storage import MemoryStore
 
-from zarr_cae import CAECodec, weights
-from zarr_cae.engine import PASS_PIXELS, engine_for
-from zarr_cae.pixels import Layout, to_planes
-from zarr_cae.rivals import RIVALS
-from zarr_cae.settings import Settings
+from zarr_cae import CAECodec
+from zarr_cae.config import Settings
+from zarr_cae.evaluation.classical import RIVALS
+from zarr_cae.networks.engine import PASS_PIXELS, engine_for
+from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.weights import registry as weights
 
 RIVAL_NAMES = ("jpegxl", "jpegxl3", "avif", "webp", "jpeg")
 Chunk = np.ndarray[Any, np.dtype[np.uint8]]
@@ -140,7 +141,7 @@ def one_at_a_time(model: Any, chunks: list[Chunk]) -> tuple[float, float]:
 
 def random_zoo(quality: int, folder: Path) -> str:
     """Import a random network of the zoo's form and return its digest."""
-    from zarr_cae.zoo import convert
+    from zarr_cae.weights.compressai import convert
 
     path = folder / f"random-{quality}.pth.tar"
     torch.save(compressai_model(quality).state_dict(), path)
@@ -217,7 +218,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
+    pixels = picture(files or [Path(str(resources.files("zarr_cae.cli") / "astronaut.png"))], arguments.edge)
     print(f"{arguments.edge} x {arguments.edge} RGB, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[weights.CACHE_VARIABLE] = folder

@@ -1,7 +1,7 @@
 """Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder."""
 
-from zarr_cae.bottleneck import BottleneckStore, open_bottleneck
-from zarr_cae.codec import CAECodec
+from zarr_cae.codec.cae import CAECodec
+from zarr_cae.config import configure
 from zarr_cae.errors import (
     CAEConfigurationError,
     CAEDataError,
@@ -10,9 +10,9 @@ from zarr_cae.errors import (
     StreamError,
     WeightsNotFoundError,
 )
-from zarr_cae.latents import CAEBottleneckCodec
-from zarr_cae.patches import as_torch_dataset
-from zarr_cae.settings import configure
+from zarr_cae.latents.codec import CAEBottleneckCodec
+from zarr_cae.latents.dataset import as_torch_dataset
+from zarr_cae.latents.store import BottleneckStore, open_bottleneck
 
 __all__ = [
     "BottleneckStore",

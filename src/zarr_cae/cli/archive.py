@@ -25,13 +25,13 @@ from zarr_cae.cli.images import (
 )
 from zarr_cae.cli.writing import BAR, Options, many_chunks_at_once, plan, replacing_zarr, slabs, stored_bytes, write
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
-from zarr_cae.pixels import Layout, resolve_channel_axis
-from zarr_cae.weights import DEFAULT_MODEL, METRICS, MODELS, find
+from zarr_cae.pixels.layout import Layout, resolve_channel_axis
+from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS, find
 
 if TYPE_CHECKING:
     import zarr
 
-    from zarr_cae.codec import CAECodec
+    from zarr_cae.codec.cae import CAECodec
 
 
 def add(commands: Commands) -> None:
@@ -169,7 +169,7 @@ def _codec(array: zarr.Array[Any]) -> CAECodec | None:
     """The array's `cae` codec, also from inside a shard."""
     from zarr.codecs import ShardingCodec
 
-    from zarr_cae.codec import CAECodec
+    from zarr_cae.codec.cae import CAECodec
 
     codecs = list(getattr(array.metadata, "codecs", ()))
     while codecs:
@@ -235,7 +235,7 @@ def _describe(array: zarr.Array[Any]) -> str:
 
 def _latents(array: zarr.Array[Any]) -> str:
     """The shape that `open_bottleneck` gives, or why it gives none."""
-    from zarr_cae.bottleneck import open_bottleneck
+    from zarr_cae.latents.store import open_bottleneck
 
     try:
         latents = cast("zarr.Array[Any]", open_bottleneck(array.store_path))

@@ -52,7 +52,7 @@ def bottleneck(arguments: argparse.Namespace) -> None:
 
 def _open(path: Path) -> zarr.Array[Any]:
     """The latents of the array at a path, or of the only one with latents in the group there."""
-    from zarr_cae.bottleneck import has_latents, open_bottleneck
+    from zarr_cae.latents.store import has_latents, open_bottleneck
 
     array, members = arrays_at(path, open_bottleneck)
     if array is not None:

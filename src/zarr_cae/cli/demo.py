@@ -51,13 +51,13 @@ def add(commands: Commands) -> None:
 
 def photograph() -> Pixels:
     """The photograph, (512, 512, 3) uint8."""
-    with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as path:
+    with resources.as_file(resources.files("zarr_cae.cli") / "astronaut.png") as path:
         return read_image(path)
 
 
 def demo(arguments: argparse.Namespace) -> None:
     """`zarr-cae demo`."""
-    from zarr_cae.evaluation import bits_per_pixel, ms_ssim, psnr
+    from zarr_cae.evaluation.measures import bits_per_pixel, ms_ssim, psnr
 
     original = photograph()
     store = arguments.folder / "demo.zarr"
@@ -113,7 +113,7 @@ def _warm_up(original: Pixels) -> None:
     """Load torch, networks and compiled coder, which are no part of the times."""
     import zarr
 
-    from zarr_cae.codec import CAECodec
+    from zarr_cae.codec.cae import CAECodec
 
     for quality in _QUALITIES:
         array = zarr.create_array(

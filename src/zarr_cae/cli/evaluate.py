@@ -16,7 +16,8 @@ from zarr_cae.cli.arguments import Commands, command, note, progress, quality, r
 from zarr_cae.cli.images import Pixels, read_image, replacing
 from zarr_cae.cli.writing import stored_bytes
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.evaluation import (
+from zarr_cae.evaluation.classical import RIVALS, evaluate_rival
+from zarr_cae.evaluation.measures import (
     Curve,
     Metric,
     Point,
@@ -28,11 +29,10 @@ from zarr_cae.evaluation import (
     to_curves,
     write_csv,
 )
-from zarr_cae.rivals import RIVALS, evaluate_rival
-from zarr_cae.weights import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, available, check_digest
+from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, available, check_digest
 
 if TYPE_CHECKING:
-    from zarr_cae.codec import CAECodec
+    from zarr_cae.codec.cae import CAECodec
 
 
 def add(commands: Commands) -> None:
@@ -86,7 +86,7 @@ def _chunks(text: str) -> int | None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """`zarr-cae evaluate`."""
-    from zarr_cae.codec import CAECodec
+    from zarr_cae.codec.cae import CAECodec
 
     files = _files([Path(path) for path in arguments.paths])
     published = [] if arguments.published is None else _curves(arguments.published)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from zarr_cae.cli.arguments import refuse
 from zarr_cae.errors import CAEError
-from zarr_cae.pillow import IMAGE_DAMAGE, no_size_limit
+from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
 
 if TYPE_CHECKING:
     import zarr

@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from zarr_cae import weights
 from zarr_cae.cli.arguments import Commands, command, note, progress, refuse
 from zarr_cae.cli.weights_files import described
+from zarr_cae.weights import registry as weights
 
 if TYPE_CHECKING:
     from zarr_cae.training.data import Crops

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zarr_cae import weights
 from zarr_cae.cli.arguments import Commands, command, quality, refuse, table
+from zarr_cae.weights import registry as weights
 
 
 def add(commands: Commands) -> None:
@@ -60,7 +60,7 @@ def import_file(arguments: argparse.Namespace) -> None:
             refuse(f"{path} is taken for a CompressAI checkpoint; say which one with --quality Q --metric M")
         if not path.is_file():
             refuse(f"{path} does not exist")
-        from zarr_cae.zoo import convert
+        from zarr_cae.weights.compressai import convert
 
         content = convert(path, quality=arguments.quality, metric=arguments.metric)
     print(described(weights.store(content)))
@@ -68,7 +68,7 @@ def import_file(arguments: argparse.Namespace) -> None:
 
 def fetch(arguments: argparse.Namespace) -> None:
     """`zarr-cae weights fetch`."""
-    from zarr_cae.zoo import fetch
+    from zarr_cae.weights.compressai import fetch
 
     path = fetch(quality=arguments.quality, metric=arguments.metric)
     print(described(next(info for info in weights.available() if info.path == path)))

@@ -17,12 +17,12 @@ import numpy as np
 
 from zarr_cae.cli.arguments import note, progress, refuse
 from zarr_cae.cli.images import Source, is_zarr, refusing_damage
-from zarr_cae.pixels import Layout, resolve_channel_axis
+from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 
 if TYPE_CHECKING:
     import zarr
 
-    from zarr_cae.codec import CAECodec
+    from zarr_cae.codec.cae import CAECodec
 
 DEFAULT_CHUNK = 256
 _SLAB_SAMPLES = 1 << 23
@@ -60,7 +60,7 @@ class Plan:
 
 def plan(source: Source, options: Options) -> Plan:
     """Choose codec, grid and fill value. Raises CAEConfigurationError for what cannot be encoded."""
-    from zarr_cae.codec import CAECodec
+    from zarr_cae.codec.cae import CAECodec
 
     wanted = source.channel_axis if options.channel_axis == "auto" else options.channel_axis
     axis = resolve_channel_axis(source.shape, wanted)

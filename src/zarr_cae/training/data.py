@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, from_numpy
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pillow import IMAGE_DAMAGE, no_size_limit
+from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
 
 Pixels = npt.NDArray[np.uint8]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}

@@ -4,7 +4,7 @@ A factorized prior (Ballé et al. 2018, arXiv:1802.01436, section 6.1) has one d
 Ballé's is a small monotone network; a mixture of a few logistics can start from the statistics of the KLT latents,
 has a closed-form distribution function, and trained faster here. Its scale at a position follows the activity of the
 channels before it around that position, and the slowly varying channels are coded as differences from their
-neighbours: the smooth counterpart of the integer contexts that `export` fits (see `zarr_cae.contexts`).
+neighbours: the smooth counterpart of the integer contexts that `export` fits (see `zarr_cae.coder.contexts`).
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zarr_cae import weights
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.training.fitting import fit
 from zarr_cae.training.model import GainedAutoencoder
+from zarr_cae.weights import registry as weights
 
 _LARGEST_SYMBOL = 32767
 

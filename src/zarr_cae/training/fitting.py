@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.contexts import LARGEST_ACTIVITY, LARGEST_WEIGHTS, Contexts, around, scores, to_differences
-from zarr_cae.tables import PRECISION, trimmed_frequencies
+from zarr_cae.coder.contexts import LARGEST_ACTIVITY, LARGEST_WEIGHTS, Contexts, around, scores, to_differences
+from zarr_cae.coder.tables import PRECISION, trimmed_frequencies
 
 CLASSES = 16
 SOURCES = 16

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zarr_cae.networks.transforms import GDN
 from zarr_cae.training.model import GainedAutoencoder
-from zarr_cae.transforms import GDN
 
 FEATURE_SCALE = 4.0
 """Features over pixels: puts most features near one, where GDN and the learning rates are at home."""

@@ -20,7 +20,7 @@ from zarr_cae.training.klt import start_from_klt
 from zarr_cae.training.loss import SMALLEST_CROP, mean_squared_error, multiscale_dissimilarity, rate_distortion
 from zarr_cae.training.model import QUALITIES, GainedAutoencoder, Metric, Range, default_lambdas
 from zarr_cae.training.soap import Soap
-from zarr_cae.weights import Weights, WeightsInfo
+from zarr_cae.weights.registry import Weights, WeightsInfo
 
 
 @dataclass(frozen=True)

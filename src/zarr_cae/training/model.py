@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from zarr_cae.networks.transforms import GDN, HIGH_RATE, LOW_RATE, Analysis, Synthesis, Widths
 from zarr_cae.training.density import Density
-from zarr_cae.transforms import GDN, HIGH_RATE, LOW_RATE, Analysis, Synthesis, Widths
 
 Metric = Literal["mse", "ms-ssim"]
 Range = Literal["low", "high"]

@@ -1,0 +1,133 @@
+"""The loops of `rans` and `latents` compiled, at their first use: who only reads waits for no encoder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+from zarr_cae.coder import kernels as loops
+
+__all__ = ["Decoders", "Encoders", "decoders", "dequantiser", "encoders"]
+
+_log = logging.getLogger(__name__)
+
+
+class Decoders(NamedTuple):
+    """Those of `loops` that reading needs, with the same parameters."""
+
+    decode: Callable[..., tuple[int, int]]
+    restore: Callable[..., None]
+
+
+class Encoders(NamedTuple):
+    """Those of `loops` that writing needs besides, with the same parameters."""
+
+    assign: Callable[..., float]
+    encode: Callable[..., tuple[int, int]]
+
+
+_ready: dict[Callable[[], Any], Any] = {}
+_compiling = threading.RLock()
+_Made = TypeVar("_Made")
+
+if hasattr(os, "register_at_fork"):
+    # A fork waits for a compilation to end. It would not do to renew this lock in the child: numba's own, and what that
+    # guards, would be left there as they were in its midst.
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
+
+
+def decoders() -> Decoders:
+    """What reading needs: compiled, or loaded from numba's cache, once in a process."""
+    return _once(_compile_decoders)
+
+
+def dequantiser() -> Callable[..., None]:
+    """`loops.dequantise`, which only who reads latents needs: compiled, or loaded, once in a process."""
+    return _once(_compile_dequantiser)
+
+
+def encoders() -> Encoders:
+    """What writing needs: compiled, or loaded from numba's cache, once in a process."""
+    return _once(_compile_encoders)
+
+
+def _once(make: Callable[[], _Made]) -> _Made:
+    if make not in _ready:
+        with _compiling:
+            if make not in _ready:
+                _ready[make] = make()
+    return cast("_Made", _ready[make])
+
+
+def _compiled(loop: Callable[..., Any], result: Any, *arguments: Any) -> Any:
+    import numba
+
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    signature = result(*arguments)
+    try:
+        return numba.njit(signature, cache=True, **options)(loop)
+    except Exception as error:  # noqa: BLE001 - no writable place, a full disk, a damaged cache: many types
+        _log.debug("cae: numba's cache can't be used, compiling for this process only: %s", error)
+        return numba.njit(signature, **options)(loop)
+
+
+class _Types:
+    """The types of the loops' parameters; in signatures they stand in the order of these."""
+
+    def __init__(self) -> None:
+        from numba import types as t
+
+        def read(kind: Any) -> Any:
+            return t.Array(kind, 1, "C", readonly=True)
+
+        self.int, self.bool, self.void, self.float = t.int64, t.boolean, t.void, t.float64
+        self.counts = t.UniTuple(t.int64, 2)  # type: ignore[no-untyped-call]
+        self.i16, self.u8, self.u16, self.u32, self.u64, self.f32, self.flags = map(
+            read, (t.int16, t.uint8, t.uint16, t.uint32, t.uint64, t.float32, t.boolean)
+        )
+        self.symbols, self.words, self.states, self.places = t.int16[::1], t.uint16[::1], t.uint32[::1], t.int64[::1]
+        self.values, self.bytes, self.coded = t.float32[::1], t.uint8[::1], t.boolean[::1]
+        self.contexts = (self.i16, self.u8, self.u16)  # source, weight, threshold
+        self.scratch = (self.words, self.bytes, self.bytes, self.bytes)  # score, activity, around, classes
+        self.rows = (read(t.int32), read(t.int32))  # minimum, length
+        self.tables = (*self.rows, self.u32, self.u32)  # offset, interval
+
+
+def _compile_contexts() -> _Types:
+    """What the others call, bound to the names by which they do."""
+    t = _Types()
+    inner = (t.coded, t.bytes, t.words, t.bytes)  # coded, around, score, classes
+    loops.run_classify = _compiled(loops.classify, t.void, t.int, t.int, *t.contexts, *inner)
+    loops.run_spread = _compiled(loops.spread, t.void, t.int, t.int, t.int, t.bytes, t.bytes)
+    return t
+
+
+def _compile_decoders() -> Decoders:
+    t = _once(_compile_contexts)
+    shortcuts = (t.u8, t.u32, t.i16, t.bool, t.u32)  # lookup, likely, likely_symbol, sparse, zero_flag
+    room = (*t.scratch, t.states, t.symbols, t.places)
+    return Decoders(
+        _compiled(loops.decode, t.counts, t.u16, t.int, t.int, *t.tables, *shortcuts, t.coded, *t.contexts, *room),
+        _compiled(loops.restore, t.void, t.symbols, t.int, t.flags),
+    )
+
+
+def _compile_dequantiser() -> Callable[..., None]:
+    t = _Types()
+    where = (t.values, t.int, t.int, t.int, t.int)  # values, begin, rows, columns, channels
+    compiled: Callable[..., None] = _compiled(loops.dequantise, t.void, t.i16, t.int, t.f32, t.f32, *where)
+    return compiled
+
+
+def _compile_encoders() -> Encoders:
+    t = _once(_compile_contexts)
+    lanes = (t.states, t.words, t.symbols)  # state, words, escapes
+    return Encoders(
+        _compiled(loops.assign, t.float, t.i16, t.int, *t.rows, t.coded, *t.contexts, *t.scratch, t.f32),
+        _compiled(loops.encode, t.counts, t.i16, *t.tables, t.u64, t.u32, t.coded, t.bytes, *lanes),
+    )

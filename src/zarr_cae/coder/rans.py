@@ -1,0 +1,272 @@
+"""Interleaved rANS between symbols and bytes.
+
+Range asymmetric numeral systems with several interleaved states (Duda, arXiv:1311.2540; Giesen, arXiv:1402.3392):
+32-bit states held in [2^16, 2^32), renormalised by 16-bit words. Everything is integer arithmetic, so the same bytes
+give the same symbols on every machine.
+
+The stream of one tile
+----------------------
+Given by the frame: M channels, `positions` symbols in each, and the `tables`. Tables with contexts have K rows a
+channel, and what is coded are the coded symbols of `contexts`, which also gives the row of each; without contexts
+there is one row a channel, and the symbols are coded as they are. With T = 2^PRECISION, little endian:
+
+    1 byte            log2 of the number of lanes L: 0 to 5
+    4 L bytes         the start state of lane 0, 1, ... for the decoder, each in [2^16, 2^32)
+    2 bytes each      the words, in the order in which the decoder reads them
+    1 to 3 bytes each the escapes: symbols outside their channel's alphabet, in the order of their occurrence
+
+There is no count of words or escapes: the decoder knows where each section ends when it gets there, and the last
+escape (or the last word, without escapes) must end with the stream.
+
+The coded symbols are numbered i = 0, 1, ...; number i belongs to lane i mod L. First come the flags of the channels
+that have one, then the symbols of the channels without a flag or with a flag that says so, channel by channel. To
+decode number i from state x of its lane:
+
+    slot = x mod T                          find the entry with  start <= slot < start + frequency
+    x    = frequency * floor(x / T) + slot - start
+    if x < 2^16:  x = x * 2^16 + next word
+
+* A flag has two entries. All zero: start 0, frequency z. Coded: start z, frequency T - z. Here z / T is the probability
+  that `positions` symbols in a row are zero, in fixed point with 32 fractional bits, f0 being the table's frequency of
+  symbol 0 (or 0 if the alphabet lacks it), or `zero` of the contexts. A channel has a flag if 16 z >= 15 T: a flag
+  that says "coded" is redundant, at -log2(1 - z / T) bits, so channels that are often not zero go without.
+
+      power = 2^32;  base = f0 * 2^(32 - PRECISION);  n = positions
+      while n > 0:
+          if n is odd:  power = floor(power * base / 2^32)
+          base = floor(base * base / 2^32);  n = floor(n / 2)
+      z = min(floor(power / 2^(32 - PRECISION)), T - 1)
+
+* Entry k of a row is the symbol minimum + k; the last entry is the escape. A start is the sum of the
+  frequencies before it in the row. Rows sum to T.
+* An escaped symbol v is written as a little-endian base-128 varint (7 bits a byte, high bit set on all but the last
+  byte, no superfluous last byte) of 2 v if v >= 0, of -2 v - 1 if v < 0. It is an int16 outside the row's alphabet.
+
+After the last coded symbol each state must be back at 2^16, where the encoder began. The encoder runs the same steps
+backwards. It takes L from the payload (`_LANE_BYTES`); a decoder accepts any L. A group of L symbols reads at most L
+words, in the order of the lanes, so a warp decodes it in lockstep with a ballot and a prefix count.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarr_cae.coder.compile import decoders, encoders
+from zarr_cae.coder.contexts import Contexts, to_differences
+from zarr_cae.coder.kernels import START_STATE
+from zarr_cae.coder.tables import Tables, escape_bytes
+from zarr_cae.errors import CAEConfigurationError, StreamError
+
+__all__ = ["decode", "encode"]
+
+_MAX_LOG2_LANES = 5
+_LANE_BYTES = 750  # payload per lane: a lane costs 3 bytes (4, less what its state still holds), 0.4 % of this
+_SPARSE_WORDS = 1 / 32  # a symbol, half a bit: below, guessing symbols is faster than looking them up, above slower
+_DAMAGED = "the stored chunk is damaged, or of other weights"
+
+Symbols = NDArray[np.int16]
+
+
+def encode(symbols: Symbols, tables: Tables) -> bytes:
+    """One tile's symbols as a stream (the layout stands in the module's docstring).
+
+    Parameters
+    ----------
+    symbols
+        int16 (M, h, w), h and w >= 1. Any values: those outside a table's alphabet take the escape.
+    tables
+        Tables of the same M channels.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If `symbols` has another dtype or shape.
+    """
+    if symbols.dtype != np.int16 or symbols.ndim != 3 or len(symbols) != tables.channels or not symbols.size:
+        raise CAEConfigurationError(
+            f"cae: symbols must be int16 of shape ({tables.channels}, rows, columns) with at least one position; "
+            f"got {symbols.dtype} of shape {symbols.shape}"
+        )
+    if tables.contexts is not None:
+        symbols = to_differences(symbols, tables.contexts.predicted)
+    width = symbols.shape[2]
+    flat = np.require(symbols, np.int16, ["C", "A"]).reshape(tables.channels, -1)
+    positions = flat.shape[1]
+    zero_flag = tables.zero_flag(positions)
+    coded: NDArray[np.bool_] = np.any(flat, axis=1) | (zero_flag == 0)
+    classes = np.zeros(flat.size, np.uint8)
+    if tables.contexts is None:
+        bits = float(tables.entropy @ coded) * positions
+    else:
+        scratch = _Scratch.of(flat.size, positions, width)
+        bits = encoders().assign(
+            flat.reshape(-1),
+            width,
+            tables.minimum,
+            tables.length,
+            coded,
+            *_sources(tables.contexts),
+            *scratch,
+            classes,
+            tables.entropy,
+        )
+    words = np.empty(np.count_nonzero(zero_flag) + np.count_nonzero(coded) * positions, np.uint16)
+    escapes = np.empty(words.size, np.int16)  # the system gives pages only to what is used
+    lanes, better = 0, _lanes(bits / 8)
+    while lanes != better:  # guessed from the tables, and done again where the payload says otherwise
+        lanes, retry = better, not lanes
+        state = np.full(lanes, START_STATE, np.uint32)
+        free, count = encoders().encode(
+            flat.reshape(-1),
+            tables.minimum,
+            tables.length,
+            tables.offset,
+            tables.interval,
+            tables.reciprocal,
+            zero_flag,
+            coded,
+            classes,
+            state,
+            words,
+            escapes,
+        )
+        better = _lanes(2 * (words.size - free)) if retry else lanes
+    head = bytes([lanes.bit_length() - 1]) + state.astype("<u4").tobytes()
+    return head + words[free:].astype("<u2").tobytes() + _varints(escapes[:count][::-1])
+
+
+class _Scratch(NamedTuple):
+    """Room for the kernels: the scores of a channel, its activities with a border of zeros, and all `around`."""
+
+    score: NDArray[np.uint16]
+    activity: NDArray[np.uint8]
+    around: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, size: int, positions: int, width: int) -> _Scratch:
+        border = (positions // width + 2) * (width + 2)
+        return cls(np.empty(positions, np.uint16), np.zeros(border, np.uint8), np.empty(size, np.uint8))
+
+
+@lru_cache(maxsize=64)
+def _sources(contexts: Contexts | None) -> tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.uint16]]:
+    """The kernels' flat source, weight and threshold; empty without contexts."""
+    if contexts is None:
+        return np.empty(0, np.int16), np.empty(0, np.uint8), np.empty(0, np.uint16)
+    return contexts.source.reshape(-1), contexts.weight.reshape(-1), contexts.threshold.reshape(-1)
+
+
+def _lanes(payload: float) -> int:
+    return 1 << min(max(int(payload) // _LANE_BYTES, 1).bit_length() - 1, _MAX_LOG2_LANES)
+
+
+def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -> Symbols:
+    """The symbols of one tile's stream.
+
+    Parameters
+    ----------
+    stream
+        All bytes of the stream, and nothing else; contiguous.
+    shape
+        Rows and columns of the tile, >= 1, from the frame.
+    tables
+        The tables that it was encoded with.
+
+    Returns
+    -------
+    int16 (M, *shape)
+
+    Raises
+    ------
+    StreamError
+        If the stream is malformed, truncated, or was written with other tables.
+    CAEConfigurationError
+        If `shape` is not positive.
+    """
+    if min(shape) < 1:
+        raise CAEConfigurationError(f"cae: a tile's shape must be at least 1 x 1; got {shape}")
+    positions, width = shape[0] * shape[1], shape[1]
+    if len(stream) < 1:
+        raise StreamError(f"cae: stream is empty; a tile has at least 5 bytes; {_DAMAGED}")
+    log2_lanes = stream[0]
+    if log2_lanes > _MAX_LOG2_LANES:
+        raise StreamError(f"cae: stream's lane byte must be 0 to {_MAX_LOG2_LANES}; got {log2_lanes}; {_DAMAGED}")
+    head = 1 + (4 << log2_lanes)
+    if len(stream) < head:
+        raise StreamError(
+            f"cae: stream needs {head} bytes for its {1 << log2_lanes} lane states; got {len(stream)}; {_DAMAGED}"
+        )
+    state = np.frombuffer(stream, "<u4", 1 << log2_lanes, 1).astype(np.uint32)
+    if int(state.min()) < START_STATE:
+        raise StreamError(f"cae: stream's lane states must be at least 2^16; got {int(state.min())}; {_DAMAGED}")
+    word_count = (len(stream) - head) // 2
+    words = np.zeros(word_count + max(positions, tables.channels), np.uint16)  # room to read on to a channel's end
+    words[:word_count] = np.frombuffer(stream, "<u2", word_count, head)
+    escapes = np.empty(len(stream), np.int64)  # each takes a byte at least
+    symbols = np.zeros((tables.channels, positions), np.int16)
+    classes = np.zeros(symbols.size, np.uint8)
+    read, count = decoders().decode(
+        words,
+        word_count,
+        width,
+        tables.minimum,
+        tables.length,
+        tables.offset,
+        tables.interval,
+        tables.lookup,
+        *tables.likely,
+        word_count < symbols.size * _SPARSE_WORDS,
+        tables.zero_flag(positions),
+        np.empty(tables.channels, np.bool_),
+        *_sources(tables.contexts),
+        *_Scratch.of(symbols.size if tables.contexts else 0, positions, width),
+        classes,
+        state,
+        symbols.reshape(-1),
+        escapes,
+    )
+    if read > word_count:
+        raise StreamError(f"cae: stream ends before its last word; {_DAMAGED}")
+    if (state != START_STATE).any():
+        raise StreamError(f"cae: stream's lanes must end in state 2^16; got {hex(state.max())}; {_DAMAGED}")
+    section = np.frombuffer(memoryview(stream)[head + 2 * read :], np.uint8)
+    if count > section.size:
+        raise StreamError(f"cae: stream needs {count} escapes; got {section.size} bytes; {_DAMAGED}")
+    _put_escapes(section, escapes[:count], tables, classes, symbols.reshape(-1))
+    if tables.contexts is not None:
+        decoders().restore(symbols.reshape(-1), width, tables.contexts.predicted)
+    return symbols.reshape(-1, *shape)
+
+
+def _put_escapes(
+    section: NDArray[np.uint8], place: NDArray[np.int64], tables: Tables, classes: NDArray[np.uint8], symbols: Symbols
+) -> None:
+    """Put the values of the escape section at these places of the flat symbols."""
+    end = np.flatnonzero(section < 128) + 1
+    if end.size < place.size:
+        raise StreamError(f"cae: stream needs {place.size} escapes; got {end.size}; {_DAMAGED}")
+    if end.size > place.size or section.size > (end[-1] if end.size else 0):
+        raise StreamError(f"cae: stream goes on after its last symbol; {_DAMAGED}")
+    if place.size == 0:
+        return
+    row = place // (symbols.size // tables.channels) * tables.classes + classes[place]
+    size = np.diff(end, prepend=0)
+    if int(size.max()) > 3 or ((size > 1) & (section[end - 1] == 0)).any():
+        raise StreamError(f"cae: stream's escapes must be varints of 1 to 3 bytes, none superfluous; {_DAMAGED}")
+    digits = section.astype(np.int64) & 0x7F
+    zigzag = sum(np.where(size > n, digits[end - np.maximum(size - n, 1)] << 7 * n, 0) for n in range(3))
+    value = (zigzag >> 1) ^ -(zigzag & 1)
+    if ((zigzag > 0xFFFF) | ((value >= tables.minimum[row]) & (value <= tables.largest[row]))).any():
+        raise StreamError(f"cae: stream's escapes must be of int16 and outside their channel's alphabet; {_DAMAGED}")
+    symbols[place] = value
+
+
+def _varints(values: Symbols) -> bytes:
+    wide = values.astype(np.int64)[:, None]
+    zigzag, size = (wide << 1) ^ (wide >> 63), escape_bytes(wide)
+    more, used = np.arange(1, 4) < size, np.arange(3) < size
+    return bytes((zigzag >> [0, 7, 14] & 0x7F | more << 7)[used].astype(np.uint8))

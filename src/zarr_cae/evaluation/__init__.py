@@ -1,0 +1,1 @@
+"""Measures of quality and rate, curves, plots, and classical codecs to compare with."""

@@ -1,0 +1,1 @@
+"""The transforms, and the engine that runs them in batches."""

@@ -1,0 +1,100 @@
+"""Trained networks made ready for inference: the form and the precision in which they run fastest here.
+
+What rounding to bfloat16 does depends on where. A residual branch is a small correction to what passes by it in
+float32, so that its rounding hardly shows in the pixels; that of the other convolutions and of GDN does, by some grey
+levels at most (`tests/test_inference.py` holds both; `benchmarks/networks.py` has the speeds). "float32" is what torch
+takes for that: on GPUs convolutions multiply in TF32, whose rounding an eighth as coarse shows in no pixel either.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.networks.transforms import Analysis, FactorizedSynthesis, Residual, Synthesis, Upsampling
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class SubpixelConv(nn.Module):
+    """An `Upsampling` as a 2 x 2 convolution and a pixel shuffle: (N, I, h, w) to (N, O, s h, s w).
+
+    Shifted by s / 2, each s x s block of the output depends on 2 x 2 inputs. Pays where the outputs are few,
+    as in the last layer, whose transposed form is slow on CPUs.
+    """
+
+    def __init__(self, transposed: Upsampling) -> None:
+        super().__init__()
+        inputs, outputs = transposed.weight.shape[:2]
+        self.stride = transposed.stride[0]
+        taps = transposed.weight.detach().reshape(inputs, outputs, 2, self.stride, 2, self.stride).flip(2, 4)
+        self.conv = nn.Conv2d(inputs, outputs * self.stride**2, 2, padding=1, padding_mode="replicate")
+        self.conv.weight = nn.Parameter(taps.permute(1, 3, 5, 0, 2, 4).reshape(self.conv.weight.shape))
+        assert transposed.bias is not None
+        self.conv.bias = nn.Parameter(transposed.bias.detach().repeat_interleave(self.stride**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        edge = self.stride // 2
+        return nn.functional.pixel_shuffle(self.conv(x), self.stride)[..., edge:-edge, edge:-edge]
+
+
+class SubpixelConv5(nn.Module):
+    """CompressAI's transposed convolution, kernel 5, stride 2, as a 3 x 3 convolution and a pixel shuffle.
+
+    (N, I, h, w) to (N, O, 2 h, 2 w). Half of the taps of odd rows and columns are zero.
+    """
+
+    def __init__(self, transposed: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        inputs, outputs = transposed.weight.shape[:2]
+        # Row 2 i + r of the output takes tap r + 2 - 2 d from row i + d of the input, d = -1, 0, 1; columns likewise.
+        taps = nn.functional.pad(transposed.weight.detach(), (0, 1, 0, 1)).reshape(inputs, outputs, 3, 2, 3, 2)
+        taps = taps.flip(2, 4).permute(1, 3, 5, 0, 2, 4)
+        self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
+        self.conv.weight = nn.Parameter(taps.reshape(self.conv.weight.shape))
+        assert transposed.bias is not None
+        self.conv.bias = nn.Parameter(transposed.bias.detach().repeat_interleave(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(self.conv(x), 2)
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware: CPUs with AMX or AVX-512 BF16, GPUs since Ampere."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    known: dict[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older versions of torch have no public way to tell
+    return bool(known.get("amx_bf16", False) or known.get("avx512_bf16", False))
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """`name`, or for "auto" whichever of "auto" and "float32" is faster on the device.
+
+    Raises CAEConfigurationError for another name.
+    """
+    if name not in get_args(Precision):
+        raise CAEConfigurationError(f"cae: cae.precision must be one of {', '.join(get_args(Precision))}, got {name!r}")
+    return "float32" if name == "auto" and not bfloat16_is_fast(device) else name  # type: ignore[return-value]
+
+
+def prepare(network: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
+    """The network on the device, for inference only: its last layer recast, and its precision lowered where asked.
+
+    "auto" lowers the residual branches, "bfloat16" all but the layers at the latents' scale, whose values go into the
+    hundreds. Networks other than those of `cae-v1` stay in float32: they have no such branches, and squares in them.
+    """
+    if isinstance(network, Synthesis):
+        network.conv1 = SubpixelConv(network.conv1)  # type: ignore[assignment]
+    if isinstance(network, FactorizedSynthesis):
+        network[-1] = SubpixelConv5(network[-1])  # type: ignore[arg-type]
+    if isinstance(network, Analysis | Synthesis) and precision != "float32":
+        for name, module in network.named_children():
+            if isinstance(module, Residual) or (precision == "bfloat16" and name != "conv3"):
+                module.to(torch.bfloat16)
+    prepared: nn.Module = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return prepared.requires_grad_(requires_grad=False).eval()

@@ -1,0 +1,1 @@
+"""Zarr chunks to planes of floats and back."""

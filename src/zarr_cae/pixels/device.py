@@ -1,0 +1,83 @@
+"""Chunks to planes and back on the device of the network: `pixels` for tensors.
+
+Where the network runs on a GPU, chunks go there and come back in their own dtype, a quarter of the bytes of float32
+planes, and no core of the host touches a pixel; arrays that are on the device already (cupy's, by zarr's
+`config.enable_gpu()`) stay there. The numbers are those of `pixels`, whose rules and errors hold here too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zarr_cae.errors import CAEDataError
+from zarr_cae.pixels.layout import RGB, STRIDE, Layout, ValueRange, outside_message
+
+_DTYPES = {
+    np.dtype(name): getattr(torch, name)
+    for name in ("uint8", "int8", "uint16", "int16", "float16", "float32", "float64")
+}
+"""Those that torch can compute with, or pass through an integer that holds them."""
+
+
+def supported(dtype: np.dtype[Any]) -> bool:
+    """Whether chunks of this dtype can be coded here; `pixels` can code all."""
+    return dtype in _DTYPES
+
+
+def to_tensor(array: Any, device: torch.device) -> Tensor:
+    """An array of numpy, or one of the device that speaks DLPack (cupy's), as a tensor on the device.
+
+    What is on the device is not copied. From the host it goes to a GPU by way of pinned memory, so that the copy
+    overlaps with what the device computes. On a CPU the tensor may share the array's memory: do not write to it.
+    """
+    if not isinstance(array, np.ndarray):
+        return torch.utils.dlpack.from_dlpack(array).to(device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def to_planes(chunk: Tensor, layout: Layout, value_range: ValueRange) -> Tensor:
+    """A chunk as planes (N, 3 or 1, H', W') float32 in [0, 1]; see `pixels.to_planes`.
+
+    Raises CAEDataError for values outside the range.
+    """
+    low, high = value_range
+    ordered = chunk.permute(layout.channels_first)
+    if not chunk.is_floating_point():
+        ordered = ordered.to(torch.int32) if chunk.dtype != torch.uint8 or value_range != (0, 255) else ordered
+    if ordered.dtype != torch.uint8:
+        lowest, highest = (value.item() for value in torch.aminmax(ordered))
+        if not (low <= lowest and highest <= high):  # also for nan
+            raise CAEDataError(outside_message(lowest, highest, value_range))
+    if chunk.is_floating_point():
+        values = ((ordered.to(torch.float64) - low) / (float(high) - float(low))).to(torch.float32)
+    else:
+        values = (ordered - int(low)).to(torch.float32) * float(np.float32(1 / (high - low)))
+    shape = (layout.planes, 1 if layout.grey else RGB, layout.height, layout.width)
+    below, right = (-side % STRIDE for side in shape[2:])
+    values = values.reshape(shape)
+    if below or right:
+        values = nn.functional.pad(values, (0, right, 0, below), mode="replicate")
+    return values
+
+
+def to_chunk(planes: Tensor, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Tensor:
+    """Planes (N, 3 or 1, H', W') back to a chunk: cropped, clipped, rounded where dtype is integer; contiguous."""
+    low, high = value_range
+    inside = planes[:, :, : layout.height, : layout.width]
+    if dtype.kind == "f":
+        values = (inside.to(torch.float64) * (float(high) - float(low)) + low).clamp_(low, high)
+    else:
+        extent = int(high) - int(low)
+        values = (inside * float(extent)).clamp_(0, extent).round_().to(torch.int32) + int(low)
+    order = layout.channels_first
+    ordered = values.reshape([layout.shape[axis] for axis in order])
+    back = [order.index(axis) for axis in range(len(order))]
+    return ordered.permute(back).to(_DTYPES[dtype]).contiguous()

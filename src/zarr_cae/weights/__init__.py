@@ -1,0 +1,1 @@
+"""Weights files: the format, where they lie, and CompressAI's checkpoints."""
