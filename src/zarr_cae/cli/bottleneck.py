@@ -1,9 +1,10 @@
-"""`bottleneck`: copy the latents of an array out of its archive."""
+"""`zarr-cae bottleneck`: copy the latents of an array into an array of their own."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Declare `bottleneck`."""
+    """Declare `bottleneck` and its arguments."""
     parser = command(
         commands, "bottleneck", bottleneck,
-        "Copy the latents of a Zarr array into an array of their own, float32, as the decoder's network receives "
-        "them. To train on them no copy is needed: see `zarr_cae.open_bottleneck`.",
+        "Copy the latents of a Zarr array into an array of their own. They are float32, the input of the synthesis "
+        "transform. Training on latents needs no copy: see `zarr_cae.open_bottleneck`.",
     )  # fmt: skip
     parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
     parser.add_argument("latents", type=Path, metavar="LATENTS.zarr|LATENTS.npy")
@@ -32,26 +33,23 @@ def add(commands: Commands) -> None:
 
 
 def bottleneck(arguments: argparse.Namespace) -> None:
-    """`zarr-cae bottleneck`."""
+    """Run `zarr-cae bottleneck`."""
     out: Path = arguments.latents
     if out.suffix.lower() not in {".zarr", ".npy"}:
-        refuse(f"latents go into a .zarr or .npy file; got {out}")
+        refuse(f"latents are written to a .zarr or .npy file; got {out}")
     array = _open(arguments.array)
     if out.suffix.lower() == ".npy":
         with replacing(out) as partial:
-            target = np.lib.format.open_memmap(partial, mode="w+", dtype=array.dtype, shape=array.shape)
-            for window, values in _pieces(array):
-                target[window] = values
-            target.flush()
+            _write_npy(array, partial)
     else:
         with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
-            asyncio.run(_write(array, partial))  # a loop of its own, so that Ctrl-C stops all work before it returns
+            asyncio.run(_write_zarr(array, partial))  # on a loop of its own, so that Ctrl-C ends all work first
     shape = " x ".join(map(str, array.shape))
     print(f"{out}: {shape} {array.dtype}, {array.nbytes:,} bytes in memory")
 
 
 def _open(path: Path) -> zarr.Array[Any]:
-    """The latents of the array at a path, or of the only one with latents in the group there."""
+    """Open the latents of the array at a path, or of the only array with latents in the group there."""
     from zarr_cae.latents.store import has_latents, open_bottleneck
 
     array, members = arrays_at(path, open_bottleneck)
@@ -64,9 +62,19 @@ def _open(path: Path) -> zarr.Array[Any]:
     return next(iter(found.values()))
 
 
-async def _write(array: zarr.Array[Any], path: Path) -> None:
+def _write_npy(array: zarr.Array[Any], path: Path) -> None:
+    target = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
+    if hasattr(os, "posix_fallocate") and array.nbytes:
+        with path.open("r+b") as file:  # on a full disk this raises OSError; a write to the map would kill the process
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    for window, values in _pieces(array):
+        target[window] = values
+    target.flush()
+
+
+async def _write_zarr(array: zarr.Array[Any], path: Path) -> None:
     import zarr.api.asynchronous
-    from zarr.core.buffer import cpu
+    from zarr.buffer import cpu
 
     target = await zarr.api.asynchronous.create_array(
         path,
@@ -83,8 +91,8 @@ async def _write(array: zarr.Array[Any], path: Path) -> None:
 
 
 def _pieces(array: zarr.Array[Any]) -> Iterator[tuple[tuple[slice, ...], npt.NDArray[np.float32]]]:
-    """All windows of an array with their values, on the host, under a progress bar."""
-    from zarr.core.buffer import cpu
+    """Yield windows that cover the array, with their values in host memory, and show progress."""
+    from zarr.buffer import cpu
 
     with progress(array.nbytes, "B", "bottleneck", unit_scale=True) as bar:
         for window in slabs(array.shape, array.shards or array.chunks):

@@ -1,1 +1,1 @@
-"""The read-only view of latents."""
+"""Latents of CAE arrays as read-only arrays of their own."""

@@ -1,7 +1,8 @@
-"""`CAEBottleneckCodec`: chunk frames to latents, read only, without torch.
+"""`CAEBottleneckCodec`: decode the frame of a chunk to its latents. It is read only and needs no torch.
 
-The latents of a chunk are what its synthesis network receives: symbol * step + offset, two float32 operations with
-constants of the weights file on integers that are coded without loss. They are the same bits on every machine.
+The latents of a chunk are the input of its synthesis transform: symbol * step + offset. These are two float32
+operations on integers that are coded without loss, with constants from the weights file, so every machine gets the
+same bits.
 """
 
 from __future__ import annotations
@@ -15,37 +16,46 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Self, cast
 
 import numpy as np
 import numpy.typing as npt
+from zarr.abc.buffer import Buffer, NDBuffer
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.array_spec import ArraySpec
-from zarr.core.buffer import Buffer, NDBuffer
 from zarr.core.chunk_key_encodings import ChunkKeyEncoding, parse_chunk_key_encoding
 from zarr.core.common import JSON, parse_named_configuration
 
-from zarr_cae.codec import cae as codec
-from zarr_cae.coder import tiles as entropy
+from zarr_cae.codec.cae import NAME as CAE_NAME
+from zarr_cae.codec.cae import CAECodec, loaded
+from zarr_cae.coder import tiles
 from zarr_cae.coder.compile import dequantiser
 from zarr_cae.coder.frame import STRIDE, FrameHeader
 from zarr_cae.coder.tables import Tables
+from zarr_cae.coder.tiles import Symbols, Tile
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.layout import RGB, Layout
+from zarr_cae.pixels.layout import RGB, Layout, resolve_channel_axis
 
 NAME = "cae_bottleneck"
 
 
 def latent_shape(shape: Sequence[int], layout: Layout, channels: int) -> tuple[int, ...]:
-    """The shape of the latents of pixels that are cut into chunks.
+    """Return the shape of the latents of an array, a shard or a chunk.
 
     Parameters
     ----------
     shape
-        Of an array, a shard or a chunk of pixels, in the axes of `layout`.
+        The shape in pixels, with the axes of `layout`.
     layout
-        Of one chunk. Each of its chunks has latents of its own: one row for 16 rows of pixels, and one for the rest.
-        So n rows in chunks of c become `n // c * ceil(c / 16) + ceil(n % c / 16)`, which is ceil(n / 16) if c is a
-        multiple of 16; columns likewise.
+        The layout of one chunk. Each chunk has latents of its own: one row of latents for 16 rows of pixels, and one
+        for the rows that remain. An array of n rows in chunks of c rows has
+        `n // c * ceil(c / 16) + ceil(n % c / 16)` rows of latents, which is ceil(n / 16) if 16 divides c. The same
+        holds for columns.
     channels
-        M, of the weights. A channel axis has M latents for each RGB chunk along it, or for each grey plane, plane by
-        plane (channel m of plane p at p * M + m). Without a channel axis, a last axis of length M is added.
+        M, the number of latent channels of the weights. The channel axis has M latents for each RGB chunk along it,
+        or for each grey plane, plane after plane: channel m of plane p is at p * M + m. Without a channel axis, the
+        latents have an additional last axis of length M.
+
+    Returns
+    -------
+    tuple of int
+        As many lengths as `shape` has, and one more if the layout has no channel axis.
     """
     result = []
     for axis, (length, chunk) in enumerate(zip(shape, layout.shape, strict=True)):
@@ -59,19 +69,18 @@ def latent_shape(shape: Sequence[int], layout: Layout, channels: int) -> tuple[i
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the latents of a chunk lie in an array of its shape, C order, in elements from its first."""
+class LatentStrides:
+    """Where the latents of a tile lie in the array of a chunk's latents (C order), counted in elements."""
 
     planes: tuple[tuple[int, int], ...]
     """Length and stride of each axis along which planes lie, in the order of `layout.channels_first`."""
     rows: int
     columns: int
     channels: int
-    """From one to the next."""
 
     @classmethod
-    def of(cls, layout: Layout, channels: int) -> Places:
-        """Those of a chunk of pixels, with M channels."""
+    def of(cls, layout: Layout, channels: int) -> LatentStrides:
+        """Return the strides for chunks of this layout with M latent channels."""
         shape = latent_shape(layout.shape, layout, channels)
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         last = len(layout.shape)
@@ -80,38 +89,38 @@ class Places:
         planes = (*((shape[i], strides[i]) for i in batch), (shape[axis] // channels, strides[axis] * channels))
         return cls(planes, strides[rows], strides[columns], strides[axis])
 
-    def first(self, tile: entropy.Tile) -> int:
-        """The place of a tile's first latent."""
-        place: int = tile.rows.start * self.rows + tile.columns.start * self.columns
+    def start(self, tile: Tile) -> int:
+        """Return the index of the first latent of a tile."""
+        index: int = tile.rows.start * self.rows + tile.columns.start * self.columns
         plane = tile.plane
         for length, stride in reversed(self.planes):
-            plane, index = divmod(plane, length)
-            place += index * stride
-        return place
+            plane, position = divmod(plane, length)
+            index += position * stride
+        return index
 
 
 @dataclass(frozen=True)
 class CAEBottleneckCodec(ArrayBytesCodec):
-    """Chunks of the codec `cae` decoded to float32 latents; read only.
+    """Decode chunks of the codec `cae` to float32 latents; read only.
 
-    It stands in metadata that `BottleneckStore` rewrites, and is of no use elsewhere.
+    This codec appears in the metadata that `BottleneckStore` rewrites. It has no use elsewhere.
 
     Parameters
     ----------
     cae
-        The codec that wrote the chunks, its channel axis resolved.
+        The codec that wrote the chunks, with a resolved channel axis.
     chunk_shape
-        The shape of a chunk of pixels as that codec sees it.
+        The shape in pixels of a chunk, as the codec `cae` gets it.
 
     Raises
     ------
     CAEConfigurationError
-        If the channel axis is not resolved, or the chunk shape does not fit it.
+        If the channel axis is "auto", or does not fit the chunk shape.
     """
 
     is_fixed_size = False
 
-    cae: codec.CAECodec
+    cae: CAECodec
     chunk_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -126,52 +135,54 @@ class CAEBottleneckCodec(ArrayBytesCodec):
     @property
     def layout(self) -> Layout:
         """How the axes of a chunk of pixels map to planes."""
-        return Layout(self.chunk_shape, cast("int | None", self.cae.channel_axis))
+        return Layout(self.chunk_shape, resolve_channel_axis(self.chunk_shape, self.cae.channel_axis))
 
     @classmethod
     def from_dict(cls, data: dict[str, JSON]) -> Self:
-        """The codec that rewritten metadata describes."""
+        """Return the codec that a rewritten `zarr.json` describes."""
         _, found = parse_named_configuration(data, NAME)
         configuration = dict(found)
         shape = configuration.pop("chunk_shape", None)
         if not isinstance(shape, list | tuple) or not all(type(length) is int for length in shape):
             raise CAEConfigurationError(f"cae: cae_bottleneck needs chunk_shape as a list of integers; got {shape!r}")
-        cae = codec.CAECodec.from_dict({"name": codec.NAME, "configuration": configuration})
+        cae = CAECodec.from_dict({"name": CAE_NAME, "configuration": configuration})
         return cls(cae, tuple(cast("Sequence[int]", shape)))
 
     def to_dict(self) -> dict[str, JSON]:
-        """The configuration of `cae`, and the shape of its chunks."""
+        """Return the configuration of the codec `cae` together with the shape of its chunks."""
         configuration = cast("dict[str, JSON]", self.cae.to_dict()["configuration"])
         return {"name": NAME, "configuration": {**configuration, "chunk_shape": list(self.chunk_shape)}}
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        """Unknown before coding."""
+        """Raise NotImplementedError: the size is not known before coding."""
         raise NotImplementedError
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        found = _prepared(self)
-        if chunk_spec.shape != found.shape:
+        chunk = _chunk_constants(self)
+        if chunk_spec.shape != chunk.shape:
             raise CAEConfigurationError(
-                f"cae: latents of a chunk of {self.chunk_shape} have shape {found.shape}, but the array says "
+                f"cae: latents of a chunk of {self.chunk_shape} have shape {chunk.shape}, but the array says "
                 f"{chunk_spec.shape}; open it with `zarr_cae.open_bottleneck`"
             )
         frame = memoryview(cast("Any", chunk_bytes.as_numpy_array()))
-        tiles = entropy.tiles(frame, found.header)
-        values = np.empty(found.shape, np.float32)
-        dequantise, flat, places = dequantiser(), values.reshape(-1), found.places
+        found = tiles.tiles(frame, chunk.header)
+        values = np.empty(chunk.shape, np.float32)
+        dequantise, flat, strides = dequantiser(), values.reshape(-1), chunk.strides
 
-        def put(tile: entropy.Tile, symbols: entropy.Symbols) -> None:
-            strides = places.rows, places.columns, places.channels
-            width, begin = symbols.shape[2], places.first(tile)
-            dequantise(symbols.reshape(-1), width, found.step, found.offset, flat, begin, *strides)
+        def put(tile: Tile, symbols: Symbols) -> None:
+            dequantise(
+                symbols.reshape(-1), symbols.shape[2], chunk.step, chunk.offset,
+                flat, strides.start(tile), strides.rows, strides.columns, strides.channels,
+            )  # fmt: skip
 
-        entropy.decode_into(put, tiles, found.tables)
+        tiles.decode_into(put, found, chunk.tables)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
 
     async def decode(self, chunks_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]) -> Iterable[NDBuffer | None]:
-        """What zarr does, without its gathering under a limit where a batch is one chunk, as by default.
+        """Decode a batch of chunks; a missing chunk stays None.
 
-        That took a fifth of zarr's time for a chunk.
+        zarr's default pipeline passes one chunk at a time. For one chunk this skips zarr's gathering of tasks, which
+        took a fifth of the time.
         """
         batch = list(chunks_and_specs)
         if len(batch) != 1:
@@ -189,34 +200,34 @@ class CAEBottleneckCodec(ArrayBytesCodec):
         refuse_writing()
 
 
-class _Prepared(NamedTuple):
-    """What all chunks of an array share."""
+class _ChunkConstants(NamedTuple):
+    """Values that are the same for all chunks of an array."""
 
     header: FrameHeader
     shape: tuple[int, ...]
-    places: Places
+    strides: LatentStrides
     tables: Tables
     step: npt.NDArray[np.float32]
     offset: npt.NDArray[np.float32]
 
 
 @lru_cache(maxsize=64)
-def _prepared(own: CAEBottleneckCodec) -> _Prepared:
-    """Raises WeightsNotFoundError if the weights are not on this machine."""
-    weights, layout = codec.loaded(own.cae), own.layout
-    row = weights.row(own.cae.quality)
+def _chunk_constants(codec: CAEBottleneckCodec) -> _ChunkConstants:
+    """Raise WeightsNotFoundError if the weights are not on this machine."""
+    weights, layout = loaded(codec.cae), codec.layout
+    row = weights.row(codec.cae.quality)
     tables = weights.tables[row]
-    return _Prepared(
+    return _ChunkConstants(
         FrameHeader(layout.planes, layout.height, layout.width, layout.grey, version=tables.frame_version),
         latent_shape(layout.shape, layout, weights.latent_channels),
-        Places.of(layout, weights.latent_channels),
+        LatentStrides.of(layout, weights.latent_channels),
         tables,
         *(np.ascontiguousarray(weights.tensors[name][row], np.float32) for name in ("step", "offset")),
     )
 
 
 def refuse_writing() -> NoReturn:
-    """Raise CAEConfigurationError: there is no way from latents back into an archive."""
+    """Raise CAEConfigurationError: latents can't be written back into an archive."""
     raise CAEConfigurationError(
         "cae: latents are read only; write pixels to the array itself, or latents to an array of your own"
     )
@@ -224,7 +235,9 @@ def refuse_writing() -> NoReturn:
 
 @dataclass(frozen=True)
 class WithoutLatentAxis(ChunkKeyEncoding):
-    """Chunk keys of latents with an axis that their pixels don't have: those of the pixels, by leaving out the last.
+    """Chunk keys for latents that have one axis more than their pixels.
+
+    The chunks are stored under the keys of the pixels, so the last coordinate, which is always 0, is left out.
 
     Parameters
     ----------
@@ -239,13 +252,13 @@ class WithoutLatentAxis(ChunkKeyEncoding):
         object.__setattr__(self, "encoding", parse_chunk_key_encoding(cast("Any", self.encoding)))
 
     def to_dict(self) -> dict[str, JSON]:
-        """What rewritten metadata holds."""
+        """Return the entry for rewritten metadata."""
         return {"name": NAME, "configuration": {"encoding": self.encoding.to_dict()}}
 
     def decode_chunk_key(self, chunk_key: str) -> tuple[int, ...]:
-        """The chunk that a key belongs to."""
+        """Return the coordinates of the chunk with this key."""
         return (*self.encoding.decode_chunk_key(chunk_key), 0)
 
     def encode_chunk_key(self, chunk_coords: tuple[int, ...]) -> str:
-        """The key of a chunk; there is only one along the last axis."""
+        """Return the key of a chunk."""
         return self.encoding.encode_chunk_key(chunk_coords[:-1])

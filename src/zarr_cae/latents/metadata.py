@@ -1,115 +1,160 @@
-"""Metadata of the bottleneck: `zarr.json` documents rewritten so that CAE arrays appear as their latents.
+"""Rewrite `zarr.json` documents so that CAE arrays appear as their latents.
 
 How an array of pixels appears
 ------------------------------
-Chunks stay what they are, and so does their number; `latents.latent_shape` gives the shapes.
+The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape` computes the shapes.
 
-* Rows and columns: one latent position for 16 x 16 pixels of a chunk, counted from the chunk's corner; where 16 does
-  not divide a chunk's edge its last position covers fewer. Chunks of c rows have ceil(c / 16) rows of latents, so n
-  rows of pixels have `n // c * ceil(c / 16) + ceil(n % c / 16)`: simply ceil(n / 16) where 16 divides c.
-* Channel axis: M latent channels for an RGB chunk; for grey planes M for each, plane by plane.
-* No channel axis: a last axis of length M is added, named "latent" if the others have names.
-* Other axes stay. Names of axes and attributes come along; the attribute `cae_bottleneck` describes the mapping. An
-  attribute of that name that the array has itself does not show here, but stays in the archive.
-* dtype float32. Chunks that were never written (zarr does not store chunks that are all fill value) read as NaN, the
-  fill value. Their latents do not exist, would depend on the network and differ between channels, so no single number
-  is right, and any could be mistaken for a real one, which is never NaN. NaN does not fail by itself: one such patch
-  silently turns a network being trained to NaN. So `as_torch_dataset` raises on it unless told what to put there; who
-  reads the array otherwise must look for NaN, or write with `config={"write_empty_chunks": True}`.
+* Rows and columns: one latent position covers 16 x 16 pixels of a chunk, counted from the chunk's corner. If 16 does
+  not divide the chunk's edge, the last position covers fewer pixels. Chunks of c rows have ceil(c / 16) rows of
+  latents, so n rows of pixels have `n // c * ceil(c / 16) + ceil(n % c / 16)` rows of latents. This is ceil(n / 16) if
+  16 divides c.
+* Channel axis: M latent channels for an RGB chunk; M for each grey plane, plane after plane.
+* No channel axis: the latents have an additional last axis of length M.
+* Other axes do not change.
+* Names of axes: `y` becomes `y_latent`, since its length is another one, and coordinates or masks along `y` can stand
+  in the same data set. This holds for rows, columns and the channel axis. If 16 does not divide the chunk's edge c, the
+  name is `y_latent_c` (`y_latent_100`), since its length depends on c. An additional axis is named `latent`, if other
+  axes have names. Other axes keep their names.
+* Attributes stay, but for the CF attributes that say how to unpack pixels (`PIXEL_ATTRIBUTES`): xarray would apply them
+  to the latents. The attribute `cae_bottleneck` describes the latents, and holds the attributes that were removed. If
+  the array has an attribute of this name itself, it does not appear here, but stays in the archive.
+* dtype float32. Chunks that were never written read as NaN, the fill value. (zarr does not store chunks that are all
+  fill value.) Their latents do not exist, and no number is a good stand-in. NaN does not raise by itself: one such
+  patch turns a network in training to NaN. So `as_torch_dataset` raises on NaN, unless it is told what to put there.
+  Other readers must look for NaN, or the archive be written with `config={"write_empty_chunks": True}`.
 
-Served: transpose before, any bytes-to-bytes codec after, sharding around, also nested. Refused when opened, with
-CAEConfigurationError: other filters before `cae`, chunk grids that are not regular, and weights that are not on this
-machine. Where that befalls a member of consolidated metadata, the group appears without these, so that the others
-can still be opened. Arrays without `cae`, and all of zarr_format 2, pass through unchanged.
+Supported: a transpose before `cae`, bytes-to-bytes codecs after it, sharding around it, also nested. These raise
+CAEConfigurationError when the array is opened: other filters before `cae`, chunk grids that are not regular, and
+weights that are not on this machine. If a member of consolidated metadata raises it, the consolidated metadata are
+left out, so that the other members can still be opened. Arrays without `cae`, and all of zarr_format 2, do not change.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zarr_cae.codec import cae as codec
+from zarr_cae.codec import cae as cae_codec
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.latents import codec as latents
+from zarr_cae.latents import codec as latents_codec
 from zarr_cae.pixels.layout import resolve_channel_axis
 
 ATTRIBUTE = "cae_bottleneck"
 """The attribute that says how latent positions map to pixels."""
-_SHARDING = "sharding_indexed"
+PIXEL_ATTRIBUTES = frozenset(
+    {
+        "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned", "valid_min", "valid_max",
+        "valid_range", "actual_range", "flag_values", "flag_masks", "flag_meanings",
+    }
+)  # fmt: skip
+"""Attributes of the CF conventions that hold for pixel values only."""
+SHARDING = "sharding_indexed"
 
 Document = dict[str, Any]
 
 
-def rewrite(document: Mapping[str, Any]) -> Document:
-    """A `zarr.json` document as the view shows it: a deep copy, with CAE arrays as their latents.
+def rewrite(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a `zarr.json` document in which CAE arrays appear as their latents.
+
+    Parameters
+    ----------
+    document
+        The metadata of an array or a group, with or without consolidated metadata. It is not modified.
+
+    Returns
+    -------
+    Mapping
+        `document` itself if there is nothing to rewrite. Otherwise a new document that shares the parts that did not
+        change, so attributes may be nested as deeply as JSON can be read.
 
     Raises
     ------
     CAEConfigurationError
-        For a CAE array whose latents can't be served; WeightsNotFoundError if its weights are not on this machine.
+        If the latents of a CAE array can't be served; WeightsNotFoundError if its weights are not on this machine.
     """
-    result = copy.deepcopy(dict(document))
-    if result.get("node_type") == "array" and holds(result.get("codecs"), codec.NAME):
+    if document.get("node_type") == "array" and has_codec(document.get("codecs"), cae_codec.NAME):
         try:
-            return _rewrite_array(result)
+            return _rewrite_array(document)
         except CAEConfigurationError:
             raise
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise CAEConfigurationError(f"cae: the metadata of the array are malformed: {error!r}") from error
-    consolidated = result.get("consolidated_metadata")
-    if isinstance(consolidated, dict) and isinstance(consolidated.get("metadata"), dict):
-        try:
-            consolidated["metadata"] = {
-                path: rewrite(node) if isinstance(node, dict) else node
-                for path, node in consolidated["metadata"].items()
-            }
-        except CAEConfigurationError:
-            del result["consolidated_metadata"]  # zarr reads the members one by one, and meets the reason there
-    return result
+    consolidated = document.get("consolidated_metadata")
+    if not isinstance(consolidated, dict) or not isinstance(consolidated.get("metadata"), dict):
+        return document
+    members = consolidated["metadata"]
+    try:
+        changed = {path: rewrite(node) if isinstance(node, dict) else node for path, node in members.items()}
+    except CAEConfigurationError:
+        # zarr then reads the members one by one, and raises for this one only.
+        return {name: value for name, value in document.items() if name != "consolidated_metadata"}
+    if all(changed[path] is members[path] for path in members):
+        return document
+    return {**document, "consolidated_metadata": {**consolidated, "metadata": changed}}
 
 
-def _named(entry: object) -> tuple[str, Any]:
-    """Name and configuration, which may be anything, of a codec's entry, which may be the bare name."""
+def codec_entry(entry: object) -> tuple[str, Any]:
+    """Return the name and the configuration of a codec from its entry in metadata, which may be the bare name.
+
+    The configuration is unchecked, so it may be any JSON value.
+    """
     if isinstance(entry, dict):
         return str(entry.get("name")), entry.get("configuration", {})
     return str(entry), {}
 
 
-def holds(codecs: object, name: str) -> bool:
-    """Whether a chain of codecs, as metadata writes it, has one of this name, also in shards."""
-    for own, configuration in map(_named, codecs if isinstance(codecs, list | tuple) else ()):
-        inside = configuration.get("codecs") if own == _SHARDING and isinstance(configuration, dict) else None
-        if own == name or holds(inside, name):
+def has_codec(codecs: object, name: str) -> bool:
+    """Return whether a chain of codecs in metadata contains the codec `name`, also inside shards."""
+    for own, configuration in map(codec_entry, codecs if isinstance(codecs, list | tuple) else ()):
+        inside = configuration.get("codecs") if own == SHARDING and isinstance(configuration, dict) else None
+        if own == name or has_codec(inside, name):
             return True
     return False
 
 
 @dataclass(frozen=True)
 class _View:
-    """How latents appear: the codec that decodes them, and which axis of the array each of its axes is."""
+    """The codec that decodes the latents, and the axis of the array that each of its axes is."""
 
-    codec: latents.CAEBottleneckCodec
+    codec: latents_codec.CAEBottleneckCodec
     axes: tuple[int, ...]
     channels: int
 
     @property
-    def added(self) -> bool:
-        """Whether the latents have a last axis of their own."""
+    def adds_axis(self) -> bool:
+        """Whether the latents have a last axis that the pixels do not have."""
         return self.codec.layout.channel_axis is None
 
+    @property
+    def roles(self) -> list[str]:
+        """The role of each axis of the latents: "batch", "rows", "columns" or "latents"."""
+        layout = self.codec.layout
+        roles = ["batch"] * len(self.axes)
+        rows, columns = sorted(self.axes[axis] for axis in layout.spatial_axes)  # in the order of the array's axes
+        roles[rows], roles[columns] = "rows", "columns"
+        if layout.channel_axis is None:
+            return [*roles, "latents"]
+        roles[self.axes[layout.channel_axis]] = "latents"
+        return roles
+
+    @property
+    def pixel_chunk_shape(self) -> list[int]:
+        """The shape in pixels of a chunk of the codec `cae`, with the axes of the array."""
+        lengths = dict(zip(self.axes, self.codec.chunk_shape, strict=True))
+        return [lengths[axis] for axis in range(len(lengths))]
+
     def shape(self, shape: Sequence[int], axes: Sequence[int]) -> list[int]:
-        """Shape of the latents for a shape of pixels whose axis i is axis axes[i] of the array."""
+        """Return the shape of the latents for a shape in pixels whose axis i is axis axes[i] of the array."""
         length = dict(zip(axes, shape, strict=True))
-        found = latents.latent_shape([length[axis] for axis in self.axes], self.codec.layout, self.channels)
+        found = latents_codec.latent_shape([length[axis] for axis in self.axes], self.codec.layout, self.channels)
         own = dict(zip(self.axes, found, strict=False))
-        return [*(own[axis] for axis in axes), *([self.channels] if self.added else [])]
+        return [*(own[axis] for axis in axes), *([self.channels] if self.adds_axis else [])]
 
 
-def _rewrite_array(array: Document) -> Document:
-    name, grid = _named(array["chunk_grid"])
+def _rewrite_array(array: Mapping[str, Any]) -> Document:
+    name, grid = codec_entry(array["chunk_grid"])
     if name != "regular":
         raise CAEConfigurationError(
             f"cae: latents of an array with chunk grid {name!r} can't be served: chunks of different sizes have "
@@ -118,48 +163,71 @@ def _rewrite_array(array: Document) -> Document:
     shape, chunk = array["shape"], grid["chunk_shape"]
     axes = tuple(range(len(shape)))
     view = _find(array["codecs"], axes, shape, chunk)
-    chunk_of_array = [0] * len(axes)
-    for axis, length in zip(view.axes, view.codec.chunk_shape, strict=True):
-        chunk_of_array[axis] = length
-    array["attributes"] = {**(array.get("attributes") or {}), ATTRIBUTE: _mapping(view, array, chunk_of_array)}
-    array["shape"] = view.shape(shape, axes)
-    grid["chunk_shape"] = view.shape(chunk, axes)
-    array["data_type"], array["fill_value"] = "float32", "NaN"
-    array["codecs"] = _rewrite_codecs(array["codecs"], axes, view)
-    if view.added:
-        array["chunk_key_encoding"] = {
-            "name": latents.NAME,
-            "configuration": {"encoding": array["chunk_key_encoding"]},
-        }
-        names = array.get("dimension_names")
-        if names is not None:
-            new = "latent"
-            while new in names:
-                new += "_"
-            array["dimension_names"] = [*names, new]
-    return array
+    attributes = dict(array.get("attributes") or {})
+    of_pixels = {name: attributes.pop(name) for name in sorted(PIXEL_ATTRIBUTES & attributes.keys())}
+    attributes[ATTRIBUTE] = {**_mapping(view, array), **({"pixel_attributes": of_pixels} if of_pixels else {})}
+    changed = {
+        "attributes": attributes,
+        "shape": view.shape(shape, axes),
+        "chunk_grid": {"name": name, "configuration": {**grid, "chunk_shape": view.shape(chunk, axes)}},
+        "data_type": "float32",
+        "fill_value": "NaN",
+        "codecs": _rewrite_codecs(array["codecs"], axes, view),
+    }
+    if view.adds_axis:
+        encoding = {"encoding": array["chunk_key_encoding"]}
+        changed["chunk_key_encoding"] = {"name": latents_codec.NAME, "configuration": encoding}
+    if array.get("dimension_names") is not None:
+        changed["dimension_names"] = _dimension_names(array["dimension_names"], view)
+    return {**array, **changed}
+
+
+def _dimension_names(names: Sequence[str | None], view: _View) -> list[str | None]:
+    """Return names for the axes of latents that differ from all names of the axes of pixels."""
+    taken = {name for name in names if name is not None}
+    result: list[str | None] = []
+    for axis, role in enumerate(view.roles):
+        name = names[axis] if axis < len(names) else "latent"
+        if name is not None and role != "batch":
+            if axis < len(names):
+                chunk = view.pixel_chunk_shape[axis]
+                name = f"{name}_latent" + (f"_{chunk}" if role != "latents" and chunk % STRIDE else "")
+            while name in taken:
+                name += "_"
+            taken.add(name)
+        result.append(name)
+    return result
 
 
 def _find(codecs: Sequence[object], axes: tuple[int, ...], shape: Sequence[int], chunk: Sequence[int]) -> _View:
-    """The codec `cae` in a chain that gets pieces of shape `chunk`, whose axis i is axis axes[i] of the array.
+    """Find the codec `cae` in a chain of codecs.
 
-    `shape` is the one by which `cae` resolves its channel axis: the array's, or the chunk's inside a shard.
+    Parameters
+    ----------
+    codecs
+        The chain, which codes pieces of shape `chunk`.
+    axes
+        Axis i of the pieces is axis axes[i] of the array.
+    shape
+        The shape with which `cae` resolves its channel axis: the array's, or inside a shard the inner chunk's.
+    chunk
+        The shape of the pieces.
     """
-    for name, configuration in map(_named, codecs):
+    for name, configuration in map(codec_entry, codecs):
         if name == "transpose":
             order = configuration.get("order")
             if not isinstance(order, list | tuple) or sorted(order) != list(range(len(axes))):
                 raise CAEConfigurationError(f"cae: latents behind a transpose of order {order!r} can't be served")
             axes, shape, chunk = (tuple(item[i] for i in order) for item in (axes, shape, chunk))
-        elif name == _SHARDING:
+        elif name == SHARDING:
             inner = configuration["chunk_shape"]
             return _find(configuration["codecs"], axes, inner, inner)
-        elif name == codec.NAME:
-            cae = codec.CAECodec.from_dict({"name": name, "configuration": configuration})
+        elif name == cae_codec.NAME:
+            cae = cae_codec.CAECodec.from_dict({"name": name, "configuration": configuration})
             axis = resolve_channel_axis(tuple(shape), cae.channel_axis)
             own = {**configuration, "channel_axis": axis, "weights": cae.weights, "chunk_shape": list(chunk)}
-            found = latents.CAEBottleneckCodec.from_dict({"name": latents.NAME, "configuration": own})
-            return _View(found, axes, codec.loaded(cae).latent_channels)
+            found = latents_codec.CAEBottleneckCodec.from_dict({"name": latents_codec.NAME, "configuration": own})
+            return _View(found, axes, cae_codec.loaded(cae).latent_channels)
         else:
             raise CAEConfigurationError(
                 f"cae: latents behind filter {name!r} can't be served: how it changes shapes is not known here; only "
@@ -171,35 +239,34 @@ def _find(codecs: Sequence[object], axes: tuple[int, ...], shape: Sequence[int],
 
 
 def _rewrite_codecs(codecs: Sequence[Any], axes: tuple[int, ...], view: _View) -> list[Any]:
-    """The chain for latents, whose input has these axes of the array, and perhaps one more at the end."""
-    result = []
+    """Return the chain of codecs for latents; axis i of its input is axis axes[i] of the array."""
+    result: list[Any] = []
     for entry in codecs:
-        name, configuration = _named(entry)
+        name, configuration = codec_entry(entry)
         if name == "transpose":
             order = list(configuration["order"])
             axes = tuple(axes[i] for i in order)
-            configuration["order"] = [*order, len(order)] if view.added else order
-        elif name == _SHARDING:
-            configuration["chunk_shape"] = view.shape(configuration["chunk_shape"], axes)
-            configuration["codecs"] = _rewrite_codecs(configuration["codecs"], axes, view)
-        result.append(view.codec.to_dict() if name == codec.NAME else entry)
+            changed = {"order": [*order, len(order)] if view.adds_axis else order}
+        elif name == SHARDING:
+            inside = _rewrite_codecs(configuration["codecs"], axes, view)
+            changed = {"chunk_shape": view.shape(configuration["chunk_shape"], axes), "codecs": inside}
+        else:
+            result.append(view.codec.to_dict() if name == cae_codec.NAME else entry)
+            continue
+        result.append({**entry, "configuration": {**configuration, **changed}})
     return result
 
 
-def _mapping(view: _View, array: Document, chunk: list[int]) -> Document:
-    """The attribute that tells users of the latents what they are."""
-    layout, cae = view.codec.layout, view.codec.cae
-    roles = dict.fromkeys(range(len(chunk)), "batch")
-    rows, columns = sorted(view.axes[axis] for axis in layout.spatial_axes)  # as users of the array see them
-    roles |= {rows: "rows", columns: "columns"}
-    roles[len(chunk) if layout.channel_axis is None else view.axes[layout.channel_axis]] = "latents"
+def _mapping(view: _View, array: Mapping[str, Any]) -> Document:
+    """Return the attribute that describes the latents to their readers."""
+    cae = view.codec.cae
     return {
         "stride": STRIDE,
-        "axes": [roles[axis] for axis in sorted(roles)],
+        "axes": view.roles,
         "latent_channels": view.channels,
-        "planes": "grey" if layout.grey else "rgb",
+        "planes": "grey" if view.codec.layout.grey else "rgb",
         "pixel_shape": list(array["shape"]),
-        "pixel_chunk_shape": chunk,
+        "pixel_chunk_shape": view.pixel_chunk_shape,
         "pixel_data_type": array["data_type"],
         "position": "with c the pixel_chunk_shape along rows or columns and p = ceil(c / stride), latent position i "
         "covers the stride pixels from i // p * c + i % p * stride on, up to the end of their chunk",
