@@ -13,9 +13,9 @@ from typing import Any, Final, Literal, cast
 
 import zarr
 
-from zarr_cae.coder import tiles as entropy
+from zarr_cae import threads
+from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.layout import STRIDE
 
 _DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
 _PRECISIONS = ("auto", "float32", "bfloat16")
@@ -48,7 +48,7 @@ class Settings:
     engine is made, and for the coder OMP_NUM_THREADS, or all cores."""
     tile: int = 1024
     """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass. However small it
-    is, with what lies around them pieces have 816 columns, if the plane has them (`windows.LEAST_COLUMNS`)."""
+    is, with what lies around them pieces have 816 columns, if the plane has them (`networks.pieces.LEAST_COLUMNS`)."""
     precision: str = "auto"
     """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16".
 
@@ -138,7 +138,9 @@ def configure(
 
 
 def _chosen_threads() -> int | None:
-    return Settings(threads=zarr.config.get("cae.threads", None)).threads
+    """Return the smaller of `cae.threads` and zarr's `threading.max_workers`, where they are set."""
+    limits = (Settings(threads=zarr.config.get("cae.threads", None)).threads, zarr.config.get("threading.max_workers"))
+    return min((limit for limit in limits if limit), default=None)
 
 
-entropy.chosen_threads = _chosen_threads
+threads.chosen_threads = _chosen_threads

@@ -126,7 +126,7 @@ def decode(arguments: argparse.Namespace) -> None:
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:
     """Decode an array into another, of the host, piece by piece."""
-    from zarr.core.buffer import cpu
+    from zarr.buffer import cpu
 
     size = _positions(array) / 1e6
     with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 import numpy as np
 import zarr
 from packaging.version import Version
+from zarr.abc.buffer import Buffer, NDBuffer
 from zarr.abc.codec import (
     ArrayArrayCodec,
     ArrayBytesCodec,
@@ -21,14 +22,12 @@ from zarr.abc.codec import (
 )
 from zarr.abc.store import ByteGetter, ByteSetter
 from zarr.codecs import ShardingCodec
-from zarr.core.array_spec import ArraySpec
-from zarr.core.buffer import Buffer, NDBuffer
-from zarr.core.common import JSON, parse_named_configuration
 from zarr.storage import StorePath
 
-from zarr_cae.codec.chunk import ChunkJob, MissingChunkError, contiguous, decoding, encoding
-from zarr_cae.codec.partial import reading, writing
-from zarr_cae.codec.plan import run, run_async
+from zarr_cae._zarr import JSON, ArraySpec, parse_named_configuration
+from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk
+from zarr_cae.codec.partial import read_selection, write_selection
+from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, ValueRange, resolve_channel_axis, resolve_value_range
 from zarr_cae.weights.registry import (
@@ -174,19 +173,21 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         raise NotImplementedError
 
     def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        return run(encoding(_job(self, chunk_spec), chunk_array.as_ndarray_like()))
+        return run(encode_chunk(_coder(self, chunk_spec), chunk_array.as_ndarray_like()))
 
     async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        return await run_async(encoding(_job(self, chunk_spec), chunk_array.as_ndarray_like()))
+        return await run_async(encode_chunk(_coder(self, chunk_spec), chunk_array.as_ndarray_like()))
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        return _handed_over(run(decoding(_job(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec)
+        return _handed_over(run(decode_chunk(_coder(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec)
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        return _handed_over(await run_async(decoding(_job(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec)
+        return _handed_over(
+            await run_async(decode_chunk(_coder(self, chunk_spec), contiguous(chunk_bytes))), chunk_spec
+        )
 
     def _decode_partial_sync(self, byte_getter: Any, selection: Any, chunk_spec: ArraySpec) -> NDBuffer | None:
-        plan = reading(_job(self, chunk_spec), selection, ranges=isinstance(byte_getter, StorePath))
+        plan = read_selection(_coder(self, chunk_spec), selection, ranges=isinstance(byte_getter, StorePath))
         try:
             return _handed_over(run(plan, byte_getter), chunk_spec)
         except MissingChunkError:
@@ -195,21 +196,23 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     async def _decode_partial_single(
         self, byte_getter: ByteGetter, selection: Any, chunk_spec: ArraySpec
     ) -> NDBuffer | None:
-        plan = reading(_job(self, chunk_spec), selection, ranges=isinstance(byte_getter, StorePath))
+        plan = read_selection(_coder(self, chunk_spec), selection, ranges=isinstance(byte_getter, StorePath))
         try:
-            return _handed_over(await run_async(plan, byte_getter, light_start=True), chunk_spec)
+            return _handed_over(await run_async(plan, byte_getter), chunk_spec)
         except MissingChunkError:
             return None
 
     def _encode_partial_sync(
         self, byte_setter: Any, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
     ) -> None:
-        run(writing(_job(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter)
+        run(write_selection(_coder(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter)
 
     async def _encode_partial_single(
         self, byte_setter: ByteSetter, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
     ) -> None:
-        await run_async(writing(_job(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter)
+        await run_async(
+            write_selection(_coder(self, chunk_spec), selection, chunk_array.as_ndarray_like()), byte_setter
+        )
 
 
 def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
@@ -218,10 +221,10 @@ def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
     return buffer.from_numpy_array(pixels) if isinstance(pixels, np.ndarray) else buffer.from_ndarray_like(pixels)
 
 
-def _job(codec: CAECodec, spec: ArraySpec) -> ChunkJob:
+def _coder(codec: CAECodec, spec: ArraySpec) -> ChunkCoder:
     axis = resolve_channel_axis(spec.shape, codec.channel_axis)
     value_range = resolve_value_range(spec.dtype.to_native_dtype(), codec.value_range)
-    return ChunkJob(Layout(spec.shape, axis), spec, value_range, codec.quality, lambda: loaded(codec))
+    return ChunkCoder(Layout(spec.shape, axis), spec, value_range, codec.quality, lambda: loaded(codec))
 
 
 def loaded(codec: CAECodec) -> Weights:

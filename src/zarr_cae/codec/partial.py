@@ -1,105 +1,106 @@
-"""Part of a chunk: plans that read a selection of its pixels, and that write one and leave the rest as it is.
+"""Read and write a part of a chunk.
 
 Reading fetches, decodes and synthesises only the tiles under the selection and its surroundings. Frames of version 2
-have a CRC32C for each tile; those of version 1 only one for all: see `reading`.
+have a CRC32C for each tile; frames of version 1 have only one for all: see `read_selection`.
 
-Writing replaces only latents that the written pixels reach. All others keep their symbols, and tiles without a changed
-symbol their bytes, so that however often parts of a chunk are written, the rest of it stays what it was.
+Writing replaces only latents that the written pixels reach. All other latents keep their symbols, and tiles without a
+changed symbol keep their bytes. So however often parts of a chunk are written, the rest of it stays what it was.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.codec.chunk import (
-    Analyse,
-    ChunkJob,
-    Fetch,
-    Put,
-    Synthesise,
-    SynthesiseChunk,
-    decoding,
-    encoding,
-    on_host,
-)
-from zarr_cae.codec.plan import Plan
-from zarr_cae.codec.windows import Patch, Tile, assembled, enclosing, everything, runs, tiles
-from zarr_cae.coder import frame as framing
-from zarr_cae.coder import tiles as entropy
-from zarr_cae.coder.frame import FrameHeader
+from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
+from zarr_cae.codec.plan import Fetch, Plan, Put
+from zarr_cae.codec.windows import Box, assembled, enclosing, runs
+from zarr_cae.coder.frame import FrameHeader, FrameIndex, Symbols, pack, parse_index, unpack
+from zarr_cae.coder.tiles import Patch, Tile, decode_tile, encode_tile, tiles
 from zarr_cae.errors import FrameError
-from zarr_cae.pixels.layout import Chunk
+from zarr_cae.networks.pieces import HALO
+from zarr_cae.threads import over_cores
 
-Pixels = npt.NDArray[Any]
-Streams = dict[int, memoryview]
+Pixels: TypeAlias = npt.NDArray[Any]
+Streams: TypeAlias = dict[int, memoryview]
 _FIXED_BYTES = 20
 _LENGTH_BYTES = 3
-"""Of the header, and of each tile's length: what is fetched at first, which is less than the smallest frame."""
+"""Bytes of the header, and of each tile's length: what is fetched first, which is less than the smallest frame."""
 _SLACK = 0.1
-"""Root mean square, in grey levels, up to which a write counts as one of what is there."""
+"""Root mean square, in grey levels, up to which a write counts as writing back what was read."""
 
 
-def reading(job: ChunkJob, selection: Any, *, ranges: bool) -> Plan[Any]:
-    """The selected pixels of a chunk, which are those of the whole chunk's decoding within a grey level.
-
-    An array, or a tensor of the device as from `decoding` if the selection is the whole chunk.
+def read_selection(coder: ChunkCoder, selection: Any, *, ranges: bool) -> Plan[Any]:
+    """Return the selected pixels of a chunk: within one grey level, those of the decoded whole chunk.
 
     Parameters
     ----------
-    job
-        For the chunk.
+    coder
+        Codes the chunks of the array.
     selection
-        Of the chunk's pixels, as numpy takes it.
+        A selection of the chunk's pixels, as NumPy has them.
     ranges
-        Whether fetching parts of the frame is cheaper than fetching it whole. It is fetched whole also where the
-        selection needs more than half of its tiles. Otherwise each part is checked by itself: the header against the
-        array, the lengths against the bytes that came, in version 2 each part's CRC32C, and each stream by its decoder,
-        whose lanes must end in the state in which the encoder started and at the last word.
+        Whether fetching parts of the frame is cheaper than fetching all of it. All of it is fetched, too, if the
+        selection needs more than half of the tiles. Otherwise each part is checked by itself: the header against the
+        array, the lengths against the bytes that came, in version 2 each part against its CRC32C, and each stream by
+        its decoder, whose lanes must end in the state in which the encoder started, and at the last word.
+
+    Returns
+    -------
+    array
+        A NumPy array, or a tensor as from `decode_chunk` if the selection is the whole chunk.
 
     Raises
     ------
     FrameError, StreamError
-        For anything malformed.
+        If the frame or a stream is malformed.
     MissingChunkError
-        If there is no chunk.
+        If the chunk is not stored.
     """
-    expected = job.outline  # the weights, which a missing chunk doesn't need, come after the first bytes
+    geometry = coder.geometry
     frame = None
-    if not ranges or expected.tile_count == 1:
-        (frame,) = yield Fetch(None)  # at once: most missing chunks of an array cost no more than this
-    box = enclosing(selection, job.layout) or everything(selection, job.layout)
-    planes = box.planes
-    patch = box.patch.widened(expected)
-    if frame is None and 2 * len(tiles(expected, planes, patch)) > expected.tile_count:
-        (frame,) = yield Fetch(None)
+    if not ranges or geometry.tile_count == 1:
+        (frame,) = yield Fetch()  # at once: most missing chunks of an array cost no more than this
+    box = enclosing(selection, coder.layout)
+    patch = box.patch.widened(HALO, geometry.latent_shape)
+    if frame is None and 2 * len(tiles(geometry, box.planes, patch)) > geometry.tile_count:
+        (frame,) = yield Fetch()
+    if frame is not None and box.complete:
+        return (yield from decode_chunk(coder, frame))
     if frame is None:
-        index = yield from _index(job)
-        wanted = tiles(index.header, planes, patch)
-        streams = yield from _streams(index, [tile.number for tile in wanted])
+        wanted, streams = yield from _fetch_tiles(coder, box, patch)
     else:
-        header, streams = _unpacked(frame, job.header)
-        wanted = tiles(header, planes, patch)
-    symbols = assembled(_decoded(wanted, streams, job), len(planes), patch)
-    if box.complete and job.engine.takes(job.form):
-        return (yield SynthesiseChunk(job, symbols))
-    _ = job.engine  # on this thread, not on the event loop's
-    synthesised = yield Synthesise(job, symbols)
-    pixels: Chunk = job.pixels(box.cut(synthesised, patch), box.layout)[box.inside]
-    return pixels
+        header, streams = _unpack(frame, coder)
+        wanted = tiles(header, box.planes, patch)
+    symbols = assembled(_decode(wanted, streams, coder), len(box.planes), patch)
+    synthesised = yield coder.synthesise(symbols)
+    return coder.to_pixels(box.cut(synthesised, patch), box.layout)[box.inside]
 
 
-def _index(job: ChunkJob) -> Plan[framing.FrameIndex]:
-    """The index of a frame, from as few bytes of its beginning as it takes."""
-    head, more = b"", _FIXED_BYTES + _LENGTH_BYTES * job.outline.tile_count
+def _fetch_tiles(coder: ChunkCoder, box: Box, patch: Patch) -> Plan[tuple[list[Tile], Streams]]:
+    """Fetch the index of the frame and then the tiles that hold a patch of the box's planes."""
+    index = yield from _fetch_index(coder)
+    if isinstance(index, memoryview):  # the store answered with the whole frame
+        header, streams = _unpack(index, coder)
+        return tiles(header, box.planes, patch), streams
+    wanted = tiles(index.header, box.planes, patch)
+    streams = yield from _fetch_streams(coder, index, [tile.number for tile in wanted])
+    return wanted, streams
+
+
+def _fetch_index(coder: ChunkCoder) -> Plan[FrameIndex | memoryview]:
+    """Fetch the index of a frame, from as few of its first bytes as it takes; the whole frame if that is what came."""
+    head, more = b"", _FIXED_BYTES + _LENGTH_BYTES * coder.geometry.tile_count
     while True:
         (part,) = yield Fetch([(len(head), len(head) + more)])
+        if len(part) > more:
+            return _whole(part, len(head) + more)
         head += part
-        index = framing.parse_index(head, job.header)
+        index = parse_index(head, coder.header)
         if not isinstance(index, int):
             return index
         if len(part) < more:
@@ -107,14 +108,16 @@ def _index(job: ChunkJob) -> Plan[framing.FrameIndex]:
         more = max(index, len(head))  # another tile size than ours: few requests matter more than bytes
 
 
-def _streams(index: framing.FrameIndex, numbers: Sequence[int]) -> Plan[Streams]:
-    """The streams of some tiles, neighbours fetched together."""
+def _fetch_streams(coder: ChunkCoder, index: FrameIndex, numbers: Sequence[int]) -> Plan[Streams]:
+    """Fetch the streams of some tiles, neighbours in one request."""
     spans = list(runs(numbers))
     ranges = [(index.offsets[first], index.offsets[last + 1]) for first, last in spans]
     parts = yield Fetch(ranges)
     streams = {}
     for (first, last), (begin, end), part in zip(spans, ranges, parts, strict=True):
-        if len(part) != end - begin:
+        if len(part) > end - begin:
+            return _unpack(_whole(part, end), coder)[1]
+        if len(part) < end - begin:
             raise FrameError(
                 f"cae: frame needs bytes {begin} to {end} for its tiles; got {len(part)}: the stored chunk is truncated"
             )
@@ -124,132 +127,150 @@ def _streams(index: framing.FrameIndex, numbers: Sequence[int]) -> Plan[Streams]
     return streams
 
 
-def _unpacked(frame: memoryview, expected: FrameHeader) -> tuple[FrameHeader, Streams]:
-    header, streams = framing.unpack(frame, expected)
+def _whole(part: memoryview, end: int) -> memoryview:
+    """Return a longer answer than was asked for, if it is a whole frame: some servers ignore byte ranges."""
+    if bytes(part[:4]) != b"ZCAE":
+        raise FrameError(
+            f"cae: the store answered a request for bytes up to {end} of the chunk with {len(part)} other bytes; "
+            "expected the range or the whole chunk: does the server honour byte ranges?"
+        )
+    return part
+
+
+def _unpack(frame: memoryview, coder: ChunkCoder) -> tuple[FrameHeader, Streams]:
+    header, streams = unpack(frame, coder.header)
     return header, dict(enumerate(streams))
 
 
-def _decoded(wanted: Sequence[Tile], streams: Streams, job: ChunkJob) -> list[tuple[Tile, entropy.Symbols]]:
-    def decode(tile: Tile) -> tuple[Tile, entropy.Symbols]:
-        return tile, entropy.decode_tile(streams[tile.number], *tile.patch.shape, job.tables)
-
-    return list(entropy.over_cores(decode, wanted))
+def _decode(wanted: Sequence[Tile], streams: Streams, coder: ChunkCoder) -> list[tuple[Tile, Symbols]]:
+    tables = coder.tables
+    return over_cores(lambda tile: (tile, decode_tile(streams[tile.number], tile.patch.shape, tables)), wanted)
 
 
-def writing(job: ChunkJob, selection: Any, value: Any) -> Plan[None]:
-    """Write `value` to a selection of a chunk's pixels, and let the rest be.
-
-    Three patches lie around the latents under the selection, each wider by `HALO`: those that the new pixels can
-    reach, those whose pixels take part in these, and those that take part in such pixels. The pixels are decoded once
-    as they were, and analysed as they were and as they shall be. Symbols under the selection are replaced; those
-    around it only if the two analyses differ there. So what is merely near wears no more than it must, and writing
-    back what was read changes nothing at all.
+def write_selection(coder: ChunkCoder, selection: Any, value: Any) -> Plan[None]:
+    """Write `value` to a selection of a chunk's pixels, and leave the rest as it is.
 
     Parameters
     ----------
-    job
-        For the chunk.
+    coder
+        Codes the chunks of the array.
     selection
-        Of the chunk's pixels, as numpy takes it.
+        A selection of the chunk's pixels, as NumPy has them.
     value
-        What to write: of the selection's shape, with or without its axes of length 1, or a scalar. An array of numpy
-        or of the device; the latter stays there if it is the whole chunk.
+        A scalar, or an array of the selection's shape with or without its axes of length 1; a NumPy array or an array
+        on a GPU. The latter stays there if it is the whole chunk.
 
     Raises
     ------
     FrameError, StreamError
-        If the chunk that is there is malformed.
+        If the stored chunk is malformed.
     CAEDataError
         If the value lies outside the value range.
     """
-    box = enclosing(selection, job.layout)
-    whole = box is not None and box.complete
-    if whole and value.shape == job.layout.shape:
-        yield from _storing(job, value)
+    box = enclosing(selection, coder.layout)
+    if box.complete:
+        if value.shape != coder.layout.shape:
+            value = np.broadcast_to(_fitted(on_host(value, coder.spec), coder.layout.shape), coder.layout.shape)
+        yield from _store(coder, value)
         return
-    value = on_host(value, job.spec)
-    if whole:
-        yield from _storing(job, np.broadcast_to(_fitted(value, job.layout.shape), job.layout.shape))
-        return
-    found = yield Fetch(None, optional=True)
+    value = on_host(value, coder.spec)
+    found = yield Fetch(optional=True)
     if found is None:
-        chunk = np.full(job.layout.shape, job.spec.fill_value, job.dtype)
-        _put(chunk, selection, value)
-        yield from _storing(job, chunk)
-        return
-    (frame,) = found
-    box = box or everything(selection, job.layout)
-    header, streams = _unpacked(frame, job.header)
-    reached = box.patch.widened(header)
-    seen = reached.widened(header)
-    source = seen.widened(header)
-    decoded = _decoded(tiles(header, box.planes, source), streams, job)
+        yield from _write_to_missing(coder, selection, value)
+    else:
+        yield from _write_to_stored(coder, selection, value, box, found[0])
+
+
+def _write_to_missing(coder: ChunkCoder, selection: Any, value: Pixels) -> Plan[None]:
+    """Write to a chunk that is not stored: all its other pixels have the fill value."""
+    chunk = np.full(coder.layout.shape, coder.spec.fill_value, coder.dtype)
+    _put(chunk, selection, value)
+    yield from _store(coder, chunk)
+
+
+def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box, frame: memoryview) -> Plan[None]:
+    """Write to a stored chunk, and change only latents that the new pixels can reach.
+
+    Three patches lie around the latents under the selection, each wider than the one before by `HALO`: the latents
+    that the new pixels can reach (`reached`), the latents under pixels that take part in these (`seen`), and the
+    latents that take part in such pixels (`source`). The pixels over `seen` are decoded once, and analysed both as
+    they were and as they shall be. Symbols under the selection are replaced; other symbols in `reached` only if the
+    two analyses differ there. So pixels nearby wear no more than they must, and to write back what was read changes
+    nothing at all.
+    """
+    header, streams = _unpack(frame, coder)
+    reached = box.patch.widened(HALO, header.latent_shape)
+    seen = reached.widened(HALO, header.latent_shape)
+    source = seen.widened(HALO, header.latent_shape)
+    decoded = _decode(tiles(header, box.planes, source), streams, coder)
     symbols = assembled(decoded, len(box.planes), source)
-    _ = job.engine  # on this thread, not on the event loop's
     around = box.grown(seen)
-    before = job.pixels(around.cut((yield Synthesise(job, symbols)), source), around.layout)
+    before = coder.to_pixels(around.cut((yield coder.synthesise(symbols)), source), around.layout)
     after = before.copy()
     _put(after, around.inside, value)
-    planes = [job.planes(pixels, around.layout) for pixels in (after, before)]  # refuses values outside the range
-    if _alike(after, before, after[around.inside].size, job):
+    planes = [coder.to_planes(pixels, around.layout) for pixels in (after, before)]  # refuses values outside the range
+    if _alike(after, before, after[around.inside].size, coder):
         return
-    if _blank(job, after):
-        chunk = on_host((yield from decoding(job, frame)), job.spec)
+    if _blank(coder, after):
+        chunk = on_host((yield from decode_chunk(coder, frame)), coder.spec)
         _put(chunk, selection, value)
-        if _blank(job, chunk):
+        if _blank(coder, chunk):
             yield Put(None)
             return
     count = len(box.planes)
-    both = yield Analyse(job, np.concatenate(planes))
+    both = yield coder.analyse(np.concatenate(planes))
     changed = both[:count] != both[count:]
     changed[:, :, *box.patch.within(seen)] = True
     inner = (slice(None), slice(None), *reached.within(seen))
-    kept = symbols[:, :, *reached.within(source)]
-    new = np.where(changed[inner], both[:count][inner], kept)
-    recoded: dict[int, bytes | memoryview] = {**streams, **_recoded(decoded, new, reached, job)}
-    yield Put(job.buffer(framing.pack(header, list(recoded.values()))))
+    new = np.where(changed[inner], both[:count][inner], symbols[:, :, *reached.within(source)])
+    recoded: dict[int, bytes | memoryview] = {**streams, **_recode(decoded, new, reached, coder)}
+    yield Put(coder.to_buffer(pack(header, list(recoded.values()))))
 
 
-def _alike(after: Pixels, before: Pixels, written: int, job: ChunkJob) -> bool:
-    """Whether pixels differ by no more than two decodings of the same latents, one of which may have been read.
+def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bool:
+    """Return whether pixels differ by no more than two decodings of the same latents do: one may have been read.
 
-    Sums of bfloat16 depend a little on the shape of what is decoded together: up to one pixel in a thousand is rounded
-    to the other side, or, in floats, most of them differ by some hundredths of a grey level.
+    Sums of bfloat16 depend a little on the shape of the planes that are decoded together. Up to one pixel in a
+    thousand is rounded to the other side, or, in floats, most pixels differ by some hundredths of a grey level.
     """
-    low, high = job.value_range
-    levels = 255 / (float(high) - float(low)) * np.abs(after.astype(np.float64) - before)
+    low, high = coder.value_range
+    if after.dtype.kind == "f":
+        difference = np.abs(after.astype(np.float64) - before)
+    else:  # in integers: a float64 can't tell large ones apart
+        larger, smaller = np.maximum(after, before), np.minimum(after, before)
+        unsigned = np.dtype(f"u{after.dtype.itemsize}")
+        difference = (larger.view(unsigned) - smaller.view(unsigned)).astype(np.float64)
+    levels = 255 / (float(high) - float(low)) * difference
     return bool(levels.max() <= 1) and float(np.square(levels).sum()) <= _SLACK**2 * written
 
 
-def _recoded(
-    decoded: Sequence[tuple[Tile, entropy.Symbols]], new: entropy.Symbols, reached: Patch, job: ChunkJob
+def _recode(
+    decoded: Sequence[tuple[Tile, Symbols]], new: Symbols, reached: Patch, coder: ChunkCoder
 ) -> dict[int, bytes]:
-    """The streams of the tiles in which a patch of new symbols (N, M, h, w) differs from the old."""
-    touched: list[tuple[int, entropy.Symbols]] = []
+    """Return the new streams of the tiles in which a patch of new symbols (N, M, h, w) differs from the old ones."""
+    touched: list[tuple[int, Symbols]] = []
     for tile, own in decoded:
         here, there = tile.patch.within(reached), reached.within(tile.patch)
         if tile.patch.meets(reached) and not np.array_equal(own[:, *there], new[tile.plane, :, *here]):
             own[:, *there] = new[tile.plane, :, *here]
             touched.append((tile.number, own))
-    streams = entropy.over_cores(lambda one: entropy.encode_tile(one[1], job.tables), touched)
-    return dict(zip((number for number, _ in touched), streams, strict=True))
+    tables = coder.tables
+    return dict(over_cores(lambda one: (one[0], encode_tile(one[1], tables)), touched))
 
 
-def _storing(job: ChunkJob, chunk: Any) -> Plan[None]:
+def _store(coder: ChunkCoder, chunk: Any) -> Plan[None]:
     """Store a whole chunk, or delete it where zarr keeps none."""
-    if _blank(job, chunk):
-        yield Put(None)
-    else:
-        yield Put((yield from encoding(job, chunk)))
+    frame = None if _blank(coder, chunk) else (yield from encode_chunk(coder, chunk))
+    yield Put(frame)
 
 
-def _blank(job: ChunkJob, pixels: Any) -> bool:
-    """Whether a chunk with these pixels alone is not to be stored."""
-    return not job.spec.config.write_empty_chunks and bool((pixels == job.spec.fill_value).all())
+def _blank(coder: ChunkCoder, pixels: Any) -> bool:
+    """Return whether zarr keeps no chunk that has only these pixels: all have the fill value."""
+    return not coder.spec.config.write_empty_chunks and bool((pixels == coder.spec.fill_value).all())
 
 
 def _fitted(value: Pixels, shape: tuple[int, ...]) -> Pixels:
-    """The value in this shape if it has as many numbers: zarr leaves out axes that an orthogonal selection drops."""
+    """Return the value in this shape if it has as many numbers: zarr drops axes that a selection takes one index of."""
     return value.reshape(shape) if value.ndim and value.shape != shape and value.size == math.prod(shape) else value
 
 

@@ -1,191 +1,147 @@
-"""Plans of steps that have to be waited for, and what runs them with and without an event loop.
+"""Plans, and the two runners that take them to their end: one for threads, one for coroutines.
 
-zarr calls a codec from coroutines and from threads. A plan is written once for both: a generator that yields each step
-that has to be waited for (bytes from the store, a network's turn) and is sent its result. What it computes in between
-runs on whichever thread the plan is run on; coroutines hand that to other threads.
+zarr calls a codec from threads and from coroutines. A plan is written once for both, as a generator. It yields what has
+to be waited for: bytes from the store (`Fetch`, `Put`), or the future of a network's work. It is sent the result. What
+it computes in between runs on the thread of the runner; `run_async` uses the pool's threads for that, so that zarr's
+event loop stays free. (httpx runs its authentication flows in this way.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from functools import lru_cache
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
+from collections.abc import Generator, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, cast
 
-import zarr
+import numpy as np
+from zarr.abc.buffer import Buffer
+from zarr.abc.store import RangeByteRequest
+from zarr.buffer import default_buffer_prototype
 
-from zarr_cae.coder import tiles as entropy
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.threads import pool
 
 _Result = TypeVar("_Result")
 
 
-class Step(Protocol):
-    """Something that a plan waits for."""
-
-    def now(self, store: Any) -> Any:
-        """Do it, on this thread. `store` is what zarr gave to reach the chunk's bytes, or None."""
+class MissingChunkError(LookupError):
+    """A plan needs bytes of a chunk that is not stored. The caller of the runner catches it."""
 
 
-class StoreStep(Step, Protocol):
-    """A step that an event loop takes by itself."""
+@dataclass(frozen=True)
+class Fetch:
+    """Get bytes of the chunk: one memoryview for each range, shorter than asked for if the chunk ends before."""
 
-    last: ClassVar[bool]
-    """Whether nothing of the plan follows."""
+    ranges: Sequence[tuple[int, int]] | None = None
+    """First byte and end of each range; None for the whole chunk."""
+    optional: bool = False
+    """Whether a missing chunk gives None; otherwise it raises MissingChunkError, which ends the plan."""
 
-    async def later(self, store: Any) -> Any:
-        """Do it, without holding up the event loop."""
+    def now(self, store: Any) -> list[memoryview] | None:
+        """Get the bytes on this thread."""
+        return self._views([store.get_sync(prototype=default_buffer_prototype(), byte_range=one) for one in self._list])
+
+    async def later(self, store: Any) -> list[memoryview] | None:
+        """Get the bytes in an event loop."""
+        return self._views(await asyncio.gather(*(store.get(default_buffer_prototype(), one) for one in self._list)))
+
+    @property
+    def _list(self) -> list[RangeByteRequest | None]:
+        return [None] if self.ranges is None else [RangeByteRequest(*one) for one in self.ranges]
+
+    def _views(self, buffers: Sequence[Buffer | None]) -> list[memoryview] | None:
+        found = [contiguous(buffer) for buffer in buffers if buffer is not None]
+        if len(found) == len(buffers):
+            return found
+        if self.optional:
+            return None
+        raise MissingChunkError
 
 
-class NetworkStep(ABC):
-    """A step that threads of the engine take, so that an event loop need not be woken for it."""
+@dataclass(frozen=True)
+class Put:
+    """Store the frame of the chunk, or delete the chunk if the frame is None."""
 
-    @abstractmethod
-    def queue(self, *, wait: bool) -> Future[Any]:
-        """The future of its result; `wait` as in `MicroBatcher.submit`."""
+    frame: Buffer | None
 
-    def now(self, store: Any) -> Any:  # noqa: ARG002
-        return self.queue(wait=True).result()
+    def now(self, store: Any) -> None:
+        """Store or delete on this thread."""
+        if self.frame is None:
+            store.delete_sync()
+        else:
+            store.set_sync(self.frame)
+
+    async def later(self, store: Any) -> None:
+        """Store or delete in an event loop."""
+        if self.frame is None:
+            await store.delete()
+        else:
+            await store.set(self.frame)
 
 
+Step: TypeAlias = Fetch | Put | Future[Any]
 Plan: TypeAlias = Generator[Step, Any, _Result]
 
 
+def contiguous(buffer: Buffer) -> memoryview:
+    """Return the bytes of a buffer."""
+    return memoryview(cast("Any", np.ascontiguousarray(buffer.as_numpy_array()))).cast("B")
+
+
 def run(plan: Plan[_Result], store: Any = None) -> _Result:
-    """Run a plan on this thread. `store` is what zarr gave to reach the chunk's bytes, if the plan does."""
+    """Run a plan on this thread and return its result.
+
+    Parameters
+    ----------
+    plan
+        The plan.
+    store
+        zarr's `ByteGetter` or `ByteSetter` for the chunk, if the plan fetches or stores bytes.
+    """
     step, result = _advance(plan, None)
     while step is not None:
-        step, result = _advance(plan, step.now(store))
+        answer = step.result() if isinstance(step, Future) else step.now(store)
+        step, result = _advance(plan, answer)
     return cast("_Result", result)
 
 
-async def run_async(plan: Plan[_Result], store: Any = None, *, light_start: bool = False) -> _Result:
-    """`run` for coroutines; `light_start` if the plan computes next to nothing before its first step.
+async def run_async(plan: Plan[_Result], store: Any = None) -> _Result:
+    """Run a plan from a coroutine: like `run`, but what the plan computes runs on the pool's threads.
 
-    The event loop is woken only for what the store does and for the result. To cancel the task withdraws what is
-    queued for the networks.
+    To cancel the task withdraws the work that is queued for a network.
     """
-    step, result = _advance(plan, None) if light_start else await _travel(plan, None)
+    step, result = await _advance_on_pool(plan, None)
     while step is not None:
-        answer = await cast("StoreStep", step).later(store)
-        step, result = _advance(plan, answer) if cast("StoreStep", step).last else await _travel(plan, answer)
+        answer = await (asyncio.wrap_future(step) if isinstance(step, Future) else step.later(store))
+        step = None  # its future would keep the planes in memory
+        step, result = await _advance_on_pool(plan, answer)
+        answer = None
     return cast("_Result", result)
 
 
 def _advance(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
-    """The plan's next step, or None and its result; StopIteration can't pass through a future."""
+    """Return the next step of a plan and None, or None and its result: a future can't carry StopIteration."""
     try:
         return plan.send(answer), None
     except StopIteration as end:
         return None, end.value
 
 
-async def _travel(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
-    """`_advance` on other threads, through all steps of the networks."""
-    arrival: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
-    journey = _Journey(plan, arrival)
+async def _advance_on_pool(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
+    advance = pool().submit(contextvars.copy_context().run, _advance, plan, answer)
     try:
-        _threads().submit(contextvars.copy_context().run, journey.go, answer)
-        error, step, result = await arrival
-    finally:
-        journey.leave()
-        del journey, arrival
+        return await asyncio.wrap_future(advance)
+    except asyncio.CancelledError:
+        advance.add_done_callback(_withdraw)
+        raise
+
+
+def _withdraw(advance: Future[tuple[Step | None, Any]]) -> None:
+    """Cancel the network's work that a plan has queued after its task was cancelled."""
     try:
-        if error is not None:
-            raise error
-        return cast("Step | None", step), result
-    finally:
-        del error  # it holds this frame by its traceback
-
-
-_Outcome: TypeAlias = tuple[BaseException | None, Step | Future[Any] | None, Any]
-"""What stopped a plan; the step that it waits for; its result."""
-
-
-class _Journey:
-    """A plan on its way over threads to its end, or to a step that is none of the networks'.
-
-    The traceback of an exception holds the frames of those who called what raised it, with all their variables, and
-    these what they refer to: whatever leads from there back to the exception, or from a future to itself, would keep
-    the planes of a chunk in memory until a garbage collection.
-    """
-
-    def __init__(self, plan: Plan[Any], arrival: asyncio.Future[_Outcome]) -> None:
-        self._plan = plan
-        self._arrival: asyncio.Future[_Outcome] | None = arrival
-        self._waits_for: Future[Any] | None = None
-        self._left = False
-
-    def go(self, answer: Any) -> None:
-        """Take the plan to its next step."""
-        outcome = _tried(self._plan, answer)
-        step = outcome[1]
-        if not isinstance(step, Future):
-            self._arrive(outcome)
-            del outcome
-            return
-        self._waits_for = step
-        if self._left:
-            step.cancel()
-        context = contextvars.copy_context()
-        step.add_done_callback(lambda done: self._go_on(done, context))
-
-    def _go_on(self, done: Future[Any], context: contextvars.Context) -> None:
-        """On the engine's thread, which has other work: hand what it made to a thread of ours."""
-        self._waits_for = None
-        if done.cancelled():
-            self._arrive((asyncio.CancelledError(), None, None))
-        elif done.exception() is not None:
-            self._arrive((done.exception(), None, None))
-        else:
-            try:
-                _threads().submit(context.run, self.go, done.result())
-            except (RuntimeError, CAEConfigurationError) as error:  # the interpreter exits, or settings became wrong
-                self._arrive((error, None, None))
-
-    def leave(self) -> None:
-        """Withdraw what is queued: nobody waits for it any more."""
-        self._left = True
-        waits_for = self._waits_for
-        if waits_for is not None:
-            waits_for.cancel()
-
-    def _arrive(self, outcome: _Outcome) -> None:
-        arrival, self._arrival = self._arrival, None
-        assert arrival is not None
-        with suppress(RuntimeError):  # the loop was closed in the meantime
-            arrival.get_loop().call_soon_threadsafe(_settle, arrival, outcome)
-
-
-def _settle(arrival: asyncio.Future[Any], outcome: Any) -> None:
-    if not arrival.done():
-        arrival.set_result(outcome)
-
-
-def _tried(plan: Plan[Any], answer: Any) -> _Outcome:
-    """`_advance`, with a network's step queued. Exceptions are given as values, whose tracebacks end here."""
-    try:
-        step, result = _advance(plan, answer)
-        return None, step.queue(wait=False) if isinstance(step, NetworkStep) else step, result
-    except BaseException as error:  # noqa: BLE001 - the coroutine that waits shall have it
-        return error, None, None
-
-
-def _threads() -> ThreadPoolExecutor:
-    """For what plans compute: as many as there are cores for it and zarr may use for its codecs."""
-    cores = entropy.cores()
-    return _pool(min(cores, zarr.config.get("threading.max_workers") or cores))
-
-
-@lru_cache(maxsize=8)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "cae-plan")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+        step, _ = advance.result()
+    except (Exception, CancelledError):  # noqa: BLE001 - the plan ended; nobody waits for its error
+        return
+    if isinstance(step, Future):
+        step.cancel()

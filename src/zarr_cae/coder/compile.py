@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
-from zarr_cae.coder import kernels as loops
+from zarr_cae.coder import kernels
+from zarr_cae.threads import hold_across_fork
 
 __all__ = ["Decoders", "Encoders", "decoders", "dequantiser", "encoders"]
 
@@ -16,14 +16,14 @@ _log = logging.getLogger(__name__)
 
 
 class Decoders(NamedTuple):
-    """Those of `loops` that reading needs, with the same parameters."""
+    """Those of `kernels` that reading needs, with the same parameters."""
 
     decode: Callable[..., tuple[int, int]]
     restore: Callable[..., None]
 
 
 class Encoders(NamedTuple):
-    """Those of `loops` that writing needs besides, with the same parameters."""
+    """Those of `kernels` that writing needs besides, with the same parameters."""
 
     assign: Callable[..., float]
     encode: Callable[..., tuple[int, int]]
@@ -33,12 +33,8 @@ _ready: dict[Callable[[], Any], Any] = {}
 _compiling = threading.RLock()
 _Made = TypeVar("_Made")
 
-if hasattr(os, "register_at_fork"):
-    # A fork waits for a compilation to end. It would not do to renew this lock in the child: numba's own, and what that
-    # guards, would be left there as they were in its midst.
-    os.register_at_fork(
-        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
-    )
+# A fork waits for a compilation to end: a child forked in the middle would inherit numba's lock and half-built state.
+hold_across_fork(_compiling)
 
 
 def decoders() -> Decoders:
@@ -47,7 +43,7 @@ def decoders() -> Decoders:
 
 
 def dequantiser() -> Callable[..., None]:
-    """`loops.dequantise`, which only who reads latents needs: compiled, or loaded, once in a process."""
+    """`kernels.dequantise`, which only who reads latents needs: compiled, or loaded, once in a process."""
     return _once(_compile_dequantiser)
 
 
@@ -102,8 +98,8 @@ def _compile_contexts() -> _Types:
     """What the others call, bound to the names by which they do."""
     t = _Types()
     inner = (t.coded, t.bytes, t.words, t.bytes)  # coded, around, score, classes
-    loops.run_classify = _compiled(loops.classify, t.void, t.int, t.int, *t.contexts, *inner)
-    loops.run_spread = _compiled(loops.spread, t.void, t.int, t.int, t.int, t.bytes, t.bytes)
+    kernels.run_classify = _compiled(kernels.classify, t.void, t.int, t.int, *t.contexts, *inner)
+    kernels.run_spread = _compiled(kernels.spread, t.void, t.int, t.int, t.int, t.bytes, t.bytes)
     return t
 
 
@@ -112,15 +108,15 @@ def _compile_decoders() -> Decoders:
     shortcuts = (t.u8, t.u32, t.i16, t.bool, t.u32)  # lookup, likely, likely_symbol, sparse, zero_flag
     room = (*t.scratch, t.states, t.symbols, t.places)
     return Decoders(
-        _compiled(loops.decode, t.counts, t.u16, t.int, t.int, *t.tables, *shortcuts, t.coded, *t.contexts, *room),
-        _compiled(loops.restore, t.void, t.symbols, t.int, t.flags),
+        _compiled(kernels.decode, t.counts, t.u16, t.int, t.int, *t.tables, *shortcuts, t.coded, *t.contexts, *room),
+        _compiled(kernels.restore, t.void, t.symbols, t.int, t.flags),
     )
 
 
 def _compile_dequantiser() -> Callable[..., None]:
     t = _Types()
     where = (t.values, t.int, t.int, t.int, t.int)  # values, begin, rows, columns, channels
-    compiled: Callable[..., None] = _compiled(loops.dequantise, t.void, t.i16, t.int, t.f32, t.f32, *where)
+    compiled: Callable[..., None] = _compiled(kernels.dequantise, t.void, t.i16, t.int, t.f32, t.f32, *where)
     return compiled
 
 
@@ -128,6 +124,6 @@ def _compile_encoders() -> Encoders:
     t = _once(_compile_contexts)
     lanes = (t.states, t.words, t.symbols)  # state, words, escapes
     return Encoders(
-        _compiled(loops.assign, t.float, t.i16, t.int, *t.rows, t.coded, *t.contexts, *t.scratch, t.f32),
-        _compiled(loops.encode, t.counts, t.i16, *t.tables, t.u64, t.u32, t.coded, t.bytes, *lanes),
+        _compiled(kernels.assign, t.float, t.i16, t.int, *t.rows, t.coded, *t.contexts, *t.scratch, t.f32),
+        _compiled(kernels.encode, t.counts, t.i16, *t.tables, t.u64, t.u32, t.coded, t.bytes, *lanes),
     )

@@ -29,17 +29,23 @@ the lower and right edge are smaller. Tiles are ordered by plane, then tile row,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import crc32c
+import numpy as np
+import numpy.typing as npt
 
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
-__all__ = ["STRIDE", "FrameHeader", "FrameIndex", "pack", "parse_index", "unpack"]
+__all__ = ["STRIDE", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_index", "unpack"]
 
-STRIDE = 16  # pixels per latent position, along each edge
+STRIDE = 16
+"""Pixels per latent position, along rows and columns."""
+Symbols: TypeAlias = npt.NDArray[np.int16]
+"""Quantised latents: (N, M, h, w) of a chunk's planes, or (M, h, w) of one tile."""
 
 _MAGIC = b"ZCAE"
 _VERSIONS = (1, 2)
@@ -96,13 +102,6 @@ class FrameHeader:
         """Tiles of all planes."""
         rows, columns = self.tile_grid
         return self.planes * rows * columns
-
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of latent positions of each tile of one plane, in the order of the frame."""
-        rows, columns = self.latent_shape
-        for top in range(0, rows, self.tile):
-            for left in range(0, columns, self.tile):
-                yield slice(top, min(top + self.tile, rows)), slice(left, min(left + self.tile, columns))
 
 
 @dataclass(frozen=True)

@@ -1,114 +1,165 @@
-"""Symbols (N, M, h, w) to a chunk frame and back: cut into tiles, each entropy-coded on its own, over the cores."""
+"""Latents of a chunk, as integer symbols (N, M, h, w), to its frame and back, tile by tile.
+
+The planes of a chunk are cut into tiles. Each tile is coded to a stream of its own, on several cores.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.coder import frame as framing
+from zarr_cae.coder import frame as frames
 from zarr_cae.coder import rans
+from zarr_cae.coder.frame import FrameHeader, Symbols
 from zarr_cae.coder.tables import Tables
-
-Symbols = npt.NDArray[np.int16]
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+from zarr_cae.threads import over_cores
 
 
-chosen_threads: Callable[[], int | None] | None = None
-"""How many threads this machine's settings allow, if they say. Nothing is known of them here: `settings` sets this."""
+@dataclass(frozen=True)
+class Patch:
+    """A rectangle of latent positions of a plane."""
 
+    rows: slice
+    columns: slice
 
-def cores() -> int:
-    """Those that this process may use now: of those that it has, as many as the settings or OMP_NUM_THREADS say."""
-    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chosen = chosen_threads() if chosen_threads is not None else None
-    return min(present, chosen or _openmp_threads() or present)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of rows and columns."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
+    def widened(self, by: int, shape: tuple[int, int]) -> Patch:
+        """Return the patch with `by` more positions on each side, cropped to a plane of this shape."""
+        rows, columns = (
+            slice(max(0, side.start - by), min(length, side.stop + by))
+            for side, length in zip((self.rows, self.columns), shape, strict=True)
+        )
+        return Patch(rows, columns)
 
-def _openmp_threads() -> int | None:
-    """Of the outermost level, where the variable has one for each."""
-    number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(number) if number.isdecimal() else None
+    def within(self, outer: Patch) -> tuple[slice, slice]:
+        """Return the slices that cut this patch, as far as both overlap, from an array of `outer`."""
+        rows, columns = (
+            slice(max(own.start, other.start) - other.start, min(own.stop, other.stop) - other.start)
+            for own, other in ((self.rows, outer.rows), (self.columns, outer.columns))
+        )
+        return rows, columns
 
+    def meets(self, other: Patch) -> bool:
+        """Return whether the two patches overlap."""
+        return all(
+            max(own.start, one.start) < min(own.stop, one.stop)
+            for own, one in ((self.rows, other.rows), (self.columns, other.columns))
+        )
 
-@lru_cache(maxsize=8)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="cae-entropy")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a pool's threads do not survive a fork
-
-
-def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterable[_Result]:
-    """`map`, over the cores (the coder releases the GIL) if there is more than one item."""
-    return map(function, items) if len(items) == 1 else _pool(cores()).map(function, items)
-
-
-def encode_tile(tile: Symbols, tables: Tables) -> bytes:
-    """The stream of one tile of symbols (M, h, w)."""
-    return rans.encode(np.ascontiguousarray(tile), tables)
-
-
-def decode_tile(stream: bytes | memoryview, rows: int, columns: int, tables: Tables) -> Symbols:
-    """The symbols (M, rows, columns) of one tile's stream. Raises StreamError if it is malformed."""
-    return rans.decode(stream, (rows, columns), tables)
-
-
-def encode(symbols: Symbols, header: framing.FrameHeader, tables: Tables) -> bytes:
-    """The frame of a chunk's symbols (N, M, h, w), whose N, h and w are the header's."""
-    places = [(plane, *tile) for plane in range(header.planes) for tile in header.tiles()]
-
-    def code(place: tuple[int, slice, slice]) -> bytes:
-        plane, rows, columns = place
-        return encode_tile(symbols[plane, :, rows, columns], tables)
-
-    return framing.pack(header, list(over_cores(code, places)))
+    def scaled(self, samples: int) -> tuple[slice, slice]:
+        """Return the slices of the patch in an array with this many samples a position along each axis."""
+        rows, columns = (slice(side.start * samples, side.stop * samples) for side in (self.rows, self.columns))
+        return rows, columns
 
 
 class Tile(NamedTuple):
-    """The stream of one tile of a frame, and which of the chunk's latents it holds."""
+    """One tile of a frame."""
 
+    number: int
+    """Position of its stream among those of the frame."""
     plane: int
-    rows: slice
-    columns: slice
-    stream: memoryview
+    """Index of its plane among those that were asked for."""
+    patch: Patch
+    """The latent positions that it holds."""
 
 
-def tiles(frame: bytes | memoryview, expected: framing.FrameHeader) -> list[Tile]:
-    """The tiles of a frame. Raises FrameError if it is malformed, before anything of the chunk's size is allocated."""
-    header, streams = framing.unpack(frame, expected)
-    places = [(plane, *tile) for plane in range(header.planes) for tile in header.tiles()]
-    return [Tile(*place, stream) for place, stream in zip(places, streams, strict=True)]
+def tiles(
+    header: FrameHeader, planes: Sequence[int] | npt.NDArray[np.intp] | None = None, patch: Patch | None = None
+) -> list[Tile]:
+    """Return the tiles of some planes (default: all) that overlap a patch (default: the whole plane).
+
+    They come plane by plane, in the order in which the planes are given, and in the order of the frame within a plane.
+    """
+    rows, columns = header.latent_shape
+    patch = Patch(slice(0, rows), slice(0, columns)) if patch is None else patch
+    down, across = header.tile_grid
+    edge = header.tile
+    found = []
+    for place, plane in enumerate(range(header.planes) if planes is None else planes):
+        for row in range(patch.rows.start // edge, -(-patch.rows.stop // edge)):
+            for column in range(patch.columns.start // edge, -(-patch.columns.stop // edge)):
+                own = Patch(
+                    slice(row * edge, min((row + 1) * edge, rows)),
+                    slice(column * edge, min((column + 1) * edge, columns)),
+                )
+                found.append(Tile((int(plane) * down + row) * across + column, place, own))
+    return found
 
 
-def decode_into(put: Callable[[Tile, Symbols], None], found: Sequence[Tile], tables: Tables) -> None:
-    """Hand each tile and its symbols (M, h, w) to `put`: in any order, from several threads at a time.
+def encode_tile(symbols: Symbols, tables: Tables) -> bytes:
+    """Return the stream of one tile of symbols (M, h, w)."""
+    return rans.encode(np.ascontiguousarray(symbols), tables)
 
-    Raises StreamError if a stream is malformed; others may have been handed over by then.
+
+def decode_tile(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -> Symbols:
+    """Return the symbols (M, h, w) of one tile's stream, where `shape` is (h, w).
+
+    Raises
+    ------
+    StreamError
+        If the stream is malformed.
+    """
+    return rans.decode(stream, shape, tables)
+
+
+def encode(symbols: Symbols, header: FrameHeader, tables: Tables) -> bytes:
+    """Return the frame of a chunk's symbols (N, M, h, w); N, h and w are those of the header."""
+
+    def code(tile: Tile) -> bytes:
+        return encode_tile(symbols[tile.plane, :, tile.patch.rows, tile.patch.columns], tables)
+
+    return frames.pack(header, over_cores(code, tiles(header)))
+
+
+def unpack(frame: bytes | memoryview, expected: FrameHeader) -> list[tuple[Tile, memoryview]]:
+    """Return the tiles of a frame with their streams.
+
+    Raises
+    ------
+    FrameError
+        If the frame is malformed. Nothing of the chunk's size is allocated before it is checked.
+    """
+    header, streams = frames.unpack(frame, expected)
+    return list(zip(tiles(header), streams, strict=True))
+
+
+def decode_each(found: Sequence[tuple[Tile, memoryview]], tables: Tables, put: Callable[[Tile, Symbols], None]) -> None:
+    """Decode tiles, and call `put` with each tile and its symbols (M, h, w), in any order and from several threads.
+
+    Raises
+    ------
+    StreamError
+        If a stream is malformed. `put` may have been called for other tiles by then.
     """
 
-    def code(tile: Tile) -> None:
-        _, rows, columns, stream = tile
-        put(tile, decode_tile(stream, rows.stop - rows.start, columns.stop - columns.start, tables))
+    def code(one: tuple[Tile, memoryview]) -> None:
+        tile, stream = one
+        put(tile, decode_tile(stream, tile.patch.shape, tables))
 
-    for _ in over_cores(code, found):
-        pass
+    over_cores(code, found)
 
 
-def decode(frame: bytes | memoryview, expected: framing.FrameHeader, tables: Tables) -> Symbols:
-    """The symbols (N, M, h, w) of a frame. Raises FrameError or StreamError for anything malformed."""
-    found = tiles(frame, expected)
+def decode(frame: bytes | memoryview, expected: FrameHeader, tables: Tables) -> Symbols:
+    """Return the symbols (N, M, h, w) of a frame.
+
+    Raises
+    ------
+    FrameError, StreamError
+        If the frame or a stream in it is malformed.
+    """
+    found = unpack(frame, expected)
     symbols = np.empty((expected.planes, tables.channels, *expected.latent_shape), np.int16)
 
     def put(tile: Tile, values: Symbols) -> None:
-        symbols[tile.plane, :, tile.rows, tile.columns] = values
+        symbols[tile.plane, :, tile.patch.rows, tile.patch.columns] = values
 
-    decode_into(put, found, tables)
+    decode_each(found, tables, put)
     return symbols

@@ -18,17 +18,15 @@ import numpy as np
 import numpy.typing as npt
 from zarr.abc.buffer import Buffer, NDBuffer
 from zarr.abc.codec import ArrayBytesCodec
-from zarr.core.array_spec import ArraySpec
-from zarr.core.chunk_key_encodings import ChunkKeyEncoding, parse_chunk_key_encoding
-from zarr.core.common import JSON, parse_named_configuration
 
+from zarr_cae._zarr import JSON, ArraySpec, ChunkKeyEncoding, parse_chunk_key_encoding, parse_named_configuration
 from zarr_cae.codec.cae import NAME as CAE_NAME
 from zarr_cae.codec.cae import CAECodec, loaded
 from zarr_cae.coder import tiles
 from zarr_cae.coder.compile import dequantiser
-from zarr_cae.coder.frame import STRIDE, FrameHeader
+from zarr_cae.coder.frame import STRIDE, FrameHeader, Symbols
 from zarr_cae.coder.tables import Tables
-from zarr_cae.coder.tiles import Symbols, Tile
+from zarr_cae.coder.tiles import Tile
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.layout import RGB, Layout, resolve_channel_axis
 
@@ -91,7 +89,7 @@ class LatentStrides:
 
     def start(self, tile: Tile) -> int:
         """Return the index of the first latent of a tile."""
-        index: int = tile.rows.start * self.rows + tile.columns.start * self.columns
+        index: int = tile.patch.rows.start * self.rows + tile.patch.columns.start * self.columns
         plane = tile.plane
         for length, stride in reversed(self.planes):
             plane, position = divmod(plane, length)
@@ -165,7 +163,7 @@ class CAEBottleneckCodec(ArrayBytesCodec):
                 f"{chunk_spec.shape}; open it with `zarr_cae.open_bottleneck`"
             )
         frame = memoryview(cast("Any", chunk_bytes.as_numpy_array()))
-        found = tiles.tiles(frame, chunk.header)
+        found = tiles.unpack(frame, chunk.header)
         values = np.empty(chunk.shape, np.float32)
         dequantise, flat, strides = dequantiser(), values.reshape(-1), chunk.strides
 
@@ -175,7 +173,7 @@ class CAEBottleneckCodec(ArrayBytesCodec):
                 flat, strides.start(tile), strides.rows, strides.columns, strides.channels,
             )  # fmt: skip
 
-        tiles.decode_into(put, found, chunk.tables)
+        tiles.decode_each(found, chunk.tables, put)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
 
     async def decode(self, chunks_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]) -> Iterable[NDBuffer | None]:

@@ -17,10 +17,10 @@ from typing import Any, NoReturn, Self, cast
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import StoreLike, StorePath, WrapperStore
 from zarr.storage._common import make_store
 
+from zarr_cae._zarr import sync
 from zarr_cae.errors import CAEConfigurationError
 
 METADATA = "zarr.json"

@@ -1,102 +1,83 @@
-"""The networks at work: device choice, one cached network per weights and device, tiled and batched.
+"""Run the networks: one engine for each weights file and device, with requests in batches and large planes in pieces.
 
-Requests from any thread or event loop meet in one `MicroBatcher` per engine, large ones in pieces. On a CPU it has a
-lane for each core, which runs whole networks, so that cores need not wait for each other at every layer; only a request
-that finds several cores free has them share each layer. On a GPU it has two, each with a stream of its own: while one
-batch computes, another is copied. There whole chunks come and go as they are, and their pixels become planes and
-pixels again on the device (`tensors`).
+Requests from any thread or event loop meet in the `MicroBatcher` of an engine. On a CPU it has a lane for each core,
+and each lane runs whole networks, so that cores need not wait for each other at every layer. Only a request that finds
+several cores free has them share each layer. On a GPU it has two lanes, each with a stream of its own: one batch
+computes while another is copied. On a GPU, chunks travel in their own dtype and become planes there (`pixels.device`).
 """
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from zarr_cae.codec.windows import Patch, pieces
+from zarr_cae.coder.frame import STRIDE, Symbols
+from zarr_cae.coder.tiles import Patch
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.networks.device import PASS_PIXELS, choose_device, use_threads
 from zarr_cae.networks.inference import Precision, choose_precision, prepare
 from zarr_cae.networks.microbatch import MicroBatcher
-from zarr_cae.networks.transforms import STRIDE, Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
-from zarr_cae.pixels import device as tensors
-from zarr_cae.pixels.layout import ChunkForm
+from zarr_cae.networks.pieces import pieces
+from zarr_cae.networks.transforms import Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
+from zarr_cae.pixels import device as on_device
+from zarr_cae.pixels.layout import PixelFormat, Planes, to_chunk, to_planes
+from zarr_cae.threads import call_in_child, hold_across_fork
 from zarr_cae.weights.registry import DEFAULT_MODEL, Weights
 
 Array = npt.NDArray[Any]
 
 _LARGEST_SYMBOL = 32767
-
-
-PASS_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Pixels in one forward pass: on a CPU few enough for the caches of a core, on a GPU enough to fill it."""
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device for a `cae.device` setting, a GPU with its number.
-
-    Raises CAEConfigurationError if it does not exist here, or can't be used because this process was forked from one
-    that used a GPU; "auto" takes the CPU then.
-    """
-    forked = _forked_from_cuda()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and not forked else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {name!r}") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise CAEConfigurationError(
-            f"cae: cae.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; use 'auto'"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {name!r}")
-    if device.type == "cuda" and forked:
-        raise CAEConfigurationError(
-            f"cae: cae.device is {name!r}, but CUDA was in use before this process was forked, and does not survive "
-            "that; start processes with 'spawn' or 'forkserver', or use 'auto' or 'cpu' in them"
-        )
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _forked_from_cuda() -> bool:
-    """Whether torch refuses CUDA here because the parent had begun to use it; torch's own name for that is private."""
-    in_bad_fork: Callable[[], bool] | None = getattr(torch.cuda, "_is_in_bad_fork", None)
-    return in_bad_fork is not None and in_bad_fork()
-
-
 _GPU_LANES = 2
 """Batches on a GPU at a time: one that computes, one that is copied."""
 
 
 @dataclass(frozen=True)
-class _Job:
-    """The key of a batch: requests with equal jobs run together."""
+class _BatchKey:
+    """What requests have in common that may share a batch."""
 
     direction: Literal["analyse", "synthesise"]
     quality: int
     shape: tuple[int, ...]
-    """Of one plane: (components, H, W) or (M, h, w)."""
+    """Shape of one plane: (components, H, W) to analyse, (M, h, w) to synthesise."""
     components: int
     settings: Settings
-    chunk: ChunkForm | None = None
-    """Where requests to analyse, or results of synthesis, are chunks."""
+
+
+class _Request(NamedTuple):
+    """The input of one request, and how it gets on the device and its result off it."""
+
+    source: Any
+    load: Callable[[Any], Tensor]
+    """Makes the source a tensor on the device: planes (N, components, H, W) or symbols (N, M, h, w)."""
+    finish: Callable[[Tensor], Any]
+    """Makes the result of the network, as a tensor on the device, the result of the request."""
 
 
 class Engine:
-    """One network on one device."""
+    """One pair of networks on one device.
+
+    Parameters
+    ----------
+    weights
+        The parameters.
+    device
+        Where the networks run.
+    precision
+        "float32" or "bfloat16"; see `networks.inference`.
+    compiled
+        Whether `torch.compile` makes the networks.
+    """
 
     def __init__(
         self, weights: Weights, device: torch.device, precision: Precision = "float32", *, compiled: bool = False
@@ -104,6 +85,7 @@ class Engine:
         self.weights, self.device = weights, device
         self._analysis, self._synthesis = _networks(weights)
         for name, module in (("analysis", self._analysis), ("synthesis", self._synthesis)):
+            module.float()  # whatever torch's default dtype is in this process
             state = {
                 key.removeprefix(f"{name}."): torch.from_numpy(value.astype(np.float32))
                 for key, value in weights.tensors.items()
@@ -114,7 +96,7 @@ class Engine:
             except RuntimeError as error:
                 raise CAEConfigurationError(f"cae: weights file {weights.info.path}: {error}") from error
             prepare(module, precision, device)
-        if compiled:  # for batches of any number and size, or every new one would be compiled for
+        if compiled:  # for batches of any number and size: otherwise each new one would be compiled
             self._analysis, self._synthesis = (
                 cast("nn.Module", torch.compile(network, dynamic=True)) for network in self.networks
             )
@@ -125,7 +107,7 @@ class Engine:
         self._usual_threads = torch.get_num_threads()
         self._streams = threading.local()
         largest = PASS_PIXELS[device.type]
-        self.batcher: MicroBatcher[Any, Any] = MicroBatcher(
+        self.batcher: MicroBatcher[_Request, Any] = MicroBatcher(
             self._run,
             name=f"cae-{weights.info.model}-{device}",
             max_weight=largest,
@@ -138,158 +120,215 @@ class Engine:
         """The analysis and the synthesis transform, on the device."""
         return self._analysis, self._synthesis
 
-    def analyse(self, planes: Array, quality: int, settings: Settings) -> Array:
-        """Planes (N, 3 or 1, H, W) float32 in [0, 1], sides multiples of 16, to symbols (N, M, H/16, W/16) int16."""
-        return self.begin_analysis(planes, quality, settings).result()
+    def analyse(self, planes: Planes, quality: int, settings: Settings) -> Future[Symbols]:
+        """Queue planes for the analysis transform.
 
-    def begin_analysis(self, planes: Array, quality: int, settings: Settings, *, wait: bool = True) -> Future[Array]:
-        """The future of `analyse`; to cancel it withdraws what has not begun. `wait` as in `MicroBatcher.submit`."""
-        job = _Job("analyse", quality, planes.shape[1:], planes.shape[1], settings)
-        return self._submit(job, planes, self.weights.latent_channels, STRIDE, 1, wait=wait)
+        Parameters
+        ----------
+        planes
+            (N, 3 or 1, H, W) float32 in [0, 1]; H and W are multiples of 16. Leave them unchanged until the end.
+        quality
+            1 to 8, one that the weights have.
+        settings
+            The settings of the machine.
 
-    def synthesise(self, symbols: Array, quality: int, components: int, settings: Settings) -> Array:
-        """Symbols (N, M, h, w) int16 to planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]."""
-        return self.begin_synthesis(symbols, quality, components, settings).result()
-
-    def begin_synthesis(
-        self, symbols: Array, quality: int, components: int, settings: Settings, *, wait: bool = True
-    ) -> Future[Array]:
-        """The future of `synthesise`, as that of `begin_analysis`."""
-        job = _Job("synthesise", quality, symbols.shape[1:], components, settings)
-        return self._submit(job, symbols, components, 1, STRIDE, wait=wait)
-
-    def takes(self, chunk: ChunkForm) -> bool:
-        """Whether such chunks may be given whole: on GPUs, up to a size. Others go as planes, which may be cut."""
-        fits = chunk.pixels <= PASS_PIXELS[self.device.type]
-        return self.device.type != "cpu" and fits and tensors.supported(chunk.dtype)
-
-    def begin_chunk_analysis(
-        self, pixels: Any, chunk: ChunkForm, quality: int, settings: Settings, *, wait: bool = True
-    ) -> Future[Array]:
-        """The future of the symbols (N, M, H/16, W/16) int16 of a chunk, an array of the host or of the device.
-
-        It raises CAEDataError if a value lies outside the range.
+        Returns
+        -------
+        Future
+            Of the symbols (N, M, H / 16, W / 16) int16. To cancel it withdraws what has not begun.
         """
-        job = _Job("analyse", quality, chunk.plane_shape, chunk.plane_shape[0], settings, chunk)
-        return self.batcher.submit(job, pixels, chunk.pixels, wait=wait)
+        key = _BatchKey("analyse", quality, planes.shape[1:], planes.shape[1], settings)
+        return self._submit(key, planes, self.weights.latent_channels, STRIDE, 1)
 
-    def begin_chunk_synthesis(
-        self, symbols: Array, chunk: ChunkForm, quality: int, settings: Settings, *, wait: bool = True
+    def synthesise(self, symbols: Symbols, quality: int, components: int, settings: Settings) -> Future[Planes]:
+        """Queue symbols (N, M, h, w) int16 for the synthesis transform.
+
+        Returns
+        -------
+        Future
+            Of the planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]. To cancel it withdraws what has not
+            begun.
+        """
+        key = _BatchKey("synthesise", quality, symbols.shape[1:], components, settings)
+        return self._submit(key, symbols, components, 1, STRIDE)
+
+    def analyse_chunk(self, pixels: Any, form: PixelFormat, quality: int, settings: Settings) -> Future[Symbols]:
+        """Queue a whole chunk for the analysis transform.
+
+        On a GPU the chunk goes there as it is, if torch knows its dtype; otherwise it becomes planes here.
+
+        Parameters
+        ----------
+        pixels
+            The chunk, a NumPy array or an array on a GPU.
+        form
+            How the chunk maps to planes.
+        quality, settings
+            As for `analyse`.
+
+        Returns
+        -------
+        Future
+            Of the symbols (N, M, H / 16, W / 16) int16.
+
+        Raises
+        ------
+        CAEDataError
+            If a value lies outside the value range; for chunks on a GPU the future raises it.
+        """
+        if not self._runs_whole(form):
+            planes = to_planes(_on_host(pixels), form.layout, form.value_range)
+            return self.analyse(planes, quality, settings)
+
+        def load(chunk: Any) -> Tensor:
+            return on_device.to_planes(on_device.to_tensor(chunk, self.device), form.layout, form.value_range)
+
+        key = _BatchKey("analyse", quality, form.plane_shape, form.plane_shape[0], settings)
+        return self.batcher.submit(key, _Request(pixels, load, _to_numpy), form.pixels)
+
+    def synthesise_chunk(self, symbols: Symbols, form: PixelFormat, quality: int, settings: Settings) -> Future[Any]:
+        """Queue the symbols (N, M, h, w) of a whole chunk for the synthesis transform.
+
+        Returns
+        -------
+        Future
+            Of the chunk: a NumPy array, or a tensor on the GPU if the form says that arrays stay there.
+        """
+        components = form.plane_shape[0]
+        key = _BatchKey("synthesise", quality, symbols.shape[1:], components, settings)
+        if not self._runs_whole(form):
+            return self._submit(
+                key,
+                symbols,
+                components,
+                1,
+                STRIDE,
+                lambda planes: to_chunk(planes, form.layout, form.dtype, form.value_range),
+            )
+
+        def finish(planes: Tensor) -> Any:
+            pixels = on_device.to_chunk(planes, form.layout, form.dtype, form.value_range)
+            if not form.stays:
+                return _to_numpy(pixels)
+            if pixels.is_cuda:  # the reader of this tensor knows only the default stream
+                torch.cuda.current_stream(self.device).synchronize()
+                pixels.record_stream(torch.cuda.default_stream(self.device))
+            return pixels
+
+        return self.batcher.submit(key, _Request(symbols, self._to_tensor, finish), form.pixels)
+
+    def _runs_whole(self, form: PixelFormat) -> bool:
+        """Return whether such chunks go to the device as they are: on GPUs, up to a size, in dtypes of torch."""
+        fits = form.pixels <= PASS_PIXELS[self.device.type]
+        return self.device.type != "cpu" and fits and on_device.supported(form.dtype)
+
+    def _submit(
+        self,
+        key: _BatchKey,
+        source: Array,
+        channels: int,
+        given: int,
+        made: int,
+        finish: Callable[[Array], Any] = lambda result: result,
     ) -> Future[Any]:
-        """The future of the chunk with these symbols: an array, or a tensor if it stays on the device."""
-        job = _Job("synthesise", quality, symbols.shape[1:], chunk.plane_shape[0], settings, chunk)
-        return self.batcher.submit(job, symbols, chunk.pixels, wait=wait)
-
-    def _submit(self, job: _Job, source: Array, channels: int, given: int, made: int, *, wait: bool) -> Future[Array]:
-        """Queue a request, in pieces of bounded size with their surroundings if it is large.
+        """Queue a request of NumPy arrays, in pieces of bounded size with their surroundings if it is large.
 
         The source has `given` samples a latent position along rows and columns, the result `made`, and `channels`.
+        `finish` makes the result of the network that of the request, on a thread of the batcher.
         """
         rows, columns = (side // given for side in source.shape[2:])
-        patches = list(pieces((rows, columns), job.settings.tile // STRIDE))
+        patches = list(pieces((rows, columns), key.settings.tile // STRIDE))
         pixels = STRIDE**2 * max(math.prod(outer.shape) for outer, _ in patches)
         count = max(1, PASS_PIXELS[self.device.type] // pixels)
         if len(patches) == 1 and len(source) <= count:
-            return self.batcher.submit(job, source, pixels * len(source), wait=wait)
-        dtype = np.int16 if job.direction == "analyse" else np.float32
-        whole = _Whole(np.empty((len(source), channels, rows * made, columns * made), dtype))
+            request = _Request(source, self._to_tensor, lambda result: finish(_to_numpy(result)))
+            return self.batcher.submit(key, request, pixels * len(source))
+        dtype = np.int16 if key.direction == "analyse" else np.float32
+        whole = _Whole(np.empty((len(source), channels, rows * made, columns * made), dtype), finish)
         for first in range(0, len(source), count):
             some = slice(first, first + count)
             for outer, inner in patches:
                 piece = source[some, :, *outer.scaled(given)]
-                own = replace(job, shape=piece.shape[1:])
-                part = self.batcher.submit(own, piece, len(piece) * STRIDE**2 * math.prod(outer.shape), wait=wait)
+                own = _BatchKey(key.direction, key.quality, piece.shape[1:], key.components, key.settings)
+                weight = len(piece) * STRIDE**2 * math.prod(outer.shape)
+                part = self.batcher.submit(own, _Request(piece, self._to_tensor, _to_numpy), weight)
                 whole.add(part, (some, *inner.scaled(made)), Patch(*inner.within(outer)).scaled(made))
         whole.complete()
         return whole.future
 
     def _lanes(self, key: Hashable) -> int:
-        assert isinstance(key, _Job)
+        assert isinstance(key, _BatchKey)
         return _GPU_LANES if self.device.type != "cpu" else key.settings.threads or self._usual_threads
 
-    def _run(self, key: Hashable, requests: list[Any], lanes: int) -> Sequence[Any]:
-        assert isinstance(key, _Job)
+    def _run(self, key: Hashable, requests: list[_Request], lanes: int) -> Sequence[Any]:
+        """Run a batch: called by the batcher on one of its threads."""
+        assert isinstance(key, _BatchKey)
         if self.device.type == "cpu":
-            _use_threads(lanes, self._usual_threads)
+            use_threads(lanes, self._usual_threads)
         with torch.inference_mode(), self._stream():
-            parts = self._sources(key, requests)
+            parts = [request.load(request.source) for request in requests]
             done = self._code(parts[0] if len(parts) == 1 else torch.cat(parts), key)
-            counts = list(map(len, parts))
-            if key.chunk is not None and key.direction == "synthesise":
-                ends = np.cumsum(counts).tolist()
-                return [
-                    self._chunk(done[end - count : end], key.chunk) for count, end in zip(counts, ends, strict=True)
-                ]
-            return np.split(_on_host(done), np.cumsum(counts)[:-1])
+            results = torch.split(done, list(map(len, parts)))
+            return [request.finish(result) for request, result in zip(requests, results, strict=True)]
 
     def _stream(self) -> AbstractContextManager[Any]:
-        """On a GPU, a stream of this thread's own."""
+        """Return the context of this thread's own stream on a GPU; on a CPU one that does nothing."""
         if self.device.type == "cpu":
             return nullcontext()
         if not hasattr(self._streams, "own"):
             self._streams.own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._streams.own)
 
-    def _sources(self, job: _Job, requests: list[Any]) -> list[Tensor]:
-        """Planes or symbols on the device."""
-        if job.chunk is None or job.direction == "synthesise":
-            return [tensors.to_tensor(request, self.device) for request in requests]
-        form = job.chunk
-        return [
-            tensors.to_planes(tensors.to_tensor(pixels, self.device), form.layout, form.value_range)
-            for pixels in requests
-        ]
+    def _to_tensor(self, array: Any) -> Tensor:
+        return on_device.to_tensor(array, self.device)
 
-    def _chunk(self, planes: Tensor, form: ChunkForm) -> Any:
-        pixels = tensors.to_chunk(planes, form.layout, form.dtype, form.value_range)
-        if not form.stays:
-            return _on_host(pixels)
-        if pixels.is_cuda:  # who uses it and frees it knows only the usual stream
-            torch.cuda.current_stream(self.device).synchronize()
-            pixels.record_stream(torch.cuda.default_stream(self.device))
-        return pixels
-
-    def _gain(self, name: str, job: _Job) -> Tensor:
-        row = self.weights.row(job.quality)
+    def _gain(self, name: str, key: _BatchKey) -> Tensor:
+        row = self.weights.row(key.quality)
         return self._gains[name][row : row + 1]
 
-    def _code(self, source: Tensor, job: _Job) -> Tensor:
-        if job.direction == "analyse":
+    def _code(self, source: Tensor, key: _BatchKey) -> Tensor:
+        """Apply the network and the gains of the quality, and round or dequantise."""
+        if key.direction == "analyse":
             pixels = source.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-            latents: Tensor = self._analysis(pixels) * self._gain("gain", job) - self._gain("shift", job)
+            latents: Tensor = self._analysis(pixels) * self._gain("gain", key) - self._gain("shift", key)
             return latents.round_().clamp_(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).to(torch.int16)
-        latents = source.float() * self._gain("step", job) + self._gain("offset", job)
+        latents = source.float() * self._gain("step", key) + self._gain("offset", key)
         planes: Tensor = self._synthesis(latents.contiguous(memory_format=torch.channels_last))
-        return planes if job.components == 3 else planes.mean(1, keepdim=True)
+        return planes if key.components == 3 else planes.mean(1, keepdim=True)
 
 
-def _on_host(values: Tensor) -> Array:
-    """From a GPU by way of pinned memory, which it writes by itself."""
+def _to_numpy(values: Tensor) -> Array:
+    """Return a tensor as a NumPy array; a GPU copies it through pinned memory, without a core's help."""
     if values.is_cuda:
         values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values)
     return values.numpy()
 
 
+def _on_host(pixels: Any) -> Array:
+    """Return a chunk as a NumPy array, wherever it is."""
+    return pixels if isinstance(pixels, np.ndarray) else on_device.to_tensor(pixels, torch.device("cpu")).numpy()
+
+
 class _Whole:
     """The result of a request that runs in pieces, and its future."""
 
-    def __init__(self, target: Array) -> None:
-        self.future: Future[Array] = Future()
-        self._target = target
+    def __init__(self, target: Array, finish: Callable[[Array], Any]) -> None:
+        self.future: Future[Any] = Future()
+        self._target, self._finish = target, finish
         self._lock = threading.Lock()
         self._parts: set[Future[Array]] = set()
-        """Those that are not done. One that is would keep the whole, and the whole's callback itself, in memory."""
+        """Parts that are not done: one that is done would keep the whole in memory, whose callback knows it."""
         self._missing = 1
 
     def add(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
-        """Wait for one more part, of which `inner` belongs in a place of the whole."""
+        """Add a part, whose `inner` goes to a place in the whole."""
         with self._lock:
             self._missing += 1
             self._parts.add(part)
         part.add_done_callback(lambda done: self._arrived(done, place, inner))
 
     def complete(self) -> None:
-        """Say that all parts were added."""
+        """Finish adding parts."""
         parts, lock = self._parts, self._lock  # not `self`, which holds the future
 
         def withdraw(_: Future[Array]) -> None:
@@ -319,26 +358,19 @@ class _Whole:
         with self._lock:
             self._missing -= 1
             last = self._missing == 0
-        if last:
-            with suppress(InvalidStateError):
-                self.future.set_result(self._target)
-
-
-_threads_lock = threading.Lock()
-
-
-def _use_threads(count: int, usual: int) -> None:
-    """Have torch run on `count` threads what this thread calls, and leave its number for others what it was."""
-    if torch.get_num_threads() != count:  # asked first: a thread's first operation would undo what was set before
-        with _threads_lock:
-            torch.set_num_threads(count)  # of this thread, and of every thread that starts later, whence:
-            other = threading.Thread(target=torch.set_num_threads, args=(usual,))
-            other.start()
-            other.join()
+        if not last:
+            return
+        with suppress(InvalidStateError):  # all parts were cancelled
+            try:
+                result = self._finish(self._target)
+            except Exception as error:  # noqa: BLE001 - the future carries it to the thread that waits
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
 
 
 def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:
-    """Analysis and synthesis, before they are given their parameters."""
+    """Return the analysis and the synthesis transform, not yet with their parameters."""
     info = weights.info
     try:
         architecture = dict(info.architecture)
@@ -346,7 +378,7 @@ def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:
             widths = Widths(**architecture)
             return Analysis(widths), Synthesis(widths)
         return FactorizedAnalysis(**architecture), FactorizedSynthesis(**architecture)
-    except (TypeError, ValueError, RuntimeError) as error:  # what dict, signatures and torch say to senseless ones
+    except (TypeError, ValueError, RuntimeError) as error:  # from dict(), the signatures, and torch
         raise CAEConfigurationError(
             f"cae: weights file {info.path}: there is no network of architecture {info.architecture!r}: {error}"
         ) from error
@@ -357,7 +389,7 @@ _lock = threading.Lock()
 
 
 def engine_for(weights: Weights, settings: Settings) -> Engine:
-    """The engine of these weights on the chosen device in the chosen precision, made once a process."""
+    """Return the engine of these weights on the device and in the precision of the settings, made once a process."""
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     key = (weights.info.digest, str(device), precision, settings.compile)
@@ -368,13 +400,5 @@ def engine_for(weights: Weights, settings: Settings) -> Engine:
         return engine
 
 
-def _after_fork() -> None:
-    """Start afresh in a forked child, where OpenMP's threads are gone and would be waited for without end."""
-    global _lock, _threads_lock
-    _lock, _threads_lock = threading.Lock(), threading.Lock()
-    _engines.clear()
-    torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+hold_across_fork(_lock)
+call_in_child(_engines.clear)  # the threads of their batchers are not in the child

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import itertools
-import os
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from zarr_cae.errors import CAEConfigurationError, CAEError
+from zarr_cae.threads import call_in_child, no_fork
 
 __all__ = ["BatchStatistics", "Limit", "MicroBatcher"]
 
@@ -119,7 +119,7 @@ class MicroBatcher(Generic[Request, Result]):
         self.reset_after_fork()
         _live.add(self)
 
-    def submit(self, key: Hashable, request: Request, weight: int = 1, *, wait: bool = True) -> Future[Result]:
+    def submit(self, key: Hashable, request: Request, weight: int = 1) -> Future[Result]:
         """Queue a request; wait while the queue is full, where waiting is safe.
 
         Waiting would stop every coroutine of an event loop, and a worker would wait for itself; so in a thread with
@@ -129,7 +129,6 @@ class MicroBatcher(Generic[Request, Result]):
             key: requests with equal keys may share a batch.
             request: passed to `run`. Not copied: leave it unchanged until the result is there.
             weight: what the request adds to its batch and to the queue, at least 1.
-            wait: False never to wait, for threads that others need.
 
         Returns:
             The future of the result. To cancel it, before it runs, withdraws the request.
@@ -140,7 +139,7 @@ class MicroBatcher(Generic[Request, Result]):
 
         """
         future, max_pending = self._enqueue(key, request, weight)
-        if wait and self._pending > max_pending and _may_wait():
+        if self._pending > max_pending and _may_wait():
             try:
                 with self._room:
                     self._room.wait_for(lambda: self._pending <= max_pending or future.running() or future.done())
@@ -295,7 +294,8 @@ class MicroBatcher(Generic[Request, Result]):
             self._batches += 1
             self._requests += len(batch)
         try:
-            results = self._run(key, [entry.request for entry in batch], lanes)
+            with no_fork():
+                results = self._run(key, [entry.request for entry in batch], lanes)
         except Exception as error:
             # Leaving this block frees the traceback, and the memory it holds, before anything is run again.
             if len(batch) > 1:
@@ -352,7 +352,5 @@ def _close_live() -> None:
         batcher.close(EXIT_SECONDS)
 
 
-# `register_at_fork` is absent where there is no fork.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_live)
+call_in_child(_reset_live)
 atexit.register(_close_live)

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-STRIDE = 16
-"""Pixels per latent position, along rows and along columns, in every network of this module."""
-
 
 class GDN(nn.Module):
     """Generalised divisive normalisation, `y = x / (beta + gamma |x|)`; the inverse multiplies (arXiv:1912.08771).

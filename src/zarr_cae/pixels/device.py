@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEDataError
-from zarr_cae.pixels.layout import RGB, STRIDE, Layout, ValueRange, outside_message
+from zarr_cae.pixels.layout import RGB, Layout, ValueRange, outside_message
 
 _DTYPES = {
     np.dtype(name): getattr(torch, name)

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
 
-STRIDE = 16
-"""Pixels per latent position along rows and columns; planes are padded to a multiple of it."""
 RGB = 3
 _IMAGE_MINIMUM = 32
 _IMAGE_ASPECT = 4
@@ -89,14 +88,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class ChunkForm:
-    """What a chunk is, for a network on a device to take it whole."""
+class PixelFormat:
+    """The pixels of a whole chunk: how they map to planes, their dtype and value range."""
 
     layout: Layout
     dtype: np.dtype[Any]
     value_range: ValueRange
     stays: bool = False
-    """Whether the pixels that come out of the network stay on its device, as a tensor."""
+    """Whether decoded pixels stay on the device of the network, as a tensor."""
 
     @property
     def plane_shape(self) -> tuple[int, int, int]:
