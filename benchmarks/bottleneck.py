@@ -40,7 +40,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".webp"}
 
 
 def images(folder: Path | None) -> Iterator[np.ndarray]:
-    bundled = Path(zarr_cae.__file__).parent / "cli" / "astronaut.png"
+    bundled = Path(zarr_cae.__file__).parent / "data" / "astronaut.png"
     paths = [bundled] if folder is None else sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     if not paths:
         sys.exit(f"no images in {folder}")

@@ -50,7 +50,7 @@ class PixelPatches:
 
 def classes(paths: list[Path]) -> Iterator[np.ndarray]:
     if not paths:
-        with Image.open(Path(zarr_cae.__file__).parent / "cli" / "astronaut.png") as image:
+        with Image.open(Path(zarr_cae.__file__).parent / "data" / "astronaut.png") as image:
             pixels = np.asarray(image.convert("RGB"))
         half = len(pixels) // 2
         yield from (pixels[y : y + half, x : x + half] for y in (0, half) for x in (0, half))

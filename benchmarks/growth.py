@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--missing", choices=("cae", "uncompressed"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    files = arguments.images or [Path(str(resources.files("zarr_cae.cli") / "astronaut.png"))]
+    files = arguments.images or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
     if arguments.one:
         print(json.dumps(one(*arguments.one, arguments.quality, files, arguments.missing)))
         return

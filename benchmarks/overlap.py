@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    pixels = picture(files or [Path(str(resources.files("zarr_cae.cli") / "astronaut.png"))], arguments.edge)
+    pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
     print(f"{arguments.edge} x {arguments.edge} RGB in chunks of {arguments.chunk}, quality {arguments.quality}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:

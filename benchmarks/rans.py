@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    files = files or [Path(str(resources.files("zarr_cae.cli") / "astronaut.png"))]
+    files = files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
     for quality in map(int, arguments.quality.split(",")):
         if quality:
             print(f"\nquality {quality}, {len(files)} images")

@@ -218,7 +218,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    pixels = picture(files or [Path(str(resources.files("zarr_cae.cli") / "astronaut.png"))], arguments.edge)
+    pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
     print(f"{arguments.edge} x {arguments.edge} RGB, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[weights.CACHE_VARIABLE] = folder

@@ -72,7 +72,7 @@ def measured(array: Any, work: Callable[[int], Any], repeats: int) -> tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    photograph = Path(str(resources.files("zarr_cae.cli") / "astronaut.png"))
+    photograph = Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))
     parser.add_argument("image", nargs="?", type=Path, default=photograph)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--window", type=int, default=256)

@@ -15,7 +15,7 @@ if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
 @pytest.fixture(scope="session")
 def photograph() -> np.ndarray:
     """(512, 512, 3) uint8, the one that the package holds."""
-    with resources.as_file(resources.files("zarr_cae.cli") / "astronaut.png") as path, Image.open(path) as image:
+    with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as path, Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     pixels.setflags(write=False)
     return pixels

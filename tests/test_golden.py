@@ -86,5 +86,5 @@ if __name__ == "__main__":
 
     from PIL import Image
 
-    with resources.as_file(resources.files("zarr_cae.cli") / "astronaut.png") as source:
+    with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as source:
         make_golden_arrays(ARRAYS / sys.argv[1], np.asarray(Image.open(source).convert("RGB")))

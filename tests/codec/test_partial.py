@@ -13,10 +13,10 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, ZipStore
 
 from zarr_cae import CAECodec, CAEDataError, FrameError, open_bottleneck
 from zarr_cae.codec.cae import loaded
-from zarr_cae.codec.windows import HALO
 from zarr_cae.coder import frame as framing
 from zarr_cae.coder import tiles as entropy
 from zarr_cae.coder.frame import FrameHeader, parse_index
+from zarr_cae.networks.pieces import HALO
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 REACH = 16 * (2 * HALO + 1)

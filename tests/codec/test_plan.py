@@ -14,22 +14,21 @@ import pytest
 import zarr
 
 from zarr_cae import CAECodec, CAEConfigurationError, configure
-from zarr_cae.codec import chunk as chunks
-from zarr_cae.codec.chunk import Put
-from zarr_cae.codec.plan import NetworkStep, run, run_async
+from zarr_cae.codec.plan import Put, run, run_async
+from zarr_cae.networks import engine as engines
 from zarr_cae.pixels import layout as pixels
 
 TIMEOUT = 30.0
 
 
-class Network(NetworkStep):
-    """A step whose future the test settles."""
+class Network:
+    """Work of a network, whose future the test settles."""
 
     def __init__(self):
         self.future = Future()
         self.queued = threading.Event()
 
-    def queue(self, *, wait):
+    def queue(self):
         self.queued.set()
         return self.future
 
@@ -39,8 +38,8 @@ class Store:
         self.frame = frame
 
 
-def start(plan, store=None, **options):
-    return asyncio.create_task(asyncio.wait_for(run_async(plan, store, **options), TIMEOUT))
+def start(plan, store=None):
+    return asyncio.create_task(asyncio.wait_for(run_async(plan, store), TIMEOUT))
 
 
 def wait_until(condition):
@@ -59,9 +58,9 @@ def test_a_plan_goes_on_in_threads_and_ends_at_the_store():
 
     def plan():
         threads.append(threading.current_thread())
-        one = yield first
+        one = yield first.queue()
         threads.append(threading.current_thread())
-        two = yield second
+        two = yield second.queue()
         threads.append(threading.current_thread())
         yield Put(one + two)
         threads.append(threading.current_thread())
@@ -76,8 +75,7 @@ def test_a_plan_goes_on_in_threads_and_ends_at_the_store():
 
     assert asyncio.run(main()) == "end"
     assert store.frame == 3
-    assert all(thread.name.startswith("cae-plan") for thread in threads[:3])
-    assert threads[3] is threading.current_thread()
+    assert all(thread.name.startswith("cae") for thread in threads)
 
 
 @pytest.mark.parametrize("workers", [None, 2])
@@ -103,7 +101,7 @@ def test_settings_that_become_wrong_while_a_plan_waits_are_an_error():
     step = Network()
 
     def plan():
-        yield step
+        yield step.queue()
 
     async def main():
         task = start(plan())
@@ -117,31 +115,13 @@ def test_settings_that_become_wrong_while_a_plan_waits_are_an_error():
     asyncio.run(main())
 
 
-def test_the_event_loop_is_woken_once_for_all_steps_of_the_networks():
-    steps = [Network() for _ in range(5)]
-    for step in steps:
-        step.future.set_result(None)
-
-    def plan():
-        yield from steps
-
-    async def main():
-        loop, calls = asyncio.get_running_loop(), []
-        original = loop.call_soon_threadsafe
-        loop.call_soon_threadsafe = lambda *given, **more: calls.append(given) or original(*given, **more)
-        await run_async(plan())
-        return len(calls)
-
-    assert asyncio.run(main()) == 1
-
-
 def test_context_variables_reach_every_part_of_a_plan():
     variable, seen, step = contextvars.ContextVar("variable", default="unset"), [], Network()
     step.future.set_result(None)
 
     def plan():
         seen.append(variable.get())
-        yield step
+        yield step.queue()
         seen.append(variable.get())
 
     async def main():
@@ -152,26 +132,23 @@ def test_context_variables_reach_every_part_of_a_plan():
     assert seen == ["set", "set"]
 
 
-@pytest.mark.parametrize("where", ["before", "queue", "network", "after"])
+@pytest.mark.parametrize("where", ["before", "network", "after"])
 def test_errors_arrive(where):
     step = Network()
 
     def plan():
         if where == "before":
             raise ValueError(where)
-        yield step
+        yield step.queue()
         raise ValueError(where)
 
-    if where == "queue":
-        step.queue = lambda wait: step.missing
-    elif where == "network":
+    if where == "network":
         step.future.set_exception(ValueError(where))
     else:
         step.future.set_result(None)
-    expected, text = (AttributeError, "missing") if where == "queue" else (ValueError, where)
-    with pytest.raises(expected, match=text):
+    with pytest.raises(ValueError, match=where):
         asyncio.run(run_async(plan()))
-    with pytest.raises(expected, match=text):
+    with pytest.raises(ValueError, match=where):
         run(plan())
 
 
@@ -179,7 +156,7 @@ def test_cancelled_task_withdraws_what_is_queued():
     step, after = Network(), []
 
     def plan():
-        yield step
+        yield step.queue()
         after.append(True)
 
     async def main():
@@ -201,7 +178,7 @@ def test_task_cancelled_while_its_plan_computes_queues_nothing():
     def plan():
         entered.set()
         assert gate.wait(TIMEOUT)
-        yield step
+        yield step.queue()
 
     async def main():
         task = start(plan())
@@ -220,7 +197,7 @@ def test_request_withdrawn_by_the_engine_cancels_the_task():
     assert step.future.cancel()
 
     def plan():
-        yield step
+        yield step.queue()
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(run_async(plan()))
@@ -237,15 +214,14 @@ def test_results_and_errors_are_freed_without_the_garbage_collector():
         made.append(weakref.ref(planes))
         return planes
 
-    class Made(NetworkStep):
-        def queue(self, *, wait):
-            future = Future()
-            future.set_result(new())
-            return future
+    def made_by_a_network():
+        future = Future()
+        future.set_result(new())
+        return future
 
     def plan(error):
         kept = new()
-        answer = yield Made()
+        answer = yield made_by_a_network()
         if error:
             raise ValueError(kept, answer)
         return new(), kept, answer
@@ -288,8 +264,8 @@ def test_planes_of_a_read_and_a_write_are_freed_without_the_garbage_collector(ph
     with zarr.config.set({"cae.tile": tile, "cae.device": "cpu"}):  # GPUs take chunks, not planes
         array[:] = data
         _ = array[:]
-        monkeypatch.setattr(chunks, "to_planes", spied(pixels.to_planes))
-        monkeypatch.setattr(chunks, "to_chunk", spied(pixels.to_chunk))
+        monkeypatch.setattr(engines, "to_planes", spied(pixels.to_planes))
+        monkeypatch.setattr(engines, "to_chunk", spied(pixels.to_chunk))
         gc.collect()
         gc.disable()
         try:

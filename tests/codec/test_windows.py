@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zarr_cae.codec.windows import HALO, LEAST_COLUMNS, Patch, assembled, enclosing, everything, pieces, runs, tiles
+from zarr_cae.codec.windows import assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameHeader
+from zarr_cae.coder.tiles import Patch, tiles
+from zarr_cae.networks.pieces import HALO, LEAST_COLUMNS, pieces
 from zarr_cae.pixels.layout import Layout, to_planes
 
 LAYOUTS = [((40, 50), None), ((40, 50, 3), 2), ((3, 40, 50), 0), ((4, 40, 50), 0), ((2, 5, 40, 3, 50), 3),
@@ -78,8 +80,17 @@ def check(chunk, selection):
      np.s_[:, :, :], np.s_[[0.5]], True, np.s_[-41]],
     ids=repr,
 )  # fmt: skip
-def test_what_no_box_is_made_for(selection):
-    assert enclosing(selection, Layout((40, 50), None)) is None
+def test_the_box_of_other_selections_is_the_whole_chunk(selection):
+    box = enclosing(selection, Layout((40, 50), None))
+    assert box.layout.shape == (40, 50)
+    assert box.inside is selection
+    assert not box.complete
+
+
+def test_a_window_of_a_long_axis_takes_no_memory():
+    box = enclosing(np.s_[5:15, 2**40 - 3 :], Layout((2**45, 2**40), None))
+    assert box.layout.shape == (10, 3)
+    assert box.grown(box.patch).layout.shape == (16, 16)
 
 
 def test_complete_boxes():
@@ -89,7 +100,17 @@ def test_complete_boxes():
     for selection in (np.s_[:39], np.s_[::2], np.s_[:, 1:], np.s_[:, :, 0], (np.arange(40),)):
         assert not enclosing(selection, chunk).complete
     assert not enclosing(np.s_[0, :, :], Layout((1, 50, 3), 2)).complete
-    assert everything(np.s_[0], chunk).layout.shape == chunk.shape
+
+
+def rectangles(header):
+    """Return rows and columns of each tile of a plane, in the order of the frame."""
+    rows, columns = header.latent_shape
+    edge = header.tile
+    return [
+        (slice(top, min(top + edge, rows)), slice(left, min(left + edge, columns)))
+        for top in range(0, rows, edge)
+        for left in range(0, columns, edge)
+    ]
 
 
 @given(
@@ -100,7 +121,7 @@ def test_tiles_give_back_a_patch(planes, height, width, tile, seed):
     header = FrameHeader(planes, height, width, grey=True, tile=tile)
     rng = np.random.default_rng(seed)
     symbols = rng.integers(-9, 9, (planes, 2, *header.latent_shape)).astype(np.int16)
-    streams = [symbols[plane][:, rows, columns] for plane in range(planes) for rows, columns in header.tiles()]
+    streams = [symbols[plane][:, rows, columns] for plane in range(planes) for rows, columns in rectangles(header)]
     wanted = np.sort(rng.choice(planes, rng.integers(1, planes + 1), replace=False))
     patch = Patch(*(slice(a, rng.integers(a, n) + 1) for n in header.latent_shape for a in [rng.integers(0, n)]))
     found = tiles(header, wanted, patch)
@@ -108,7 +129,7 @@ def test_tiles_give_back_a_patch(planes, height, width, tile, seed):
     assert all(one.patch.meets(patch) for one in found)
     got = assembled([(one, streams[one.number]) for one in found], len(wanted), patch)
     np.testing.assert_array_equal(got, symbols[wanted][:, :, patch.rows, patch.columns])
-    wide = patch.widened(header)
+    wide = patch.widened(HALO, header.latent_shape)
     assert wide.rows == slice(max(0, patch.rows.start - HALO), min(header.latent_shape[0], patch.rows.stop + HALO))
 
 

@@ -1,8 +1,7 @@
-"""Symbols to frames and back, over the cores."""
+"""Symbols to frames and back, on several cores."""
 
 import multiprocessing
 import os
-import threading
 import warnings
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zarr_cae import configure
-from zarr_cae.coder import tiles as entropy
+from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, pack, unpack
 from zarr_cae.coder.tables import Tables
 from zarr_cae.errors import FrameError, StreamError
@@ -30,16 +28,16 @@ def latents(header, seed=0):
 def test_there_and_back(planes, height, width, grey, tile):
     header = FrameHeader(planes, height, width, grey, tile)
     symbols = latents(header)
-    frame = entropy.encode(symbols, header, TABLES)
-    np.testing.assert_array_equal(entropy.decode(frame, header, TABLES), symbols)
+    frame = tiles.encode(symbols, header, TABLES)
+    np.testing.assert_array_equal(tiles.decode(frame, header, TABLES), symbols)
 
 
 def test_tiles_are_those_of_the_frame():
     header = FrameHeader(2, 20 * 16, 40 * 16, grey=False, tile=16)
     symbols = latents(header)
-    _, streams = unpack(entropy.encode(symbols, header, TABLES), header)
+    _, streams = unpack(tiles.encode(symbols, header, TABLES), header)
     assert len(streams) == header.tile_count == 2 * 2 * 3
-    last = entropy.decode(
+    last = tiles.decode(
         pack(small := FrameHeader(1, 4 * 16, 8 * 16, grey=False, tile=16), [streams[-1]]), small, TABLES
     )
     np.testing.assert_array_equal(last[0], symbols[1, :, 16:, 32:])
@@ -49,56 +47,28 @@ def test_what_is_read_only_can_be_encoded():
     header = FrameHeader(1, 64, 64, grey=True)
     symbols = latents(header)
     symbols.setflags(write=False)
-    entropy.encode(symbols, header, TABLES)
+    tiles.encode(symbols, header, TABLES)
 
 
 def test_frames_of_another_shape_and_damaged_streams_are_refused():
     header = FrameHeader(1, 64, 64, grey=True)
-    frame = entropy.encode(latents(header), header, TABLES)
+    frame = tiles.encode(latents(header), header, TABLES)
     with pytest.raises(FrameError):
-        entropy.decode(frame, FrameHeader(1, 64, 80, grey=True), TABLES)
+        tiles.decode(frame, FrameHeader(1, 64, 80, grey=True), TABLES)
     _, streams = unpack(frame, header)
     with pytest.raises(StreamError):
-        entropy.decode(pack(header, [bytes(streams[0])[:-2]]), header, TABLES)
-
-
-@pytest.mark.parametrize(
-    ("openmp", "chosen", "expected"),
-    [(None, None, 8), ("3", None, 3), ("3", 2, 2), ("3", 5, 5), ("16", None, 8), (None, 16, 8), ("2,4", None, 2),
-     ("many", None, 8), ("0", None, 8), ("", None, 8)],
-)  # fmt: skip
-def test_the_settings_or_openmp_limit_the_cores(monkeypatch, openmp, chosen, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    if openmp is None:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    else:
-        monkeypatch.setenv("OMP_NUM_THREADS", openmp)
-    with configure(threads=chosen):
-        assert entropy.cores() == expected
-
-
-def test_the_pool_has_as_many_threads_as_the_settings_say_now(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    for threads in (3, 1, 3):
-        together = threading.Barrier(threads, timeout=60)
-
-        def meet(_, together=together):
-            together.wait()
-            return threading.get_ident()
-
-        with configure(threads=threads):
-            assert len(set(entropy.over_cores(meet, range(4 * threads)))) == threads
+        tiles.decode(pack(header, [bytes(streams[0])[:-2]]), header, TABLES)
 
 
 def _decode_in_child(frame, header, queue):
-    queue.put(int(entropy.decode(frame, header, TABLES).sum()))
+    queue.put(int(tiles.decode(frame, header, TABLES).sum()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 def test_the_pool_survives_a_fork():
     header = FrameHeader(3, 600, 600, grey=False)
     symbols = latents(header)
-    frame = entropy.encode(symbols, header, TABLES)  # the parent's pool is running
+    frame = tiles.encode(symbols, header, TABLES)  # the parent's pool is running
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_decode_in_child, args=(frame, header, queue))

@@ -26,6 +26,7 @@ from zarr_cae import (
     CAEError,
     open_bottleneck,
 )
+from zarr_cae import threads as process_threads
 from zarr_cae.codec.cae import loaded
 from zarr_cae.coder import rans, tiles
 from zarr_cae.coder.frame import FrameHeader, pack, unpack
@@ -52,7 +53,7 @@ def test_golden_latents_bit_for_bit(synthetic, pipeline):
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_golden_latents_at_any_thread_count(synthetic, pipeline, monkeypatch, threads):
     with ThreadPoolExecutor(threads) as pool, zarr.config.set({"async.concurrency": threads}):
-        monkeypatch.setattr(tiles, "_pool", lambda _: pool)
+        monkeypatch.setattr(process_threads, "pool", lambda: pool)
         found = open_bottleneck(FIXTURES / "golden.zarr")[:]
     assert found.tobytes() == np.load(FIXTURES / "golden.npy").tobytes()
 
@@ -70,7 +71,7 @@ def test_decoding_is_parallel(photograph, pipeline, monkeypatch, chunks):
         return decode(*arguments)
 
     with ThreadPoolExecutor(2) as pool, zarr.config.set({"threading.max_workers": 2}):
-        monkeypatch.setattr(tiles, "_pool", lambda _: pool)
+        monkeypatch.setattr(process_threads, "pool", lambda: pool)
         monkeypatch.setattr(rans, "decode", met)
         assert view[...].tobytes() == expected.tobytes()
 

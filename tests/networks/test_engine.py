@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from zarr_cae.codec.windows import HALO, LEAST_COLUMNS
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.networks import engine as engine_module
-from zarr_cae.networks.engine import PASS_PIXELS, Engine, choose_device, engine_for
+from zarr_cae.networks.device import PASS_PIXELS, choose_device
+from zarr_cae.networks.engine import Engine, engine_for
+from zarr_cae.networks.pieces import HALO, LEAST_COLUMNS
 from zarr_cae.pixels.layout import Layout, to_planes
 from zarr_cae.weights import registry as weights
 
@@ -37,10 +38,10 @@ def planes(photograph):
 def test_there_and_back(planes, device, quality):
     settings = Settings(device=device)
     engine = engine_for(bundled(quality), settings)
-    symbols = engine.analyse(planes, quality, settings)
+    symbols = engine.analyse(planes, quality, settings).result()
     assert symbols.dtype == np.int16
     assert symbols.shape == (1, engine.weights.latent_channels, 25, 21)
-    back = engine.synthesise(symbols, quality, 3, settings)
+    back = engine.synthesise(symbols, quality, 3, settings).result()
     assert back.shape == planes.shape
     assert -10 * np.log10(np.square(back - planes).mean()) > 28
 
@@ -53,13 +54,13 @@ def test_tiles_equal_the_whole(photograph, device, quality, columns, tile):
     planes = to_planes(pixels, Layout(pixels.shape, 2), (0, 255))
     whole, tiled = Settings(device=device, tile=2048), Settings(device=device, tile=tile)
     engine = engine_for(bundled(quality), whole)
-    expected, symbols = (engine.analyse(planes, quality, settings) for settings in (whole, tiled))
+    expected, symbols = (engine.analyse(planes, quality, settings).result() for settings in (whole, tiled))
     assert (symbols != expected).mean() < RARE[device]
     if device == "cuda":  # which may sum convolutions of other sizes in another way
         assert np.abs(symbols - expected).max() <= 1
         symbols = expected
-    first = engine.synthesise(expected, quality, 3, whole)
-    second = engine.synthesise(symbols, quality, 3, tiled)
+    first = engine.synthesise(expected, quality, 3, whole).result()
+    second = engine.synthesise(symbols, quality, 3, tiled).result()
     levels = [np.rint(image.clip(0, 1) * 255) for image in (first, second)]
     assert np.abs(levels[0] - levels[1]).max() <= 1
 
@@ -72,7 +73,7 @@ def test_compiled_networks_give_the_same(planes, monkeypatch):
     assert traced is not engine
     assert all(isinstance(network, torch._dynamo.OptimizedModule) for network in traced.networks)
     for crop in (planes[:, :, :64, :48], planes[:, :, :32, :32].repeat(3, 0)):
-        symbols = engine.analyse(crop, 2, plain)
+        symbols = engine.analyse(crop, 2, plain).result()
         assert (traced.analyse(crop, 2, compiled) != symbols).mean() < 1e-3
         back = [one.synthesise(symbols, 2, 3, settings) for one, settings in ((engine, plain), (traced, compiled))]
         assert np.abs(back[0] - back[1]).max() < 1 / 255
@@ -88,7 +89,7 @@ def test_memory_of_a_forward_pass_is_bounded(planes):
             lambda _, given, unit=unit: sizes.append([len(given[0]), *(side * unit for side in given[0].shape[2:])])
         )
     wide = planes.repeat(3, 3)
-    engine.synthesise(engine.analyse(wide, 1, settings), 1, 3, settings)
+    engine.synthesise(engine.analyse(wide, 1, settings).result(), 1, 3, settings).result()
     assert sum(count for count, _, _ in sizes) == 2 * 4 * 2
     assert max(count * rows * columns for count, rows, columns in sizes) <= PASS_PIXELS["cpu"]
     _, rows, columns = np.max(sizes, 0)
@@ -97,7 +98,7 @@ def test_memory_of_a_forward_pass_is_bounded(planes):
     counts = []
     engine._analysis.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
     many = np.zeros((300, 1, 64, 64), np.float32)
-    assert len(engine.analyse(many, 1, Settings(device="cpu"))) == 300
+    assert len(engine.analyse(many, 1, Settings(device="cpu")).result()) == 300
     assert sum(counts) == 300
     assert max(counts) <= PASS_PIXELS["cpu"] // 64**2
 
@@ -114,9 +115,9 @@ def test_a_lone_request_has_all_threads(planes):
     before = torch.get_num_threads()
     engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=3)
     seen = spied(engine)
-    engine.analyse(planes[:, :, :64, :64], 1, settings)
-    engine.analyse(planes, 1, settings)
-    engine.analyse(planes, 1, replace(settings, threads=2))
+    engine.analyse(planes[:, :, :64, :64], 1, settings).result()
+    engine.analyse(planes, 1, settings).result()
+    engine.analyse(planes, 1, replace(settings, threads=2)).result()
     assert [threads for _, threads in seen] == [3, 3, 2]
     with ThreadPoolExecutor(1) as another:
         assert another.submit(torch.get_num_threads).result() == before
@@ -135,19 +136,19 @@ def test_requests_run_on_a_thread_each(planes):
     engine._analysis.register_forward_pre_hook(meet)
     crops = [planes[:, :, :n, :64] for n in (64, 80)]
     with engine.batcher._lock:  # let nobody take the first before the second is there
-        futures = [engine.begin_analysis(crop, 1, settings) for crop in crops]
+        futures = [engine.analyse(crop, 1, settings) for crop in crops]
     symbols = [future.result(60) for future in futures]
     assert sorted(seen) in ([1, 1], [1, 2])
     engine = Engine(bundled(1), torch.device("cpu"))
     for crop, one in zip(crops, symbols, strict=True):
-        np.testing.assert_array_equal(engine.analyse(crop, 1, settings), one)
+        np.testing.assert_array_equal(engine.analyse(crop, 1, settings).result(), one)
 
 
 def test_pieces_of_a_large_request_are_spread_over_the_threads(planes):
     engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=2, tile=128)
     seen = spied(engine)
     with engine.batcher._lock:
-        future = engine.begin_analysis(planes, 1, settings)
+        future = engine.analyse(planes, 1, settings)
     assert future.result(60).shape == (1, engine.weights.latent_channels, 25, 21)
     assert len(seen) == 4
     assert len({ident for ident, _ in seen}) == 2
@@ -158,9 +159,9 @@ def test_a_large_request_is_withdrawn_or_fails_as_a_whole(planes):
     engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", tile=128)
     seen = spied(engine)
     with engine.batcher._lock:
-        future = engine.begin_analysis(planes, 1, settings)
+        future = engine.analyse(planes, 1, settings)
         assert future.cancel()
-    wait_for = engine.analyse(planes[:, :, :64, :64], 1, settings)
+    wait_for = engine.analyse(planes[:, :, :64, :64], 1, settings).result()
     assert len(wait_for) == len(seen) == 1
     assert engine.batcher.statistics.pending == 0
 
@@ -170,8 +171,8 @@ def test_a_large_request_is_withdrawn_or_fails_as_a_whole(planes):
 
     engine._analysis.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError, match="too much"):
-        engine.analyse(planes, 1, settings)
-    assert len(engine.analyse(planes[:, :, :64, :64], 1, settings)) == 1
+        engine.analyse(planes, 1, settings).result()
+    assert len(engine.analyse(planes[:, :, :64, :64], 1, settings).result()) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -179,8 +180,8 @@ def test_symbols_do_not_depend_on_the_batch(planes, device):
     settings = Settings(device=device)
     engine = engine_for(bundled(4), settings)
     crops = np.concatenate([planes[:, :, n : n + 64, n : n + 64] for n in range(0, 160, 16)])
-    together = engine.analyse(crops, 4, settings)
-    alone = np.concatenate([engine.analyse(crop[None], 4, settings) for crop in crops])
+    together = engine.analyse(crops, 4, settings).result()
+    alone = np.concatenate([engine.analyse(crop[None], 4, settings).result() for crop in crops])
     if device == "cpu":
         np.testing.assert_array_equal(alone, together)
     assert np.abs(alone - together).max() <= 1
@@ -196,8 +197,8 @@ def test_pixels_hardly_depend_on_the_batch(planes, device):
     settings = Settings(device=device)
     engine = engine_for(bundled(4), settings)
     symbols = engine.analyse(np.concatenate([planes[:, :, n : n + 64, :64] for n in range(0, 80, 16)]), 4, settings)
-    together = engine.synthesise(symbols, 4, 3, settings)
-    alone = np.concatenate([engine.synthesise(one[None], 4, 3, settings) for one in symbols])
+    together = engine.synthesise(symbols, 4, 3, settings).result()
+    alone = np.concatenate([engine.synthesise(one[None], 4, 3, settings).result() for one in symbols])
     assert np.abs(alone - together).max() < (0.1 if device == "cpu" else 1) / 255
 
 
@@ -205,8 +206,8 @@ def test_grey_planes_have_one_component(planes):
     settings = Settings()
     engine = engine_for(bundled(6), settings)
     grey = planes[:, :1]
-    symbols = engine.analyse(grey, 6, settings)
-    back = engine.synthesise(symbols, 6, 1, settings)
+    symbols = engine.analyse(grey, 6, settings).result()
+    back = engine.synthesise(symbols, 6, 1, settings).result()
     assert back.shape == grey.shape
     assert -10 * np.log10(np.square(back - grey).mean()) > 30
 

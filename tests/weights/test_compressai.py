@@ -125,10 +125,10 @@ def test_against_compressai_itself(cache):
     loaded = converted(network.state_dict(), cache)
     settings = Settings(device="cpu")
     engine = Engine(loaded, torch.device("cpu"))
-    ours = engine.analyse(images.numpy(), 3, settings)
+    ours = engine.analyse(images.numpy(), 3, settings).result()
     assert len(np.unique(ours)) > 5
     np.testing.assert_array_equal(ours, symbols.numpy())
-    pixels = np.clip(engine.synthesise(ours, 3, 3, settings), 0, 1)
+    pixels = np.clip(engine.synthesise(ours, 3, 3, settings).result(), 0, 1)
     assert np.abs(pixels - decoded.numpy()).max() < 1 / 255
     theirs = sum(len(string) for string in strings["strings"][0])
     payload = sum(len(rans.encode(one, loaded.tables[0])) for one in ours)

@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
 
 def photograph() -> Pixels:
     """The photograph, (512, 512, 3) uint8."""
-    with resources.as_file(resources.files("zarr_cae.cli") / "astronaut.png") as path:
+    with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as path:
         return read_image(path)
 
 

@@ -113,8 +113,10 @@ async def run_async(plan: Plan[_Result], store: Any = None) -> _Result:
     """
     step, result = await _advance_on_pool(plan, None)
     while step is not None:
-        answer = await (asyncio.wrap_future(step) if isinstance(step, Future) else step.later(store))
-        step = None  # its future would keep the planes in memory
+        try:
+            answer = await (asyncio.wrap_future(step) if isinstance(step, Future) else step.later(store))
+        finally:
+            step = None  # a failed future that a frame of its own traceback holds would stay in memory
         step, result = await _advance_on_pool(plan, answer)
         answer = None
     return cast("_Result", result)
@@ -135,6 +137,8 @@ async def _advance_on_pool(plan: Plan[_Result], answer: Any) -> tuple[Step | Non
     except asyncio.CancelledError:
         advance.add_done_callback(_withdraw)
         raise
+    finally:
+        del advance  # for the same reason
 
 
 def _withdraw(advance: Future[tuple[Step | None, Any]]) -> None:

@@ -45,8 +45,12 @@ class Box:
         """Whether the selection is the whole chunk, in order."""
         return (
             isinstance(self.inside, tuple)
+            and len(self.inside) == len(self.chunk.shape)
+            and all(
+                isinstance(one, slice) and one.indices(length) == (0, length, 1)
+                for one, length in zip(self.inside, self.chunk.shape, strict=True)
+            )
             and self.layout.shape == self.chunk.shape
-            and all(isinstance(one, slice) and one.step in (None, 1) for one in self.inside)
         )
 
     @property
