@@ -34,6 +34,8 @@ _PARTS = {"g_a": "analysis", "g_s": "synthesis"}
 _ROOMS = (*_PARTS, "entropy_bottleneck")
 _DENSITY_WIDTHS = (1, 3, 3, 3, 3, 1)
 _CDF, _CDF_LENGTH, _OFFSET = (f"entropy_bottleneck.{name}" for name in ("_quantized_cdf", "_cdf_length", "_offset"))
+CODER_TABLES = {"compressai.cumulative": _CDF, "compressai.length": _CDF_LENGTH, "compressai.offset": _OFFSET}
+"""The tensors of a weights file with which CompressAI's own streams are decoded, and their keys in a checkpoint."""
 
 
 def fetch(*, quality: int, metric: str) -> Path:
@@ -85,6 +87,8 @@ def convert(checkpoint: Path, *, quality: int, metric: str) -> bytes:
                 _refuse(checkpoint, f"the squares of {key} are not finite")
     medians = _single(state["entropy_bottleneck.quantiles"][:, 0, 1])[None]
     tensors |= _tables(state, medians[0].astype(np.float64), checkpoint)
+    if state.get(_CDF, np.empty(0)).size:  # caecodec's chunks are coded with these
+        tensors |= {name: state[key].astype(np.int32) for name, key in CODER_TABLES.items()}
     ones = np.ones_like(medians)
     tensors |= {"gain": ones, "shift": medians, "step": ones, "offset": medians}
     return weights.pack(

@@ -9,6 +9,8 @@ in a cache folder; never under a path or URL that metadata gives. It holds
     tables.minimum, tables.length (Q, R) int32 and tables.frequency (n,) uint16, integer frequency tables (`tables`)
     contexts.source (Q, M, S) int16, contexts.weight (Q, M, S) uint8, contexts.threshold (Q, M, K - 1) uint16,
     contexts.predicted (Q, M) uint8, contexts.zero (Q, M) uint16, if the tables have contexts (`contexts`)
+    compressai.cumulative (M, L), compressai.length (M,), compressai.offset (M,) int32, the tables of CompressAI's own
+    streams, if the file was made from a checkpoint that has them (`legacy.stream`)
 
 for Q qualities, M latent channels and R = M or M K rows, and in its metadata `format`, `model`, `metric`, `qualities`,
 `architecture` and `provenance`. Nothing is computed from floats at load, so symbols and latents are the same on every

@@ -1,0 +1,51 @@
+"""caecodec's archive of `tests/fixtures/legacy`, with its weights imported."""
+
+from pathlib import Path
+
+import numcodecs
+import numpy as np
+import pytest
+
+from zarr_cae.legacy.codec import ConvolutionalAutoencoder
+from zarr_cae.weights import registry
+from zarr_cae.weights.compressai import convert
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "legacy"
+
+
+@pytest.fixture(scope="session")
+def converted():
+    """The bytes of the weights file."""
+    return convert(FIXTURES / "checkpoint.safetensors", quality=1, metric="mse")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder of imported weights."""
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "weights"))
+    numcodecs.register_codec(ConvolutionalAutoencoder)
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def imported(cache, converted):
+    """The weights of the archive, imported."""
+    return registry.store(converted)
+
+
+@pytest.fixture(scope="session")
+def old():
+    """The archive."""
+    return FIXTURES / "photo.zarr"
+
+
+@pytest.fixture(scope="session")
+def decoded():
+    """The pixels that caecodec makes of it."""
+    return np.load(FIXTURES / "decoded.npz")["pixels"]
+
+
+@pytest.fixture(scope="session")
+def latents():
+    """The latents that caecodec makes of each chunk, by key."""
+    return dict(np.load(FIXTURES / "latents.npz"))
