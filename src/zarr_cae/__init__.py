@@ -13,6 +13,7 @@ from zarr_cae.errors import (
 from zarr_cae.latents.codec import CAEBottleneckCodec
 from zarr_cae.latents.dataset import as_torch_dataset
 from zarr_cae.latents.store import BottleneckStore, open_bottleneck
+from zarr_cae.serve.store import DecodedStore
 
 __all__ = [
     "BottleneckStore",
@@ -21,6 +22,7 @@ __all__ = [
     "CAEConfigurationError",
     "CAEDataError",
     "CAEError",
+    "DecodedStore",
     "FrameError",
     "StreamError",
     "WeightsNotFoundError",

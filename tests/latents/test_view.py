@@ -10,7 +10,7 @@ from archives import PROTOTYPE, M, contents, fill, read, run
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import MemoryStore, StorePath, WrapperStore
 
-from zarr_cae import BottleneckStore, CAEConfigurationError, open_bottleneck
+from zarr_cae import BottleneckStore, CAEConfigurationError, DecodedStore, open_bottleneck
 from zarr_cae.latents.view import StoreView
 
 
@@ -112,8 +112,13 @@ def test_every_method_of_the_installed_zarr_is_decided_on():
     assert not new, f"zarr's stores have {new}; decide in StoreView how they are served"
     assert MADE | REFUSED - {"_check_writable"} <= methods(StoreView)
     assert methods(WrapperStore) & (MADE | REFUSED | CONSTANT) <= methods(StoreView)
-    for view in (BottleneckStore,):
+    for view in (BottleneckStore, DecodedStore):
         assert not (MADE | REFUSED | CONSTANT | BUILT_ON_GET) & methods(view), f"{view} goes around StoreView"
+
+
+def test_a_view_with_keys_of_its_own_lists_them_itself():
+    own = {"get_sync", "exists", "list", "list_prefix", "list_dir", "_supports_sync_io", "is_empty"}
+    assert own <= methods(DecodedStore)
 
 
 def test_every_write_is_refused(small):

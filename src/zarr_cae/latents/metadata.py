@@ -39,6 +39,7 @@ from zarr_cae.codec import cae as cae_codec
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.latents import codec as latents_codec
+from zarr_cae.latents.view import rewrite_arrays
 from zarr_cae.pixels.layout import resolve_channel_axis
 
 ATTRIBUTE = "cae_bottleneck"
@@ -74,25 +75,18 @@ def rewrite(document: Mapping[str, Any]) -> Mapping[str, Any]:
     CAEConfigurationError
         If the latents of a CAE array can't be served; WeightsNotFoundError if its weights are not on this machine.
     """
-    if document.get("node_type") == "array" and has_codec(document.get("codecs"), cae_codec.NAME):
-        try:
-            return _rewrite_array(document)
-        except CAEConfigurationError:
-            raise
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise CAEConfigurationError(f"cae: the metadata of the array are malformed: {error!r}") from error
-    consolidated = document.get("consolidated_metadata")
-    if not isinstance(consolidated, dict) or not isinstance(consolidated.get("metadata"), dict):
-        return document
-    members = consolidated["metadata"]
+    return rewrite_arrays(document, _rewrite_if_cae)
+
+
+def _rewrite_if_cae(array: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not has_codec(array.get("codecs"), cae_codec.NAME):
+        return array
     try:
-        changed = {path: rewrite(node) if isinstance(node, dict) else node for path, node in members.items()}
+        return _rewrite_array(array)
     except CAEConfigurationError:
-        # zarr then reads the members one by one, and raises for this one only.
-        return {name: value for name, value in document.items() if name != "consolidated_metadata"}
-    if all(changed[path] is members[path] for path in members):
-        return document
-    return {**document, "consolidated_metadata": {**consolidated, "metadata": changed}}
+        raise
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise CAEConfigurationError(f"cae: the metadata of the array are malformed: {error!r}") from error
 
 
 def codec_entry(entry: object) -> tuple[str, Any]:

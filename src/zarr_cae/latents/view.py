@@ -177,6 +177,42 @@ def is_metadata(key: str) -> bool:
     return key == METADATA or key.endswith("/" + METADATA)
 
 
+def rewrite_arrays(
+    document: Mapping[str, Any], rewrite: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Apply `rewrite` to the document of an array, or to each array in the consolidated metadata of a group.
+
+    Parameters
+    ----------
+    document
+        A `zarr.json` document. It is not modified.
+    rewrite
+        Return the new document of an array, or the same object if there is nothing to rewrite. If it raises
+        CAEConfigurationError for a member of consolidated metadata, these are left out: zarr then reads the members
+        one by one, and raises for this one only.
+
+    Returns
+    -------
+    Mapping
+        `document` itself if nothing changed. Otherwise a new document that shares the parts that did not change.
+    """
+    if document.get("node_type") == "array":
+        return rewrite(document)
+    consolidated = document.get("consolidated_metadata")
+    if not isinstance(consolidated, dict) or not isinstance(consolidated.get("metadata"), dict):
+        return document
+    members = consolidated["metadata"]
+    try:
+        changed = {
+            path: rewrite_arrays(node, rewrite) if isinstance(node, dict) else node for path, node in members.items()
+        }
+    except CAEConfigurationError:
+        return {name: value for name, value in document.items() if name != "consolidated_metadata"}
+    if all(changed[path] is members[path] for path in members):
+        return document
+    return {**document, "consolidated_metadata": {**consolidated, "metadata": changed}}
+
+
 def rewritten(content: bytes, rewrite: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> bytes:
     """Apply `rewrite` to a JSON document; return `content` itself if it is not JSON or nothing changed.
 

@@ -1,0 +1,121 @@
+"""`ByteCache`, `SharedWork` and `ByteLimit`: what is kept, made once, and held back."""
+
+import asyncio
+import multiprocessing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zarr_cae.serve.cache import ByteCache, ByteLimit, SharedWork
+
+
+@given(st.integers(0, 30), st.lists(st.tuples(st.sampled_from("abcdef"), st.binary(max_size=12))))
+def test_a_cache_keeps_the_values_used_last(limit, steps):
+    cache, kept = ByteCache(limit), {}
+    for key, value in steps:
+        cache.put(key, value)
+        kept.pop(key, None)
+        kept[key] = value
+        while sum(map(len, kept.values())) > limit:
+            del kept[next(iter(kept))]
+        for name in "abcdef":
+            assert cache.get(name) == kept.get(name)
+        kept = {name: kept[name] for name in "abcdef" if name in kept}  # reading them used them, in this order
+
+
+def test_forgetting_by_prefix():
+    cache = ByteCache(100)
+    for key in ("a/c/0", "ab/c/0", "b/c/0"):
+        cache.put(key, b"12")
+    cache.forget("a/")
+    assert [cache.get(key) for key in ("a/c/0", "ab/c/0", "b/c/0")] == [None, b"12", b"12"]
+
+
+def _read_in_child(cache, queue):
+    queue.put(cache.get("a"))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_lock_held_during_a_fork_does_not_stop_the_child():
+    cache, context = ByteCache(100), multiprocessing.get_context("fork")
+    cache.put("a", b"1")
+    queue = context.Queue()
+    with cache._lock:  # as by another thread
+        child = context.Process(target=_read_in_child, args=(cache, queue))
+        child.start()
+        assert queue.get(timeout=60) is None
+    child.join()
+
+
+def test_an_error_reaches_all_who_wait_and_is_not_kept():
+    calls = []
+
+    async def fail():
+        calls.append(1)
+        await asyncio.sleep(0)
+        raise ValueError("no")
+
+    async def main():
+        work = SharedWork()
+        found = await asyncio.gather(*(work.result("a", fail) for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(error, ValueError) for error in found)
+        with pytest.raises(ValueError, match="no"):
+            await work.result("a", fail)
+
+    asyncio.run(main())
+    assert len(calls) == 2
+
+
+def test_work_that_none_waits_for_is_cancelled():
+    async def main():
+        cancelled, work = asyncio.Event(), SharedWork()
+
+        async def long():
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+
+        waiting = [asyncio.ensure_future(work.result("a", long)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        assert not cancelled.is_set()
+        waiting[1].cancel()
+        await asyncio.wait_for(cancelled.wait(), 60)
+
+    asyncio.run(main())
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3), st.booleans()), max_size=30))
+def test_a_limit_is_kept_and_all_get_their_turn(works):
+    async def main():
+        limit, held, most, served = ByteLimit(10), 0, 0, 0
+
+        async def work(size, steps):
+            nonlocal held, most, served
+            async with limit.holding(size):
+                held += min(size, 10)
+                most = max(most, held)
+                try:
+                    for _ in range(steps):
+                        await asyncio.sleep(0)
+                finally:
+                    held -= min(size, 10)
+                served += 1
+
+        tasks = [asyncio.ensure_future(work(size, steps)) for size, steps, _ in works]
+        await asyncio.sleep(0)
+        for task, (*_, cancel) in zip(tasks, works, strict=True):
+            if cancel:
+                task.cancel()
+        found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert most <= 10
+        assert served == found.count(None) >= sum(not cancel for *_, cancel in works)
+        async with limit.holding(10):  # nothing is held any more
+            pass
+
+    asyncio.run(main())
