@@ -1,10 +1,10 @@
 """The command line `zarr-cae`: arguments, progress, printing.
 
-One module a group of commands, each with `add(commands)`, which declares its arguments, and functions that take the
-parsed arguments. What is slow to import (torch, zarr, numba, matplotlib) is imported inside those functions.
+Each module holds a group of commands. Its function `add(commands)` declares the arguments, and other functions run the
+commands. They import slow packages (torch, zarr, numba, matplotlib) themselves, so that `--help` is quick.
 
-Exit codes: 0 done; 1 the user's mistake or bad data, with one line on stderr; 2 wrong usage; 130 interrupted. Bugs
-keep their traceback.
+Exit codes: 0 for success; 1 for a mistake in the input, with one line on stderr; 2 for wrong usage; 130 if
+interrupted. Bugs show their traceback.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
-from zarr_cae.cli import archive, bottleneck, demo, evaluate, train, weights_files
 from zarr_cae.errors import CAEError
 
 __all__ = ["main"]
@@ -28,12 +28,12 @@ _STOP_SECONDS = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zarr-cae` with these arguments (by default the process's own) and return its exit code."""
-    arguments = _parse(argv)
     try:
+        arguments = _parse(argv)
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        with suppress(KeyboardInterrupt):  # of those who press it twice
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C
             _stop_zarr()
         return _say("interrupted", 130)
     except BrokenPipeError:
@@ -47,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    # Imported here, so that an interrupt meanwhile ends as any other does.
+    from zarr_cae.cli import archive, bottleneck, demo, evaluate, train, weights_files
+
     parser = argparse.ArgumentParser(
         prog="zarr-cae", description="Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder."
     )
+    parser.add_argument("--version", action="version", version=f"zarr-cae {version('zarr-cae')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for group in (archive, bottleneck, demo, weights_files, train, evaluate):
         group.add(commands)

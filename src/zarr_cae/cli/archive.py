@@ -20,10 +20,10 @@ from zarr_cae.cli.images import (
     picture,
     picture_format,
     refusing_damage,
-    replacing,
     save_picture,
 )
-from zarr_cae.cli.writing import BAR, Options, many_chunks_at_once, plan, replacing_zarr, slabs, stored_bytes, write
+from zarr_cae.cli.replacing import create_npy, replacing, replacing_zarr
+from zarr_cae.cli.writing import BAR, Options, many_chunks_at_once, new_array, slabs, stored_bytes, write
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS, find
@@ -88,8 +88,8 @@ def encode(arguments: argparse.Namespace) -> None:
             others = ", ".join(str(other) for other in images if other.stem == name and other != path) or "itself again"
             refuse(f"{path} and {others} would both become array {name!r}; rename one")
     with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
-        plans = (plan(open_source(path), options) for path in images)
-        write(plans, partial, sum(map(megapixels, images)), group=len(images) > 1)
+        arrays = (new_array(open_source(path), options) for path in images)
+        write(arrays, partial, sum(map(megapixels, images)), group=len(images) > 1)
     print("\n".join(_summary(array) for array in _arrays(out)))
 
 
@@ -109,9 +109,9 @@ def decode(arguments: argparse.Namespace) -> None:
     array = open_array(arguments.array)
     if numpy_file:
         with replacing(path) as partial:
-            target = np.lib.format.open_memmap(partial, mode="w+", dtype=array.dtype, shape=array.shape)
+            target = create_npy(partial, array.dtype, array.shape)
             _read(array, target)
-            target.flush()
+            cast("np.memmap[Any, Any]", target).flush()
         return
     stack, page = _picture_axes(array, pages=name in PAGES)
     shape = [array.shape[axis] for axis in page]

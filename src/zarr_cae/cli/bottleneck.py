@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.cli.arguments import Commands, command, progress, refuse
-from zarr_cae.cli.images import arrays_at, refusing_damage, replacing
-from zarr_cae.cli.writing import replacing_zarr, slabs
+from zarr_cae.cli.images import arrays_at, refusing_damage
+from zarr_cae.cli.replacing import create_npy, replacing, replacing_zarr
+from zarr_cae.cli.writing import slabs
 
 if TYPE_CHECKING:
     import zarr
@@ -63,13 +63,10 @@ def _open(path: Path) -> zarr.Array[Any]:
 
 
 def _write_npy(array: zarr.Array[Any], path: Path) -> None:
-    target = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
-    if hasattr(os, "posix_fallocate") and array.nbytes:
-        with path.open("r+b") as file:  # on a full disk this raises OSError; a write to the map would kill the process
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    target = create_npy(path, array.dtype, array.shape)
     for window, values in _pieces(array):
         target[window] = values
-    target.flush()
+    cast("np.memmap[Any, Any]", target).flush()
 
 
 async def _write_zarr(array: zarr.Array[Any], path: Path) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from zarr_cae.cli.arguments import Commands, command, progress, table
 from zarr_cae.cli.images import Pixels, Source, read_image, save_picture
-from zarr_cae.cli.writing import Options, plan, replacing_zarr, stored_bytes, write
+from zarr_cae.cli.replacing import replacing_zarr
+from zarr_cae.cli.writing import Options, new_array, stored_bytes, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,21 +85,23 @@ def _code(original: Pixels, store: Path) -> list[_Result]:
     """Write all qualities into one group and read them back as anybody would."""
     import zarr
 
-    plans = [plan(Source(f"q{quality}", original, 2, ("y", "x", "c")), Options(quality)) for quality in _QUALITIES]
+    arrays = [
+        new_array(Source(f"q{quality}", original, 2, ("y", "x", "c")), Options(quality)) for quality in _QUALITIES
+    ]
     seconds = []
     with replacing_zarr(store, overwrite=True) as partial:
         zarr.create_group(partial)
-        with progress(2 * len(plans) + 1, "step", "demo") as bar:
+        with progress(2 * len(arrays) + 1, "step", "demo") as bar:
             _warm_up(original)
             bar.update()
-            for item in plans:
+            for item in arrays:
                 started = time.perf_counter()
                 write([item], partial / item.source.name, item.megapixels, group=False)
                 seconds.append(time.perf_counter() - started)
                 bar.update()
             group = zarr.open_group(partial, mode="r")
             results = []
-            for quality, item, encode_seconds in zip(_QUALITIES, plans, seconds, strict=True):
+            for quality, item, encode_seconds in zip(_QUALITIES, arrays, seconds, strict=True):
                 array = group[item.source.name]
                 assert isinstance(array, zarr.Array)
                 started = time.perf_counter()

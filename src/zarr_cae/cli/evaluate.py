@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zarr_cae.cli.arguments import Commands, command, note, progress, quality, refuse, several, table
-from zarr_cae.cli.images import Pixels, read_image, replacing
+from zarr_cae.cli.images import Pixels, read_image
+from zarr_cae.cli.replacing import replacing
 from zarr_cae.cli.writing import stored_bytes
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.evaluation.classical import RIVALS, evaluate_rival

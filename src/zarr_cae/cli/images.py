@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.cli.arguments import refuse
+from zarr_cae.cli.replacing import is_zarr, replacing
 from zarr_cae.errors import CAEError
 from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
 
@@ -41,7 +41,6 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "TIFF": {"compression": "tiff_lzw"},
 }
 """So that a decoded image is not spoilt by the format it is put into."""
-_METADATA = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_DAMAGE = (AttributeError, KeyError, TypeError, ValueError)
 _CHUNK_DAMAGE = (EOFError, RuntimeError, ValueError, zlib.error)
 """What zarr raises for metadata and zarr's codecs for chunks that make no sense."""
@@ -66,11 +65,6 @@ class Source:
     def dtype(self) -> np.dtype[Any]:
         """The array's dtype."""
         return self.array.dtype
-
-
-def is_zarr(path: Path) -> bool:
-    """Whether a folder is the root of a zarr hierarchy."""
-    return any((path / name).is_file() for name in _METADATA)
 
 
 def open_source(path: Path) -> Source:
@@ -249,18 +243,3 @@ def save_picture(
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         image.save(partial, name, **_SAVE_OPTIONS.get(name, {}), **pages)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place at the end, and vanishes on any failure."""
-    if path.is_dir():
-        refuse(f"{path} is a folder")
-    if not path.parent.is_dir():
-        refuse(f"folder {path.parent} does not exist")
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

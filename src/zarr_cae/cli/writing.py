@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from zarr_cae.cli.arguments import note, progress, refuse
-from zarr_cae.cli.images import Source, is_zarr, refusing_damage
+from zarr_cae.cli.images import Source, refusing_damage
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class NewArray:
     """One array to write: its source, codec and grid."""
 
     source: Source
@@ -58,7 +56,7 @@ class Plan:
     megapixels: float
 
 
-def plan(source: Source, options: Options) -> Plan:
+def new_array(source: Source, options: Options) -> NewArray:
     """Choose codec, grid and fill value. Raises CAEConfigurationError for what cannot be encoded."""
     from zarr_cae.codec.cae import CAECodec
 
@@ -68,7 +66,14 @@ def plan(source: Source, options: Options) -> Plan:
     if math.prod(source.shape) == 0:
         refuse(f"{source.name} has no pixels: its shape is {source.shape}")
     value_range = _value_range(source, options.value_range)
-    codec = CAECodec(options.quality, options.metric, options.model, options.weights, axis, value_range)
+    codec = CAECodec(
+        options.quality,
+        metric=options.metric,
+        model=options.model,
+        weights=options.weights,
+        channel_axis=axis,
+        value_range=value_range,
+    )
     chunks, shards = _grid(layout, options.chunks, options.shards)
     low, high = value_range if value_range is not None else (0, 255)
     names = source.dimension_names
@@ -76,7 +81,7 @@ def plan(source: Source, options: Options) -> Plan:
         own = dict(zip(layout.spatial_axes, "yx", strict=True))
         names = tuple("c" if i == axis else own.get(i) for i in range(len(source.shape)))
     megapixels = math.prod(source.shape) / layout.channels / 1e6
-    return Plan(source, codec, chunks, shards, min(max(0, low), high), names, megapixels)
+    return NewArray(source, codec, chunks, shards, min(max(0, low), high), names, megapixels)
 
 
 def _value_range(source: Source, chosen: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -121,7 +126,7 @@ def slabs(shape: tuple[int, ...], block: tuple[int, ...], samples: int = _SLAB_S
         yield tuple(slice(a, min(a + s, n)) for a, s, n in zip(corner, steps, shape, strict=True))
 
 
-def write(plans: Iterable[Plan], path: Path, megapixels: float, *, group: bool) -> None:
+def write(arrays: Iterable[NewArray], path: Path, megapixels: float, *, group: bool) -> None:
     """Encode one array at the root of `path`, or several as members of a group; `megapixels` is for the progress bar.
 
     On an event loop of its own, so that Ctrl-C stops all work before it returns.
@@ -130,7 +135,7 @@ def write(plans: Iterable[Plan], path: Path, megapixels: float, *, group: bool) 
         many_chunks_at_once(),
         progress(megapixels, "MP", "encode", bar_format=BAR) as bar,
     ):
-        asyncio.run(_write(plans, path, bar.update, group=group))
+        asyncio.run(_write(arrays, path, bar.update, group=group))
 
 
 def many_chunks_at_once() -> AbstractContextManager[object]:
@@ -144,12 +149,12 @@ def many_chunks_at_once() -> AbstractContextManager[object]:
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
 
 
-async def _write(plans: Iterable[Plan], path: Path, advance: Callable[[float], object], *, group: bool) -> None:
+async def _write(arrays: Iterable[NewArray], path: Path, advance: Callable[[float], object], *, group: bool) -> None:
     import zarr.api.asynchronous
 
     if group:
         await zarr.api.asynchronous.create_group(store=path)
-    for item in plans:
+    for item in arrays:
         source = item.source
         array = await zarr.api.asynchronous.create_array(
             store=path,
@@ -169,35 +174,6 @@ async def _write(plans: Iterable[Plan], path: Path, advance: Callable[[float], o
                 pixels = np.asarray(source.array[window])
             await array.setitem(window, pixels)
             advance(item.megapixels * pixels.size / math.prod(source.shape))
-
-
-@contextmanager
-def replacing_zarr(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place at the end, and vanishes on any failure."""
-    path = Path(path.absolute())
-    if path.exists() or path.is_symlink():
-        if not overwrite:
-            refuse(f"{path} exists; give --overwrite to replace it")
-        if not is_zarr(path):
-            refuse(f"{path} is not a zarr hierarchy, so it is not replaced")
-    if not path.parent.is_dir():
-        refuse(f"folder {path.parent} does not exist")
-    token = secrets.token_hex(4)
-    partial = path.with_name(f".{path.name}.partial-{token}")
-    old = path.with_name(f".{path.name}.old-{token}")
-    try:
-        yield partial
-        if path.exists():
-            path.rename(old)
-        try:
-            partial.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def stored_bytes(array: zarr.Array[Any]) -> int:
