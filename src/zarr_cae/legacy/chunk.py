@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.coder.frame import STRIDE
-from zarr_cae.coder.tiles import Symbols
+from zarr_cae.coder.frame import STRIDE, Symbols
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError, FrameError
 from zarr_cae.legacy.stream import CumulativeTables, decode
@@ -121,7 +120,7 @@ def synthesise(
     batch = np.ascontiguousarray(windows.transpose(1, 2, 0, 3, 4)).reshape(
         down * across, len(symbols), edge + 2, edge + 2
     )
-    planes = engine_for(weights, settings).synthesise(batch, quality, RGB, settings)
+    planes = engine_for(weights, settings).synthesise(batch, quality, RGB, settings).result()
     inner = planes[:, :, STRIDE:-STRIDE, STRIDE:-STRIDE].reshape(down, across, RGB, edge * STRIDE, edge * STRIDE)
     plane = inner.transpose(2, 0, 3, 1, 4).reshape(1, RGB, down * edge * STRIDE, across * edge * STRIDE)
     layout = Layout((header.height, header.width, RGB), 2)

@@ -18,7 +18,8 @@ taken from the state by
 
 First comes the number of digits d, in one digit (15 would mean that another digit is to be added; no 32-bit value
 needs so many). The d digits are those of a value r, lowest first. An odd r is the symbol offset - (r + 1) / 2, an even
-r the symbol offset + n - 1 + r / 2. After the last symbol the state is 2^31, where the encoder began, and no word is left.
+r the symbol offset + n - 1 + r / 2. After the last symbol the state is 2^31, where the encoder began, and no word is
+left.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarr_cae.coder.compile import _compiled, _once
-from zarr_cae.coder.tiles import Symbols
+from zarr_cae.coder.frame import Symbols
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
 __all__ = ["CumulativeTables", "decode"]
