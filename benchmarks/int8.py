@@ -25,7 +25,8 @@ from zarr_cae.coder.tables import ideal_bits
 from zarr_cae.evaluation.measures import Curve
 from zarr_cae.networks.engine import Engine
 from zarr_cae.networks.transforms import HIGH_RATE, LOW_RATE, Residual
-from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.pixels.convert import to_planes
+from zarr_cae.pixels.layout import Layout
 from zarr_cae.weights import registry as weights
 
 TILE = 512

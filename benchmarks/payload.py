@@ -21,7 +21,8 @@ from zarr_cae.coder.frame import FrameHeader, unpack
 from zarr_cae.coder.tables import ideal_bits
 from zarr_cae.config import Settings
 from zarr_cae.networks.engine import engine_for
-from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.pixels.convert import to_planes
+from zarr_cae.pixels.layout import Layout
 from zarr_cae.training.density import Density
 from zarr_cae.weights import registry as weights
 

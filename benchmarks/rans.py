@@ -63,7 +63,8 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
     from zarr_cae.coder.frame import FrameHeader
     from zarr_cae.config import Settings
     from zarr_cae.networks.engine import engine_for
-    from zarr_cae.pixels.layout import Layout, to_planes
+    from zarr_cae.pixels.convert import to_planes
+    from zarr_cae.pixels.layout import Layout
     from zarr_cae.weights import registry as weights
 
     digest = weights.default_digest(weights.DEFAULT_MODEL, quality, "mse")

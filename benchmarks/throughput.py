@@ -40,7 +40,8 @@ from zarr_cae import CAECodec
 from zarr_cae.config import Settings
 from zarr_cae.evaluation.classical import RIVALS
 from zarr_cae.networks.engine import PASS_PIXELS, engine_for
-from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.pixels.convert import to_planes
+from zarr_cae.pixels.layout import Layout
 from zarr_cae.weights import registry as weights
 
 RIVAL_NAMES = ("jpegxl", "jpegxl3", "avif", "webp", "jpeg")

@@ -16,7 +16,7 @@ import zarr
 from zarr_cae import CAECodec, CAEConfigurationError, configure
 from zarr_cae.codec.plan import Put, run, run_async
 from zarr_cae.networks import engine as engines
-from zarr_cae.pixels import layout as pixels
+from zarr_cae.pixels import convert as pixels
 
 TIMEOUT = 30.0
 

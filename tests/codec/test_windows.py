@@ -11,7 +11,8 @@ from zarr_cae.codec.windows import assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameHeader
 from zarr_cae.coder.tiles import Patch, tiles
 from zarr_cae.networks.pieces import HALO, LEAST_COLUMNS, pieces
-from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.pixels.convert import to_planes
+from zarr_cae.pixels.layout import Layout
 
 LAYOUTS = [((40, 50), None), ((40, 50, 3), 2), ((3, 40, 50), 0), ((4, 40, 50), 0), ((2, 5, 40, 3, 50), 3),
            ((2, 40, 5, 50), 2), ((6, 33, 17), None)]  # fmt: skip

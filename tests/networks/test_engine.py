@@ -15,7 +15,8 @@ from zarr_cae.networks import engine as engine_module
 from zarr_cae.networks.device import PASS_PIXELS, choose_device
 from zarr_cae.networks.engine import Engine, engine_for
 from zarr_cae.networks.pieces import HALO, LEAST_COLUMNS
-from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.pixels.convert import to_planes
+from zarr_cae.pixels.layout import Layout
 from zarr_cae.weights import registry as weights
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]

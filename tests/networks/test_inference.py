@@ -11,7 +11,8 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.networks.engine import Engine, engine_for
 from zarr_cae.networks.inference import SubpixelConv, SubpixelConv5, bfloat16_is_fast, choose_precision, prepare
 from zarr_cae.networks.transforms import GDN, FactorizedSynthesis, SquareGDN, Upsampling
-from zarr_cae.pixels.layout import Layout, to_planes
+from zarr_cae.pixels.convert import to_planes
+from zarr_cae.pixels.layout import Layout
 from zarr_cae.weights import registry as weights
 
 CPU = torch.device("cpu")

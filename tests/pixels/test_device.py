@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zarr_cae.errors import CAEDataError
+from zarr_cae.pixels import convert as pixels
 from zarr_cae.pixels import device as tensors
-from zarr_cae.pixels import layout as pixels
 from zarr_cae.pixels.layout import Layout
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]

@@ -29,7 +29,8 @@ from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk
 from zarr_cae.codec.partial import read_selection, write_selection
 from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
-from zarr_cae.pixels.layout import Layout, ValueRange, resolve_channel_axis, resolve_value_range
+from zarr_cae.pixels.convert import resolve_value_range
+from zarr_cae.pixels.layout import Layout, ValueRange, resolve_channel_axis
 from zarr_cae.weights.registry import (
     DEFAULT_MODEL,
     METRICS,

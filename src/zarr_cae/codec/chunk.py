@@ -35,7 +35,8 @@ from zarr_cae.coder.frame import FrameHeader, Symbols
 from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, to_chunk, to_planes
+from zarr_cae.pixels.convert import to_chunk, to_planes
+from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange
 from zarr_cae.weights.registry import Weights
 
 if TYPE_CHECKING:

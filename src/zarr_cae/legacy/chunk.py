@@ -22,7 +22,8 @@ from zarr_cae.coder.frame import STRIDE, Symbols
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError, FrameError
 from zarr_cae.legacy.stream import CumulativeTables, decode
-from zarr_cae.pixels.layout import RGB, Layout, to_chunk
+from zarr_cae.pixels.convert import to_chunk
+from zarr_cae.pixels.layout import RGB, Layout
 from zarr_cae.weights.registry import Weights
 
 __all__ = ["Header", "parse", "symbols", "synthesise"]

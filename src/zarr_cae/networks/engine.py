@@ -31,7 +31,8 @@ from zarr_cae.networks.microbatch import MicroBatcher
 from zarr_cae.networks.pieces import pieces
 from zarr_cae.networks.transforms import Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.pixels import device as on_device
-from zarr_cae.pixels.layout import PixelFormat, Planes, to_chunk, to_planes
+from zarr_cae.pixels.convert import to_chunk, to_planes
+from zarr_cae.pixels.layout import PixelFormat, Planes
 from zarr_cae.threads import call_in_child, hold_across_fork
 from zarr_cae.weights.registry import DEFAULT_MODEL, Weights
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEDataError
-from zarr_cae.pixels.layout import RGB, Layout, ValueRange, outside_message
+from zarr_cae.pixels.convert import outside_message
+from zarr_cae.pixels.layout import RGB, Layout, ValueRange
 
 _DTYPES = {
     np.dtype(name): getattr(torch, name)

@@ -1,0 +1,122 @@
+"""Convert chunks to float planes and back: value range, dtype, padding, crop, rounding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from zarr_cae.coder.frame import STRIDE
+from zarr_cae.errors import CAEConfigurationError, CAEDataError
+from zarr_cae.pixels.layout import RGB, Chunk, Layout, Planes, ValueRange
+
+_AT_A_TIME = 1 << 17
+"""Samples that are converted at a time; few enough for a core's cache."""
+
+
+def resolve_value_range(dtype: np.dtype[Any], value_range: ValueRange | None) -> ValueRange:
+    """The values that become 0 and 1. Raises CAEConfigurationError for what cannot be coded."""
+    if dtype.kind not in "uif":
+        raise CAEConfigurationError(f"cae: dtype {dtype} cannot be coded; expected a real integer or float dtype")
+    if value_range is None:
+        if dtype == np.uint8:
+            return 0, 255
+        raise CAEConfigurationError(
+            f"cae: dtype {dtype} needs value_range=(lowest, highest) of the data; only uint8 has a default, (0, 255)"
+        )
+    low, high = value_range
+    if dtype.kind == "f":
+        largest = float(np.finfo(dtype).max)  # a float of Python: NumPy's would convert what it is compared with
+        fits = -largest <= low < high <= largest and math.isfinite(float(high) - float(low))
+    else:
+        fits = np.iinfo(dtype).min <= low < high <= np.iinfo(dtype).max and low == int(low) and high == int(high)
+        low, high = (int(low), int(high)) if fits else (low, high)
+    if not fits:
+        raise CAEConfigurationError(f"cae: value_range {low, high} is not an ascending pair of values of dtype {dtype}")
+    return low, high
+
+
+def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
+    """A chunk as planes (N, 3 or 1, H', W') in [0, 1], H' and W' padded to multiples of 16 with the edge pixels.
+
+    The chunk is not changed. Raises CAEDataError for values outside the range, which could not be given back.
+    """
+    low, high = value_range
+    if not (chunk.dtype == np.uint8 and value_range == (0, 255)):
+        _check_range(chunk, value_range)
+    ordered = chunk.transpose(layout.channels_first)
+    ordered = ordered.reshape(layout.planes, 1 if layout.grey else RGB, layout.height, layout.width)
+    rows, columns = (-(-side // STRIDE) * STRIDE for side in ordered.shape[2:])
+    # The components of a pixel side by side in memory, as networks take them.
+    planes = np.empty((len(ordered), rows, columns, ordered.shape[1]), np.float32).transpose(0, 3, 1, 2)
+    inside = planes[:, :, : layout.height, : layout.width]
+    if chunk.dtype.kind == "f":
+        np.divide(np.subtract(ordered, low, dtype=np.float64), float(high) - float(low), out=inside, casting="unsafe")
+    else:
+        np.multiply(_above(ordered, int(low)), np.float32(1 / (high - low)), out=inside, casting="unsafe")
+    planes[:, :, : layout.height, layout.width :] = planes[:, :, : layout.height, layout.width - 1 : layout.width]
+    planes[:, :, layout.height :] = planes[:, :, layout.height - 1 : layout.height]
+    return planes
+
+
+def _above(integers: Chunk, low: int) -> Chunk:
+    """How far integers lie above `low`, exactly: modulo 2^n, as their own dtype may not hold the distance."""
+    if low == 0:
+        return integers
+    distance = integers.astype(f"u{integers.itemsize}")
+    distance -= distance.dtype.type(low % (1 << 8 * distance.itemsize))
+    return distance
+
+
+def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
+    lowest, highest = chunk.min(), chunk.max()
+    if not (value_range[0] <= lowest and highest <= value_range[1]):
+        raise CAEDataError(outside_message(lowest, highest, value_range))
+
+
+def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
+    """What is said of pixels outside their range."""
+    return (
+        f"cae: pixels from {lowest} to {highest} do not fit value_range {value_range}; clip them, or create the "
+        "array with a wider value_range (and, as incomplete chunks are filled with it, a fill_value inside)"
+    )
+
+
+def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
+    """Planes (N, 3 or 1, H', W') back to a chunk: cropped, clipped to the range, rounded where dtype is integer."""
+    low, high = value_range
+    # Components side by side, and only some rows at a time in floats: a chunk may be large.
+    values = np.empty((len(planes), layout.height, layout.width, planes.shape[1]), dtype).transpose(0, 3, 1, 2)
+    count = max(1, _AT_A_TIME // planes[:, :, 0].size)
+    for top in range(0, layout.height, count):
+        rows = slice(top, min(top + count, layout.height))
+        some = planes[:, :, rows, : layout.width]
+        values[:, :, rows] = (
+            _floats(some, low, high) if dtype.kind == "f" else _integers(some, dtype, int(low), int(high))
+        ).astype(dtype, copy=False)
+    order = layout.channels_first
+    ordered = values.reshape([layout.shape[axis] for axis in order])
+    return np.ascontiguousarray(ordered.transpose(np.argsort(order)))
+
+
+def _floats(planes: Planes, low: float, high: float) -> Chunk:
+    """Values in [low, high]; in float64, as a small range far from 0 has few values of float32."""
+    values = planes * np.float64(float(high) - float(low))
+    values += low
+    return np.clip(values, low, high, out=values)
+
+
+def _integers(planes: Planes, dtype: np.dtype[Any], low: int, high: int) -> Chunk:
+    """Values in [low, high] in dtype, or modulo 2^n in the unsigned type of its size."""
+    extent = high - low
+    values = planes * (np.float32(extent) if extent < 1 << 16 else np.float64(extent))
+    largest = float(extent)
+    if largest > extent:  # float64 has rounded it up
+        largest = math.nextafter(largest, 0)
+    np.clip(values, 0, values.dtype.type(largest), out=values)
+    np.rint(values, out=values)
+    integers: Chunk = values.astype(f"u{dtype.itemsize}")
+    if low:
+        integers += integers.dtype.type(low % (1 << 8 * integers.itemsize))
+    return integers
