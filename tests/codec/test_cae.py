@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -78,14 +79,14 @@ def test_sixteen_configurations(photograph, metric):
 def test_chains(photograph, pipeline, chain):
     transposed = chain.get("filters") == "transpose"
     if transposed:
-        chain = {**chain, "filters": [TransposeCodec(order=(2, 0, 1))]}
+        chain = {**chain, "filters": [TransposeCodec(order=(2, 0, 1))], "codec": CAECodec(4, channel_axis=-3)}
     plain = create(photograph, chunks=(128, 128, 3))[:]
     array = create(photograph, chunks=(128, 128, 3), **chain)
     reopened = zarr.open_array(array.store, mode="r")
     # The bytes do not depend on what else is in a batch; floats may make a grey level's difference in the pixels.
     assert np.abs(reopened[:].astype(int) - plain).max() <= 1
     codec = json.dumps(reopened.metadata.to_dict(), default=str)
-    assert ('"channel_axis": 0' if transposed else '"channel_axis": 2') in codec
+    assert ('"channel_axis": -3' if transposed else '"channel_axis": -1') in codec
 
 
 @pytest.mark.parametrize("kind", ["memory", "local", "zip", "fsspec", "obstore"])
@@ -151,7 +152,7 @@ data = np.add.outer(np.arange(32, dtype="uint8") * 4, np.arange(32, dtype="uint8
 digests = set()
 for metric in ("mse", "ms-ssim"):
     for quality in range(1, 9):
-        codec = CAECodec(quality, metric, channel_axis=None)
+        codec = CAECodec(quality, metric=metric, channel_axis=None)
         array = zarr.create_array({}, data=data, chunks=(32, 32), serializer=codec, compressors=None)
         assert np.abs(array[...].astype(int) - data).mean() < 20, (metric, quality)
         assert np.isfinite(open_bottleneck(array.store)[...]).all()
@@ -193,7 +194,7 @@ def test_works_where_compressai_cannot_be_imported():
 
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((48, 64, 3), "auto"), ((3, 48, 64), "auto"), ((48, 3, 64), "auto"), ((48, 64), "auto"), ((48, 64, 1), 2),
+    [((48, 64, 3), "auto"), ((3, 48, 64), 0), ((48, 3, 64), -2), ((48, 64), "auto"), ((48, 64, 1), 2),
      ((4, 48, 64), 0), ((48, 64, 4), -1), ((48, 13, 64), 1), ((2, 3, 48, 64, 3), 4), ((2, 3, 48, 64), 1),
      ((5, 2, 48, 64), "auto"), ((1, 1), "auto"), ((1, 1, 3), "auto"), ((17, 31), "auto"), ((17, 31, 3), "auto"),
      ((250, 250, 3), "auto"), ((7, 17, 31), None)],
@@ -215,7 +216,8 @@ def smooth(shape, low=0.0, high=255.0, dtype="uint8"):
 @pytest.mark.parametrize("place", range(3))
 def test_channel_axis_may_be_anywhere(photograph, place):
     last = create(photograph[:64, :96], codec=CAECodec(quality=5))
-    moved = create(np.ascontiguousarray(np.moveaxis(photograph[:64, :96], 2, place)), codec=CAECodec(quality=5))
+    codec = CAECodec(quality=5, channel_axis=place)
+    moved = create(np.ascontiguousarray(np.moveaxis(photograph[:64, :96], 2, place)), codec=codec)
     assert [value.to_bytes() for key, value in moved.store._store_dict.items() if "zarr.json" not in key] == [
         last.store._store_dict["c/0/0/0"].to_bytes()
     ]
@@ -236,7 +238,7 @@ def test_grey_planes_are_coded_each_by_itself(photograph, shape, axis):
 def test_images_of_batch_axes_are_coded_each_by_itself(photograph):
     images = np.stack([photograph[n * 40 :, n * 20 :][:48, :64] for n in range(6)])
     found = create(images.reshape(2, 3, 48, 64, 3), codec=CAECodec(4, channel_axis=4))[:].reshape(images.shape)
-    first = create(images.transpose(3, 0, 1, 2), codec=CAECodec(4))[:].transpose(1, 2, 3, 0)
+    first = create(images.transpose(3, 0, 1, 2), codec=CAECodec(4, channel_axis=0))[:].transpose(1, 2, 3, 0)
     for image, pixels, other in zip(images, found, first, strict=True):
         alone = create(image, codec=CAECodec(4))[:].astype(int)
         assert np.abs(pixels - alone).max() <= 1
@@ -245,14 +247,23 @@ def test_images_of_batch_axes_are_coded_each_by_itself(photograph):
 
 def test_inside_shards_auto_sees_the_inner_chunk(photograph):
     stack = np.stack([photograph[n * 9 :, n * 20 :, 1][:64, :64] for n in range(6)])
-    codecs = [
-        create(stack, chunks=(3, 32, 32), shards=shards).metadata.to_dict()["codecs"][0]["configuration"]
-        for shards in (None, (6, 64, 64))
-    ]
-    assert codecs[0]["channel_axis"] is None
-    assert codecs[1]["codecs"][0]["configuration"]["channel_axis"] == 0
+    with pytest.raises(CAEConfigurationError, match=r"channel_axis=-3 if .*channel_axis=None if"):
+        create(stack, chunks=(3, 32, 32), shards=(6, 64, 64))
     told = create(stack, chunks=(3, 32, 32), shards=(6, 64, 64), codec=CAECodec(channel_axis=None))
     assert np.abs(told[:].astype(int) - create(stack, chunks=(3, 32, 32))[:]).max() <= 1
+
+
+def test_arrays_with_an_axis_in_front_of_those_that_were_written(photograph):
+    """Virtual stacks put a new axis before the others, and leave codecs and chunks as they are."""
+    array = create(photograph[:64, :64], codec=CAECodec(4))
+    metadata = json.loads(array.store._store_dict["zarr.json"].to_bytes())
+    metadata["shape"].insert(0, 1)
+    metadata["chunk_grid"]["configuration"]["chunk_shape"].insert(0, 1)
+    to_buffer = zarr.buffer.default_buffer_prototype().buffer.from_bytes
+    stacked = MemoryStore(
+        {"zarr.json": to_buffer(json.dumps(metadata).encode()), "c/0/0/0/0": array.store._store_dict["c/0/0/0"]}
+    )
+    assert np.abs(zarr.open_array(stacked, mode="r")[0].astype(int) - array[:]).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -314,7 +325,7 @@ def test_chunks_that_are_no_multiple_of_sixteen(photograph, pipeline, shards):
 @pytest.mark.parametrize("chunks", [(64, 64, 1), (64, 64, 2)])
 def test_channels_may_lie_in_several_chunks(photograph, pipeline, chunks):
     """They are coded as grey planes then, each by itself."""
-    array = create(photograph[:64, :64], chunks=chunks, codec=CAECodec(4))
+    array = create(photograph[:64, :64], chunks=chunks, codec=CAECodec(4, channel_axis=-1))
     alone = create(np.ascontiguousarray(photograph[:64, :64, 1]), codec=CAECodec(4))[...]
     assert np.abs(array[..., 1].astype(int) - alone).max() <= 1
     assert psnr(array[...], photograph[:64, :64]) > 26
@@ -336,7 +347,7 @@ def test_every_selection_of_zarr(photograph, pipeline):
     array.append(data)
     assert array.shape == (256, 96, 3)
     assert psnr(array[128:], data) > 32
-    assert array.metadata.codecs[0].channel_axis == 2
+    assert array.metadata.codecs[0].channel_axis == -1
 
 
 def test_memory_of_the_user_is_not_changed_and_may_lie_in_any_order(photograph, pipeline):
@@ -393,11 +404,11 @@ def test_the_same_chunk_gives_the_same_bytes_whatever_else_is_in_its_batch(photo
 
 def test_a_codec_is_a_frozen_hashable_value():
     codec = CAECodec(quality=3, metric="ms-ssim", channel_axis=None, value_range=[0, 10])
-    assert codec == CAECodec(3, "ms-ssim", channel_axis=None, value_range=(0.0, 10))
+    assert codec == CAECodec(3, metric="ms-ssim", channel_axis=None, value_range=(0.0, 10))
     assert hash(codec) == hash(pickle.loads(pickle.dumps(codec)))
     assert CAECodec.from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
     assert codec != CAECodec(quality=4)
-    numpy = CAECodec(np.int64(3), "ms-ssim", channel_axis=np.int8(2), value_range=np.array([0, 10], np.uint16))
+    numpy = CAECodec(np.int64(3), metric="ms-ssim", channel_axis=np.int8(2), value_range=np.array([0, 10], np.uint16))
     assert json.loads(json.dumps(numpy.to_dict())) == json.loads(json.dumps(replace(codec, channel_axis=2).to_dict()))
     with pytest.raises(AttributeError):
         codec.quality = 5
@@ -410,7 +421,7 @@ def test_metadata_holds_what_decoding_needs_and_nothing_of_the_machine(photograp
     assert stored["name"] == "cae"
     assert set(stored["configuration"]) == {"model", "quality", "metric", "weights", "channel_axis"}
     assert stored["configuration"]["weights"] == CAECodec(quality=2).weights
-    assert stored["configuration"]["channel_axis"] == 2
+    assert stored["configuration"]["channel_axis"] == -1
 
 
 def test_arrays_pickle_and_serve_threads(photograph, tmp_path):
@@ -576,9 +587,43 @@ def test_nothing_is_stored_where_weights_are_unknown(photograph, pipeline):
         assert list(array.store._store_dict) == ["zarr.json"]
 
 
-def test_unknown_weights():
+@pytest.mark.parametrize("shards", [None, (64, 64, 3)])
+def test_unknown_weights_are_refused_when_an_array_is_created(shards):
+    store = MemoryStore()
     with pytest.raises(WeightsNotFoundError, match=r"sha256:0{64}.*cae-v1.*quality 8.*mse.*weights import"):
-        CAECodec(weights=MISSING)
+        zarr.create_array(
+            store, shape=(64, 64, 3), chunks=(32, 32, 3), shards=shards, dtype="uint8", compressors=None,
+            serializer=CAECodec(weights=MISSING),
+        )  # fmt: skip
+    assert asyncio.run(store.is_empty(""))
+
+
+def test_repr_can_be_pasted_and_values_replaced():
+    for codec, text in (
+        (CAECodec(4), "CAECodec(quality=4)"),
+        (CAECodec(8, channel_axis=-1), "CAECodec(quality=8, channel_axis=-1)"),
+        (
+            CAECodec(1, metric="ms-ssim", value_range=(0, 4095)),
+            "CAECodec(quality=1, metric='ms-ssim', value_range=(0, 4095))",
+        ),
+        (CAECodec(4, weights=MISSING), f"CAECodec(quality=4, weights='{MISSING}')"),
+    ):
+        assert repr(codec) == text
+        assert eval(text) == codec
+    assert replace(CAECodec(4), channel_axis=None) == CAECodec(4, channel_axis=None)
+    with pytest.raises(TypeError):
+        CAECodec(4, "mse")
+
+
+def test_chunks_that_cut_three_colours_are_refused_in_new_arrays(photograph):
+    def make(chunks, axis="auto"):
+        return create(photograph[:64, :64], chunks=chunks, codec=CAECodec(4, channel_axis=axis))
+
+    for chunks in ((32, 32, 2), (64, 64, 1), (32, 32, 4)):
+        wanted = re.escape(str((*chunks[:2], 3)))
+        with pytest.raises(CAEConfigurationError, match=rf"use chunks={wanted}, or give channel_axis=-1"):
+            make(chunks)
+        assert zarr.open_array(make(chunks, 2).store, mode="r").metadata.codecs[0].channel_axis == -1
 
 
 def test_arrays_whose_weights_are_missing_can_be_opened_but_not_read(photograph):

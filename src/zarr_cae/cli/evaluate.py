@@ -104,7 +104,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             pixels = _eight_bits(path, grey=arguments.grey)
             for metric, level in configurations:
                 axis = None if pixels.ndim == 2 else 2
-                codec = CAECodec(level, metric, model, arguments.weights, axis)
+                codec = CAECodec(level, metric=metric, model=model, weights=arguments.weights or "", channel_axis=axis)
                 if not index:
                     _measure(path, pixels[:64, :64], codec, 64)  # loads networks and coder: no part of the times
                 points.append(_measure(path, pixels, codec, arguments.chunks))

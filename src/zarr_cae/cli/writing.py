@@ -70,7 +70,7 @@ def new_array(source: Source, options: Options) -> NewArray:
         options.quality,
         metric=options.metric,
         model=options.model,
-        weights=options.weights,
+        weights=options.weights or "",
         channel_axis=axis,
         value_range=value_range,
     )

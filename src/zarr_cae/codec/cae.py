@@ -1,14 +1,14 @@
-"""`CAECodec`: metadata, validation and glue between zarr and the rooms above."""
+"""`CAECodec`: the codec's metadata and checks, and the calls of zarr."""
 
 from __future__ import annotations
 
 import math
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from numbers import Integral
 from types import FrameType
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import zarr
@@ -30,7 +30,7 @@ from zarr_cae.codec.partial import read_selection, write_selection
 from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.convert import resolve_value_range
-from zarr_cae.pixels.layout import Layout, ValueRange, resolve_channel_axis
+from zarr_cae.pixels.layout import RGB, Layout, ValueRange, resolve_channel_axis
 from zarr_cae.weights.registry import (
     DEFAULT_MODEL,
     METRICS,
@@ -38,6 +38,7 @@ from zarr_cae.weights.registry import (
     QUALITIES,
     Metric,
     Weights,
+    WeightsInfo,
     check_digest,
     default_digest,
     find,
@@ -46,100 +47,106 @@ from zarr_cae.weights.registry import (
 
 NAME = "cae"
 ChannelAxis = int | Literal["auto"] | None
-_FIELDS = ("quality", "metric", "model", "weights", "channel_axis", "value_range")
-_Codec = TypeVar("_Codec", bound="CAECodec")
 _EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
-"""Whether zarr hands each codec the spec that the codecs before it leave; older ones hand all the array's own."""
+"""Whether zarr gives each codec the spec that the codecs before it leave; older releases give all the array's own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCodecPartialEncodeMixin):
-    """Image chunks as the entropy-coded latents of a convolutional autoencoder; lossy.
+    """Code image chunks as the entropy-coded latents of a convolutional autoencoder. This is lossy.
+
+    Use it as the serializer of a Zarr v3 array: `zarr.create_array(..., serializer=CAECodec(quality=4),
+    compressors=None)`. The format is specified in `zarr_cae/spec/cae.md`; the networks are those of Ballé et al. 2018
+    (arXiv:1802.01436), or their smaller relatives `cae-v1`.
 
     Parameters
     ----------
     quality
-        1 (smallest) to 8 (best): about 0.13 to 2.2 bits per pixel on photographs.
+        1 (smallest) to 8 (best): 0.13 to 2.0 bits per pixel on photographs.
     metric
-        What the networks were trained for: "mse" (PSNR) or "ms-ssim".
+        The measure for which the networks were trained: "mse" (PSNR) or "ms-ssim".
     model
-        "cae-v1", the bundled family, or "bmshj2018-factorized", CompressAI's, once its weights are on this machine.
+        "cae-v1", the bundled family, or "bmshj2018-factorized" of CompressAI, once its weights are on this machine.
     weights
-        `sha256:...` of the weights file; None takes the one for this model, quality and metric.
+        `sha256:...` of a weights file on this machine; by default the one for model, quality and metric. Metadata
+        store the digest.
     channel_axis
-        Axis of the colour channels, counted in the array as the codec sees it (after any transpose). Length 3 is
-        coded as RGB, any other as independent grey planes; None is no such axis. Of the other axes the last two are
-        rows and columns. "auto" takes the only axis of length 3, or none, and refuses what is ambiguous. Inside
-        shards zarr shows it the shape of one inner chunk in place of the array's.
+        The axis of the colour channels in the array, counted from the end (-1 is the last axis) or from the front.
+        An axis of length 3 is coded as RGB, any other as independent grey planes; None means that there is no such
+        axis. Of the other axes the last two are rows and columns. "auto" takes the last axis if it has length 3, and
+        otherwise none. Metadata store the number counted from the end. Codecs before this one, such as transpose, come
+        first: the axis is one of what they make.
     value_range
-        (lowest, highest) value of the data; needed for every dtype but uint8. Writing values outside it is an error.
+        (lowest, highest) value of the data. uint8 has the default (0, 255); every other dtype needs it.
 
     Raises
     ------
     CAEConfigurationError
-        For a parameter out of range; WeightsNotFoundError for weights that are not on this machine.
+        If a parameter is out of its range, or does not fit the array.
+    WeightsNotFoundError
+        If the weights are not on this machine.
     """
 
     is_fixed_size = False
 
-    quality: int
-    metric: Metric
-    model: str
-    weights: str
-    channel_axis: ChannelAxis
-    value_range: ValueRange | None
+    quality: int = 8
+    _: KW_ONLY
+    metric: Metric = "mse"
+    model: str = DEFAULT_MODEL
+    weights: str = ""
+    channel_axis: ChannelAxis = "auto"
+    value_range: ValueRange | None = None
+    _origin: Literal["made", "guessed", "stored"] = field(default="made", init=False, repr=False, compare=False)
+    """Whether the codec was made by a user, its channel axis guessed from "auto", or read from metadata. What was
+    stored once must open, so some checks are for new arrays only."""
 
-    def __init__(
-        self,
-        quality: int = 8,
-        metric: Metric = "mse",
-        model: str = DEFAULT_MODEL,
-        weights: str | None = None,
-        channel_axis: ChannelAxis = "auto",
-        value_range: ValueRange | None = None,
-    ) -> None:
-        self._set(quality, metric, model, weights, channel_axis, value_range)
-        if weights is not None:
-            find(weights, model=model, quality=quality, metric=metric)
-
-    def _set(
-        self,
-        quality: object,
-        metric: object,
-        model: object,
-        weights: object,
-        channel_axis: object,
-        value_range: object,
-    ) -> None:
-        quality = _integer(quality)
-        _check_choice("quality", quality, tuple(QUALITIES))
-        _check_choice("metric", metric, METRICS)
-        _check_choice("model", model, MODELS)
-        if weights is None:
-            weights = default_digest(cast("str", model), cast("int", quality), cast("str", metric))
-        values = (quality, metric, model, check_digest(weights), _channel_axis(channel_axis), _value_range(value_range))
-        for name, value in zip(_FIELDS, values, strict=True):
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
+
+        put("quality", _integer(self.quality))
+        _check_choice("quality", self.quality, tuple(QUALITIES))
+        _check_choice("metric", self.metric, METRICS)
+        _check_choice("model", self.model, MODELS)
+        put("channel_axis", _channel_axis(self.channel_axis))
+        put("value_range", _value_range(self.value_range))
+        put("weights", check_digest(self.weights or default_digest(self.model, self.quality, self.metric)))
+
+    def __repr__(self) -> str:
+        default = {field.name: field.default for field in fields(self) if field.init}
+        with suppress(WeightsNotFoundError):
+            default["weights"] = default_digest(self.model, self.quality, self.metric)
+        given = [
+            f"{name}={value!r}"
+            for name in default
+            if name != "quality" and (value := getattr(self, name)) != default[name]
+        ]
+        return f"{type(self).__name__}({', '.join([f'quality={self.quality}', *given])})"
+
+    def _find_weights(self) -> WeightsInfo:
+        return find(self.weights, model=self.model, quality=self.quality, metric=self.metric)
 
     @classmethod
     def from_dict(cls, data: dict[str, JSON]) -> Self:
-        """The codec that `zarr.json` describes; its weights need not be on this machine until chunks are read."""
+        """Return the codec that `zarr.json` describes; its weights need not be on this machine."""
         try:
             _, found = parse_named_configuration(data, NAME, require_configuration=False)
         except (TypeError, ValueError) as error:
             raise CAEConfigurationError(f"cae: metadata of the codec are malformed: {error}; got {data!r}") from error
-        configuration = {"quality": 8, "metric": "mse", "model": DEFAULT_MODEL, "channel_axis": "auto", **(found or {})}
-        unknown = sorted(set(configuration) - set(_FIELDS))
+        configuration: dict[str, Any] = {
+            key: value for key, value in (found or {}).items() if value is not None or key == "channel_axis"
+        }
+        unknown = sorted(set(configuration) - {field.name for field in fields(cls) if field.init})
         if unknown:
             raise CAEConfigurationError(
                 f"cae: configuration has unknown fields {unknown}; it was written by a newer zarr-cae: install that"
             )
-        codec = cls.__new__(cls)
-        codec._set(*(configuration.get(name) for name in _FIELDS))  # noqa: SLF001
+        codec = cls(**configuration)
+        object.__setattr__(codec, "_origin", "stored")
         return codec
 
     def to_dict(self) -> dict[str, JSON]:
-        """What `zarr.json` holds: all that decoding needs, nothing of the machine."""
+        """Return what `zarr.json` holds: all that decoding needs, and nothing of the machine."""
         configuration: dict[str, JSON] = {
             "model": self.model,
             "quality": self.quality,
@@ -152,10 +159,10 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         return {"name": NAME, "configuration": configuration}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
-        """Resolve `channel_axis` against the array and refuse what cannot be coded, when it is created or opened.
+        """Return the codec with its channel axis resolved; refuse what cannot be coded.
 
-        Weights that are of another model, metric or quality are refused here too. Those that are not on this machine,
-        or lie in a folder that cannot be read, are missed only when chunks are.
+        zarr calls this when an array is created or opened. Weights for another model, metric or quality are refused
+        here too. Missing weights are refused here for a new array only: an archive whose weights are missing opens.
         """
         spec = array_spec if _EVOLVES_IN_ORDER else _after_filters(self, array_spec, sys._getframe(1))  # noqa: SLF001
         low, high = resolve_value_range(spec.dtype.to_native_dtype(), self.value_range)
@@ -165,9 +172,29 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
                 "filled with it; give fill_value=<a value inside>"
             )
         axis = resolve_channel_axis(spec.shape, self.channel_axis)
-        with suppress(WeightsNotFoundError, OSError):
-            find(self.weights, model=self.model, quality=self.quality, metric=self.metric)
-        return self if axis == self.channel_axis else _replace_axis(self, axis)
+        with suppress(*(WeightsNotFoundError, OSError) if self._origin == "stored" else ()):
+            self._find_weights()
+        evolved = replace(self, channel_axis=None if axis is None else axis - len(spec.shape))
+        guessed = self.channel_axis == "auto" and self._origin == "made"
+        object.__setattr__(evolved, "_origin", "guessed" if guessed else self._origin)
+        return evolved
+
+    def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:  # noqa: ARG002
+        """Refuse chunks that cut or pad an axis of three colours that "auto" found: they would be coded as grey planes.
+
+        A user who gives the number of the axis means that.
+        """
+        if self._origin != "guessed" or self.channel_axis is None:
+            return
+        axis = cast("int", self.channel_axis)
+        if all(length == RGB for length in _chunk_lengths(chunk_grid, axis)):
+            return
+        chunks = tuple(max(_chunk_lengths(chunk_grid, one)) for one in range(len(shape)))
+        wanted = tuple(RGB if one == axis + len(shape) else length for one, length in enumerate(chunks))
+        raise CAEConfigurationError(
+            f"cae: chunks of {chunks} cut or pad axis {axis} of {shape}, which holds three colours; use chunks="
+            f"{wanted}, or give channel_axis={axis} to code its channels as independent grey planes"
+        )
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
         """Unknown before coding."""
@@ -229,15 +256,21 @@ def _coder(codec: CAECodec, spec: ArraySpec) -> ChunkCoder:
 
 
 def loaded(codec: CAECodec) -> Weights:
-    """The verified weights of a codec. Raises WeightsNotFoundError if they are not on this machine."""
-    return load(find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric).path)
+    """Return the verified weights of a codec.
+
+    Raises
+    ------
+    WeightsNotFoundError
+        If they are not on this machine.
+    """
+    return load(codec._find_weights().path)  # noqa: SLF001
 
 
-def _replace_axis(codec: _Codec, channel_axis: int | None) -> _Codec:
-    """The same codec with its channel axis resolved; unlike `dataclasses.replace`, without looking for weights."""
-    return type(codec).from_dict(
-        {"name": NAME, "configuration": {**cast("Any", codec.to_dict()["configuration"]), "channel_axis": channel_axis}}
-    )
+def _chunk_lengths(chunk_grid: Any, axis: int) -> tuple[int, ...]:
+    """Return the lengths that chunks have along an axis of a regular grid, or of a rectilinear one (zarr >= 3.2)."""
+    shape = chunk_grid.chunk_shape if hasattr(chunk_grid, "chunk_shape") else chunk_grid.chunk_shapes
+    lengths = shape[axis]
+    return (lengths,) if isinstance(lengths, int) else tuple(lengths)
 
 
 def _after_filters(codec: CAECodec, array_spec: ArraySpec, frame: FrameType | None) -> ArraySpec:

@@ -1,4 +1,7 @@
-"""Convert chunks to float planes and back: value range, dtype, padding, crop, rounding."""
+"""Chunks to float planes and back: dtype and value range, padding, crop, rounding.
+
+`pixels.device` does the same for tensors on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,24 @@ from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, Planes, ValueRange
 
 _AT_A_TIME = 1 << 17
-"""Samples that are converted at a time; few enough for a core's cache."""
+"""Samples converted at a time: few enough for the cache of a core."""
 
 
 def resolve_value_range(dtype: np.dtype[Any], value_range: ValueRange | None) -> ValueRange:
-    """The values that become 0 and 1. Raises CAEConfigurationError for what cannot be coded."""
+    """Return the values that become 0 and 1.
+
+    Parameters
+    ----------
+    dtype
+        The dtype of the array.
+    value_range
+        (lowest, highest) value of the data. None is (0, 255) for uint8, and an error for other dtypes.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the dtype can't be coded, or the range does not fit it.
+    """
     if dtype.kind not in "uif":
         raise CAEConfigurationError(f"cae: dtype {dtype} cannot be coded; expected a real integer or float dtype")
     if value_range is None:
@@ -38,9 +54,14 @@ def resolve_value_range(dtype: np.dtype[Any], value_range: ValueRange | None) ->
 
 
 def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
-    """A chunk as planes (N, 3 or 1, H', W') in [0, 1], H' and W' padded to multiples of 16 with the edge pixels.
+    """Return a chunk as planes (N, 3 or 1, H', W') in [0, 1], padded with the edge pixels to multiples of 16.
 
-    The chunk is not changed. Raises CAEDataError for values outside the range, which could not be given back.
+    The chunk is not changed.
+
+    Raises
+    ------
+    CAEDataError
+        If a value lies outside the range: it could not be given back.
     """
     low, high = value_range
     if not (chunk.dtype == np.uint8 and value_range == (0, 255)):
@@ -48,7 +69,7 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
     ordered = chunk.transpose(layout.channels_first)
     ordered = ordered.reshape(layout.planes, 1 if layout.grey else RGB, layout.height, layout.width)
     rows, columns = (-(-side // STRIDE) * STRIDE for side in ordered.shape[2:])
-    # The components of a pixel side by side in memory, as networks take them.
+    # The components of a pixel lie side by side in memory: the networks read them in this order.
     planes = np.empty((len(ordered), rows, columns, ordered.shape[1]), np.float32).transpose(0, 3, 1, 2)
     inside = planes[:, :, : layout.height, : layout.width]
     if chunk.dtype.kind == "f":
@@ -61,7 +82,7 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
 
 
 def _above(integers: Chunk, low: int) -> Chunk:
-    """How far integers lie above `low`, exactly: modulo 2^n, as their own dtype may not hold the distance."""
+    """Return the distance of integers from `low`, exactly: as unsigned numbers, since their dtype may not hold it."""
     if low == 0:
         return integers
     distance = integers.astype(f"u{integers.itemsize}")
@@ -76,7 +97,7 @@ def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
 
 
 def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
-    """What is said of pixels outside their range."""
+    """Return the error message for pixels outside their range."""
     return (
         f"cae: pixels from {lowest} to {highest} do not fit value_range {value_range}; clip them, or create the "
         "array with a wider value_range (and, as incomplete chunks are filled with it, a fill_value inside)"
@@ -84,9 +105,9 @@ def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
 
 
 def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
-    """Planes (N, 3 or 1, H', W') back to a chunk: cropped, clipped to the range, rounded where dtype is integer."""
+    """Return planes (N, 3 or 1, H', W') as a chunk: cropped, clipped to the range, rounded if dtype is integer."""
     low, high = value_range
-    # Components side by side, and only some rows at a time in floats: a chunk may be large.
+    # Only some rows at a time become floats: a chunk may be large.
     values = np.empty((len(planes), layout.height, layout.width, planes.shape[1]), dtype).transpose(0, 3, 1, 2)
     count = max(1, _AT_A_TIME // planes[:, :, 0].size)
     for top in range(0, layout.height, count):
@@ -101,14 +122,14 @@ def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: 
 
 
 def _floats(planes: Planes, low: float, high: float) -> Chunk:
-    """Values in [low, high]; in float64, as a small range far from 0 has few values of float32."""
+    """Return values in [low, high], computed in float64: in a small range far from 0 there are few float32 values."""
     values = planes * np.float64(float(high) - float(low))
     values += low
     return np.clip(values, low, high, out=values)
 
 
 def _integers(planes: Planes, dtype: np.dtype[Any], low: int, high: int) -> Chunk:
-    """Values in [low, high] in dtype, or modulo 2^n in the unsigned type of its size."""
+    """Return values in [low, high], modulo 2^n in the unsigned type of the dtype's size."""
     extent = high - low
     values = planes * (np.float32(extent) if extent < 1 << 16 else np.float64(extent))
     largest = float(extent)

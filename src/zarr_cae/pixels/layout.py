@@ -1,4 +1,4 @@
-"""Zarr chunks to float planes and back: axes, dtype and value range, padding, crop, rounding.
+"""The axes of a chunk: which hold rows, columns and channels, and how they map to planes.
 
 A chunk has a channel axis or none. Of its other axes the last two are an image's rows and columns, and all before
 them are batch axes. A channel axis of length 3 is coded as RGB, one plane of three components; any other length, or
@@ -18,9 +18,8 @@ from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError
 
 RGB = 3
-_IMAGE_MINIMUM = 32
 _IMAGE_ASPECT = 4
-_STACK_MINIMUM = 16
+"""If one side is this many times the other, the shorter one may well be an axis of channels."""
 
 Chunk = npt.NDArray[Any]
 Planes = npt.NDArray[np.float32]
@@ -110,14 +109,22 @@ class PixelFormat:
 
 
 def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None) -> int | None:
-    """The channel axis of an array of this shape, as a non-negative number or None.
+    """Return the channel axis of an array or chunk of this shape, as a non-negative number or None.
 
-    "auto" takes the only axis of length 3, or none, and refuses what could be read in two ways: several such axes;
-    none, and last two axes that are no image's; one before the last axis of a stack (four axes or more) whose columns
-    are fewer than 16 and a quarter of the rows or less, as (3, 256, 256, 4) is rather a stack of 3 RGBA images. Raises
-    CAEConfigurationError.
+    Parameters
+    ----------
+    shape
+        Shape of the array, or of a chunk with the same axes.
+    channel_axis
+        The number of the axis, from the front or, if negative, from the end; None if there is none. "auto" takes the
+        last axis if it has length 3, and otherwise no axis, but refuses shapes that have a channel axis elsewhere in
+        all likelihood.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the axis does not exist, or "auto" could mean two things.
     """
-    explicit = "give channel_axis=<number of the axis>, or channel_axis=None if there is none"
     if channel_axis != "auto":
         if isinstance(channel_axis, str):
             raise CAEConfigurationError(f"cae: channel_axis must be an integer, None or 'auto', got {channel_axis!r}")
@@ -126,25 +133,20 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None)
         return Layout(shape, channel_axis).channel_axis
     if len(shape) <= 2:
         return Layout(shape, None).channel_axis
-    threes = [axis for axis, length in enumerate(shape) if length == RGB]
-    if len(threes) == 1:
-        layout = Layout(shape, threes[0])
-        narrow = layout.width < _STACK_MINIMUM and layout.height >= _IMAGE_ASPECT * layout.width
-        if narrow and len(shape) > 3 and threes[0] < len(shape) - 1:
-            raise CAEConfigurationError(
-                f"cae: channel_axis 'auto' is ambiguous for shape {shape}: axis {threes[0]} has length 3, but RGB "
-                f"images of {layout.height} x {layout.width} (the last two of the other axes) may not be what is "
-                f"meant; {explicit}"
-            )
-        return threes[0]
+    if shape[-1] == RGB:
+        return Layout(shape, len(shape) - 1).channel_axis
+    threes = [axis - len(shape) for axis, length in enumerate(shape[:-2]) if length == RGB]
     if threes:
         raise CAEConfigurationError(
-            f"cae: channel_axis 'auto' is ambiguous for shape {shape}: axes {threes} all have length 3; {explicit}"
+            f"cae: channel_axis 'auto' is ambiguous for shape {shape}: axis {threes[-1]} has length 3; give "
+            f"channel_axis={threes[-1]} if it holds the colours red, green and blue, or channel_axis=None if it holds "
+            "anything else (slices, time steps, stains), which are coded as grey planes"
         )
-    smaller, larger = sorted(shape[-2:])
-    if smaller < _IMAGE_MINIMUM or larger >= _IMAGE_ASPECT * smaller:
-        raise CAEConfigurationError(
-            f"cae: channel_axis 'auto' is ambiguous for shape {shape}: no axis has length 3, and images of "
-            f"{shape[-2]} x {shape[-1]} (the last two axes) may not be what is meant; {explicit}"
-        )
+    for axis, other in ((-1, -2), (-2, -1)):
+        if shape[other] >= _IMAGE_ASPECT * shape[axis]:
+            raise CAEConfigurationError(
+                f"cae: channel_axis 'auto' is ambiguous for shape {shape}: images of {shape[-2]} x {shape[-1]} (the "
+                f"last two axes) are unusual; give channel_axis={axis} if that axis holds channels, or "
+                "channel_axis=None if there is no channel axis"
+            )
     return None
