@@ -3,14 +3,16 @@
 import argparse
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 from archives import fill
+from commands import refused, save
 
 from zarr_cae import CAEConfigurationError, as_torch_dataset
-from zarr_cae.cli import bottleneck
+from zarr_cae.cli import bottleneck, main
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
@@ -48,3 +50,19 @@ def test_a_full_disk_is_an_error_before_anything_is_written(photograph, tmp_path
     with pytest.raises(OSError, match="No space"):
         bottleneck.bottleneck(arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.zarr"]
+
+
+def test_bottleneck_copies_what_info_announces(
+    here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(photo, "photo.png")
+    assert main(["encode", "photo.png", "photo.zarr", "-q", "2"]) == 0
+    assert main(["info", "photo.zarr"]) == 0
+    rows, columns = (-(-side // 16) for side in photo.shape[:2])
+    assert f"latents  {rows} x {columns} x 192 float32" in capsys.readouterr().out
+    assert main(["bottleneck", "photo.zarr", "latents.npy"]) == 0
+    assert main(["bottleneck", "photo.zarr", "latents.zarr"]) == 0
+    copied = np.load("latents.npy")
+    assert copied.shape == (rows, columns, 192)
+    np.testing.assert_array_equal(zarr.open_array("latents.zarr", mode="r")[:], copied)
+    assert "exists; give --overwrite" in refused(capsys, "bottleneck", "photo.zarr", "latents.zarr")

@@ -1,0 +1,60 @@
+"""`zarr-cae evaluate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from commands import refused, save
+from PIL import Image
+
+from zarr_cae import CAECodec
+from zarr_cae.cli import main
+from zarr_cae.evaluation.measures import psnr, read_csv
+
+
+def test_evaluate(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    save(photo[:192, 100:292], "photo.png")
+    curve = {"bpp": [0.1, 0.5, 2.0], "psnr": [20.0, 30.0, 40.0], "ms_ssim": [0.8, 0.95, 0.99]}
+    Path("curves.json").write_text(json.dumps({"curves": {"paper": curve}}))
+    files = ["--csv", "e.csv", "--plot", "e.png", "--published", "curves.json"]
+    assert main(["evaluate", "photo.png", "--quality", "1,4", "--chunks", "128", "--against", "jpeg", *files]) == 0
+    out = capsys.readouterr().out
+    points = read_csv("e.csv")
+    ours = [point for point in points if point.codec == "cae-v1-mse"]
+    assert [point.setting for point in ours] == [1, 4]
+    assert ours[0].bpp < ours[1].bpp
+    assert ours[0].psnr < ours[1].psnr
+    assert sum(point.codec == "jpeg" for point in points) > 4
+    array = zarr.create_array(
+        {}, data=photo[:192, 100:292], chunks=(128, 128, 3), serializer=CAECodec(4), compressors=None
+    )
+    assert ours[1].psnr == pytest.approx(psnr(array[...], photo[:192, 100:292]), abs=0.05)
+    lines = re.findall(r"cae-v1-mse +(jpeg|paper \(published\)) +[+-][\d.]+ % +[+-][\d.]+ %", out)
+    assert lines == ["jpeg", "paper (published)"]
+    with Image.open("e.png") as picture:
+        assert picture.width > 1000
+    assert main(["evaluate", "photo.png", "--quality", "1,4", "--chunks", "128", "--published", "e.csv"]) == 0
+    assert re.search(r"cae-v1-mse +cae-v1-mse \(e\.csv\) +[+-]0\.0 %", capsys.readouterr().out)  # the same again
+
+
+def test_evaluate_grey_whole_image_and_mistakes(
+    here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("images").mkdir()
+    save(photo[:170, 100:292], "images/a.png")
+    save(photo[:64, :64], "images/small.png")
+    assert main(["evaluate", "images", "--quality", "2", "--grey", "--chunks", "image"]) == 0
+    out, error = capsys.readouterr()
+    assert "2 grey images" in out
+    assert "one chunk an image" in out
+    assert "MS-SSIM" in error
+    assert "e.txt" in refused(capsys, "evaluate", "images", "--plot", "e.txt")
+    assert "nowhere" in refused(capsys, "evaluate", "nowhere.png")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "images", "--against", "gif"])

@@ -1,0 +1,78 @@
+"""Which image files are read, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from commands import save
+from PIL import Image
+
+from zarr_cae import CAEConfigurationError
+from zarr_cae.cli import main
+from zarr_cae.cli.images import open_source, read_image
+from zarr_cae.evaluation.measures import psnr
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGB", "bmp"), ("RGB", "ppm"), ("RGB", "tga"), ("RGB", "webp"), ("RGB", "tif"), ("RGB", "jp2"), ("P", "gif"),
+     ("P", "png"), ("CMYK", "tif"), ("LAB", "tif"), ("L", "jpg"), ("L", "pgm"), ("1", "tif"), ("RGBA", "png"),
+     ("LA", "png"), ("I;16", "tif"), ("I;16B", "tif")],
+)  # fmt: skip
+def test_what_pillow_reads(mode: str, suffix: str, photo: np.ndarray, here: Path) -> None:
+    name = f"a.{suffix}"
+    if mode.startswith("I;16"):
+        image = Image.fromarray(photo[:48, :64, 0].astype(">u2" if mode == "I;16B" else "<u2") * 256)
+    else:
+        image = Image.fromarray(photo[:48, :64]).convert(mode)
+    image.save(name)
+    with Image.open(name) as opened:
+        grey = opened.mode in {"L", "LA", "1"} or opened.mode.startswith("I;16")
+        expected = np.asarray(opened if mode.startswith("I;16") else opened.convert("L" if grey else "RGB"))
+    assert main(["encode", name, "a.zarr"]) == 0
+    array = zarr.open_array("a.zarr", mode="r")
+    assert array.shape == expected.shape
+    assert array.dtype == expected.dtype.newbyteorder("=")
+    rough = 15 if mode in {"1", "P"} else 30  # dithering is hard to code
+    assert psnr(array[...], expected, 255 if array.dtype == np.uint8 else 65535) > rough
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it can do without
+def test_damaged_images_are_refused(here: Path, photo: np.ndarray) -> None:
+    random, count = np.random.default_rng(0), 0
+    for suffix in ("png", "jpg", "tif", "gif", "webp", "bmp", "jp2", "tga", "ppm", "ico"):
+        image = Image.fromarray(photo[:32, :32])
+        image.save(f"a.{suffix}")
+        content = Path(f"a.{suffix}").read_bytes()
+        for place in random.integers(1, len(content), 12):
+            noise = bytearray(content)
+            noise[max(150, place) : max(150, place) + 4] = random.bytes(4)  # not the image's size
+            for damaged in (content[:place], noise):
+                Path(f"a.{suffix}").write_bytes(damaged)
+                try:
+                    read_image(Path(f"a.{suffix}"))
+                except (CAEConfigurationError, OSError):  # what `main` prints as one line
+                    count += 1
+    assert count > 100
+
+
+def test_damaged_npy_files_are_refused(here: Path) -> None:
+    descriptions = ["{'descr': '|u1', 'fortran_order': False, 'shape': " + shape for shape in ("(10**3, 4), }", "(")]
+    descriptions += [f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({'9' * 30}, 4), }}", "(" * 300]
+    contents = [
+        b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(99) for text in descriptions
+    ]
+    for content in (*contents, b"", b"PK\x03\x04 no archive", b"\x93NUMPY", contents[0][:20]):
+        Path("a.npy").write_bytes(content)
+        with pytest.raises(CAEConfigurationError, match=r"a\.npy is not a \.npy file of numbers"):
+            open_source(Path("a.npy"))
+
+
+def test_images_over_the_limit_of_pillow(here: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(photo[:48, :48], "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert main(["encode", "a.png", "a.zarr"]) == 0
+    assert Image.MAX_IMAGE_PIXELS == 100
