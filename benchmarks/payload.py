@@ -88,8 +88,8 @@ def measure(
         {name: torch.from_numpy(loaded.tensors[f"density.{name}"].astype(np.float32)) for name in density.state_dict()}
     )
     under_tables = under_density = 0.0
-    for rows, columns in header.tiles():
-        tile = np.ascontiguousarray(symbols[0, :, rows, columns])
+    for _, _, patch in entropy.tiles(header):
+        tile = np.ascontiguousarray(symbols[0, :, patch.rows, patch.columns])
         under_tables += ideal_bits(tile, tables)
         values = torch.from_numpy(tile).float().expand(count, 1, -1, -1, -1)
         with torch.inference_mode():

@@ -37,7 +37,8 @@ import numpy as np
 
 from zarr_cae.coder import rans
 from zarr_cae.coder.contexts import to_differences
-from zarr_cae.coder.tables import PRECISION, Tables, ideal_bits, rows_of, trimmed_frequencies
+from zarr_cae.coder.frequencies import trimmed_frequencies
+from zarr_cae.coder.tables import PRECISION, Tables, ideal_bits, rows_of
 
 
 def synthetic() -> tuple[np.ndarray, Tables]:
@@ -61,6 +62,7 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
     from PIL import Image
 
     from zarr_cae.coder.frame import FrameHeader
+    from zarr_cae.coder.tiles import tiles as tiles_of
     from zarr_cae.config import Settings
     from zarr_cae.networks.engine import engine_for
     from zarr_cae.pixels.convert import to_planes
@@ -74,8 +76,8 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
         pixels = np.asarray(Image.open(file).convert("RGB"))
         planes = to_planes(pixels, Layout(pixels.shape, 2), (0, 255))
         (symbols,) = engine_for(loaded, settings).analyse(planes, quality, settings)
-        for rows, columns in FrameHeader(1, *pixels.shape[:2], grey=False).tiles():
-            tiles.append(np.ascontiguousarray(symbols[:, rows, columns]))
+        for _, _, patch in tiles_of(FrameHeader(1, *pixels.shape[:2], grey=False)):
+            tiles.append(np.ascontiguousarray(symbols[:, patch.rows, patch.columns]))
     return tiles, loaded.tables[loaded.row(quality)]
 
 
@@ -102,29 +104,40 @@ def best(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def compare(tiles: list[np.ndarray], tables: Tables, repeats: int) -> None:
-    rans.decode(rans.encode(tiles[0], tables), tiles[0].shape[1:], tables)  # compiles, builds the tables
-    encode_s, streams = best(lambda: [rans.encode(tile, tables) for tile in tiles], repeats)
-    shapes = [tile.shape[1:] for tile in tiles]
-    decode_s, decoded = best(lambda: [rans.decode(s, n, tables) for s, n in zip(streams, shapes, strict=True)], repeats)
-    if not all(map(np.array_equal, decoded, tiles)):
-        sys.exit("zarr_cae.coder.rans: decoded symbols differ")
-    payload, ideal = sum(map(len, streams)), sum(ideal_bits(tile, tables) for tile in tiles) / 8
+    times = {version: ours(tiles, tables, version, repeats) for version in (tables.frame_version, 3)}
     total = sum(tile.size for tile in tiles)
     counted = sum(int(tile.any(axis=(1, 2)).sum()) * tile[0].size for tile in tiles)
     print(
         f"{len(tiles)} tiles, {tables.channels} channels, {total / 1e6:.2f} million symbols, {counted / total:.1%} of"
     )
-    print(f"them in channels that are not all zero; payload / length under the integer tables {payload / ideal:.4f}")
+    print("them in channels that are not all zero")
     ans = compressai_ans()
     if ans is None:
         print("compressai.ans is not installed: zarr_cae.rans alone")
     for name, all_symbols, count in (("all symbols", True, total), ("without zero channels", False, counted)):
         print(f"  {name:34}{'encode':>10}{'decode':>10}   million symbols/s")
-        print(f"    {'zarr_cae.rans':32}{count / encode_s / 1e6:10.1f}{count / decode_s / 1e6:10.1f}")
+        for version, (encode_s, decode_s) in times.items():
+            print(
+                f"    {f'zarr_cae.rans, version {version}':32}"
+                f"{count / encode_s / 1e6:10.1f}{count / decode_s / 1e6:10.1f}"
+            )
         if ans is not None:
             theirs = theirs_on(ans, tiles, tables, max(repeats // 5, 2), all_symbols=all_symbols)
             print(f"    {'compressai.ans':32}{count / theirs[0] / 1e6:10.1f}{count / theirs[1] / 1e6:10.1f}")
-            print(f"    {'ratio':32}{theirs[0] / encode_s:10.1f}{theirs[1] / decode_s:10.1f}")
+            print(f"    {'ratio to version 3':32}{theirs[0] / times[3][0]:10.1f}{theirs[1] / times[3][1]:10.1f}")
+
+
+def ours(tiles: list[np.ndarray], tables: Tables, version: int, repeats: int) -> tuple[float, float]:
+    """CPU seconds of encoding and of decoding the streams of this version's frames."""
+    rans.decode(rans.encode(tiles[0], tables, version), tiles[0].shape[1:], tables, version)  # compiles
+    encode_s, streams = best(lambda: [rans.encode(tile, tables, version) for tile in tiles], repeats)
+    pairs = [(stream, tile.shape[1:]) for stream, tile in zip(streams, tiles, strict=True)]
+    decode_s, decoded = best(lambda: [rans.decode(*pair, tables, version) for pair in pairs], repeats)
+    if not all(map(np.array_equal, decoded, tiles)):
+        sys.exit("zarr_cae.coder.rans: decoded symbols differ")
+    payload, ideal = sum(map(len, streams)), sum(ideal_bits(tile, tables) for tile in tiles) / 8
+    print(f"version {version}: {payload} bytes, {payload / ideal:.4f} of the length under the integer tables")
+    return encode_s, decode_s
 
 
 def theirs_on(

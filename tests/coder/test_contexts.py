@@ -101,18 +101,18 @@ def test_there_and_back_by_the_rows_of_the_docs(seed, channels, shape, sources, 
     np.testing.assert_array_equal(coded, plain_differences(symbols, tables.contexts.predicted))
     row = rows_of(coded, tables)
     np.testing.assert_array_equal(row, plain_rows(coded, tables))
-    stream = rans.encode(symbols, tables)
-    np.testing.assert_array_equal(rans.decode(stream, shape, tables), symbols)
+    stream = rans.encode(symbols, tables, 2)
+    np.testing.assert_array_equal(rans.decode(stream, shape, tables, 2), symbols)
     # Nothing but these rows: a coder without contexts, with one table a symbol, gives the same words.
-    flagged = tables.zero_flag(shape[0] * shape[1]) > 0
+    flagged = tables.zero_flag(shape[0] * shape[1], 2) > 0
     if not flagged.any():
         single = Tables(
             tables.minimum[row.ravel()],
             tables.length[row.ravel()],
             np.concatenate([tables.frequency[tables.offset[r] :][: tables.length[r]] for r in row.ravel()]),
         )
-        if not (single.zero_flag(1) > 0).any():
-            assert rans.encode(coded.reshape(-1, 1, 1), single) == stream
+        if not (single.zero_flag(1, 2) > 0).any():
+            assert rans.encode(coded.reshape(-1, 1, 1), single, 2) == stream
 
 
 def test_symbols_are_not_changed():
@@ -121,7 +121,7 @@ def test_symbols_are_not_changed():
     symbols = rng.integers(-3, 4, (7, 4, 5)).astype(np.int16)
     before = symbols.copy()
     symbols.setflags(write=False)
-    rans.encode(symbols, tables)
+    rans.encode(symbols, tables, 2)
     np.testing.assert_array_equal(symbols, before)
 
 
@@ -150,22 +150,50 @@ def test_golden_stream():
     symbols, tables = golden_case()
     assert len(np.unique(rows_of(to_differences(symbols, tables.contexts.predicted), tables))) > 8
     golden = (GOLDEN / f"contexts.p{PRECISION}.bin").read_bytes()
-    assert rans.encode(symbols, tables) == golden
-    np.testing.assert_array_equal(rans.decode(golden, symbols.shape[1:], tables), symbols)
+    assert rans.encode(symbols, tables, 2) == golden
+    np.testing.assert_array_equal(rans.decode(golden, symbols.shape[1:], tables, 2), symbols)
+
+
+def test_golden_stream_of_version_3():
+    symbols, tables = golden_case()
+    golden = (GOLDEN / f"contexts_3.p{PRECISION}.bin").read_bytes()
+    assert rans.encode(symbols, tables, 3) == golden
+    np.testing.assert_array_equal(rans.decode(golden, symbols.shape[1:], tables, 3), symbols)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 1024])
+def test_a_channel_that_is_always_zero_has_a_flag_from_version_3_on(positions):
+    _, tables = golden_case()
+    assert tables.contexts.zero[3] == TOTAL
+    assert tables.zero_flag(positions, 2)[3] == 0
+    assert tables.zero_flag(positions, 3)[3] == TOTAL - 1
+    others = np.arange(6) != 3
+    np.testing.assert_array_equal(tables.zero_flag(positions, 2)[others], tables.zero_flag(positions, 3)[others])
+
+
+@pytest.mark.parametrize("value", [0, 1, -300])
+def test_versions_differ_only_for_channels_that_are_always_zero(value):
+    symbols, tables = golden_case()
+    symbols[3, 5, 5] = value  # a channel whose flag says otherwise
+    for version in (2, 3):
+        stream = rans.encode(symbols, tables, version)
+        np.testing.assert_array_equal(rans.decode(stream, symbols.shape[1:], tables, version), symbols)
+        with pytest.raises(StreamError):
+            rans.decode(stream, symbols.shape[1:], tables, 5 - version)
 
 
 def test_damaged_streams_are_noticed():
     symbols, tables = golden_case()
-    stream = rans.encode(symbols, tables)
+    stream = rans.encode(symbols, tables, 2)
     for size in range(len(stream)):
         with pytest.raises(StreamError):
-            rans.decode(stream[:size], symbols.shape[1:], tables)
+            rans.decode(stream[:size], symbols.shape[1:], tables, 2)
     assert tables.contexts is not None
     other = replace(tables, contexts=replace(tables.contexts, threshold=np.full((6, 1), 3000, np.uint16)))
     with pytest.raises(StreamError):
-        rans.decode(stream, symbols.shape[1:], other)
+        rans.decode(stream, symbols.shape[1:], other, 2)
     with pytest.raises(StreamError):
-        rans.decode(stream, (symbols.shape[2], symbols.shape[1]), tables)
+        rans.decode(stream, (symbols.shape[2], symbols.shape[1]), tables, 2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,14 +204,14 @@ def test_arbitrary_bytes(tail, lanes, shape):
     _, tables = golden_case()
     stream = bytes([lanes]) + b"\1\2\3\4" * (1 << lanes) + tail
     with contextlib.suppress(StreamError):
-        assert rans.decode(stream, shape, tables).shape == (6, *shape)
+        assert rans.decode(stream, shape, tables, 2).shape == (6, *shape)
 
 
 def test_payload_is_within_one_percent_of_the_tables():
     rng = np.random.default_rng(1)
     tables = random_tables(rng, channels=40, sources=8, classes=8)
     symbols = np.rint(rng.laplace(size=(40, 32, 32)) * 2).astype(np.int16)
-    assert 8 * len(rans.encode(symbols, tables)) <= 1.01 * ideal_bits(symbols, tables)
+    assert 8 * len(rans.encode(symbols, tables, 2)) <= 1.01 * ideal_bits(symbols, tables)
 
 
 def test_scores_reach_and_never_pass_their_16_bits():

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import crc32c
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from zarr_cae.coder.frame import FrameHeader, FrameIndex, pack, parse_index, unpack
+from zarr_cae.coder.frame import FrameHeader, FrameIndex, pack, parse_frame, parse_index, unpack
+from zarr_cae.coder.lossless import decode_mask, decode_pixels, encode_mask, encode_pixels
+from zarr_cae.coder.tiles import tiles
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "frames"
@@ -21,9 +24,14 @@ GOLDEN_FRAMES = {
     "one_pixel": (FrameHeader(1, 1, 1, grey=True, tile=1024), [b"x"]),
     "rgb_2": (FrameHeader(1, 256, 256, grey=False, version=2), [bytes(range(200))]),
     "grey_ragged_2": (FrameHeader(2, 33, 70, grey=True, tile=2, version=2), [bytes([n]) * n for n in range(12)]),
+    "rgb_3": (FrameHeader(1, 256, 256, grey=False, version=3, row=4), [bytes(range(200))]),
 }
+GOLDEN_3 = FrameHeader(2, 33, 70, grey=True, tile=2, version=3, row=2)
+GOLDEN_3_STREAMS = [bytes([n]) * n for n in range(12)]
 SMALL = FrameHeader(2, 40, 17, grey=True, tile=2)
 SMALL_2 = replace(SMALL, version=2)
+SMALL_3 = replace(SMALL, version=3, row=2)
+PARTS_3 = {"mask": b"mask", "exact": {0: b"zero", 3: b"three"}}
 SMALL_STREAMS = [b"\x01\x02\x03", b"", b"\xff" * 130, b"z"]
 
 
@@ -33,21 +41,63 @@ def make_golden_frames() -> None:
     for name, (header, streams) in GOLDEN_FRAMES.items():
         with (GOLDEN / f"{name}.bin").open("xb") as file:
             file.write(pack(header, streams))
+    with (GOLDEN / "grey_ragged_3.bin").open("xb") as file:
+        file.write(pack(GOLDEN_3, GOLDEN_3_STREAMS, **golden_parts()))
+
+
+def golden_pixels(tile: int) -> np.ndarray:
+    """The pixels of an exact tile of the golden frame of version 3."""
+    rows, columns = (
+        slice(16 * side.start, min(16 * side.stop, edge))
+        for side, edge in zip(
+            (tiles(GOLDEN_3)[tile].patch.rows, tiles(GOLDEN_3)[tile].patch.columns), (33, 70), strict=True
+        )
+    )
+    y, x = np.mgrid[rows, columns]
+    return (y * y + 3 * x + tile)[None].astype(np.uint16)
+
+
+def golden_mask() -> np.ndarray:
+    """The mask of the golden frame of version 3."""
+    plane, _, y, x = np.ogrid[:2, :1, :33, :70]
+    return (y + plane) ** 2 + x**2 < 500
+
+
+def golden_parts() -> dict:
+    return {"mask": encode_mask(golden_mask()), "exact": {n: encode_pixels(golden_pixels(n)) for n in (2, 5, 11)}}
+
+
+def test_golden_frame_with_mask_and_exact_tiles():
+    golden = (GOLDEN / "grey_ragged_3.bin").read_bytes()
+    found = parse_frame(golden, replace(GOLDEN_3, version=2, row=None))
+    assert found.header == GOLDEN_3
+    assert list(map(bytes, found.streams)) == GOLDEN_3_STREAMS
+    np.testing.assert_array_equal(decode_mask(found.mask, (2, 1, 33, 70)), golden_mask())
+    assert sorted(found.exact) == [2, 5, 11]
+    for tile, section in found.exact.items():
+        pixels = golden_pixels(tile)
+        np.testing.assert_array_equal(decode_pixels(section, pixels.shape, pixels.dtype), pixels)
+    # zlib's bytes differ between its builds; all that we write ourselves does not
+    assert pack(found.header, found.streams, mask=found.mask, exact=found.exact) == golden
 
 
 def sealed(body: bytes | bytearray) -> bytes:
     return bytes(body) + crc32c.crc32c(bytes(body)).to_bytes(4, "little")
 
 
-headers = st.builds(
-    FrameHeader,
-    planes=st.integers(1, 4),
-    height=st.integers(1, 300),
-    width=st.integers(1, 300),
-    grey=st.booleans(),
-    tile=st.sampled_from([1, 2, 4, 8, 32, 1024]),
-    version=st.sampled_from([1, 2]),
-).filter(lambda header: header.tile_count <= 400)
+headers = (
+    st.builds(
+        FrameHeader,
+        planes=st.integers(1, 4),
+        height=st.integers(1, 300),
+        width=st.integers(1, 300),
+        grey=st.booleans(),
+        tile=st.sampled_from([1, 2, 4, 8, 32, 1024]),
+        version=st.sampled_from([1, 2, 3]),
+    )
+    .map(lambda header: replace(header, row=7) if header.version == 3 else header)
+    .filter(lambda header: header.tile_count <= 400)
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,13 +119,15 @@ def test_round_trip(header, data):
 def test_tiles_cover_the_plane_once_in_order(header):
     rows, columns = header.latent_shape
     assert (rows, columns) == ((header.height + 15) // 16, (header.width + 15) // 16)
-    tiles = list(header.tiles())
-    assert len(tiles) * header.planes == header.tile_count
-    assert len(tiles) == header.tile_grid[0] * header.tile_grid[1]
-    covered = {(y, x) for r, c in tiles for y in range(r.start, r.stop) for x in range(c.start, c.stop)}
-    assert len(covered) == rows * columns == sum((r.stop - r.start) * (c.stop - c.start) for r, c in tiles)
-    assert tiles == sorted(tiles, key=lambda tile: (tile[0].start, tile[1].start))
-    assert all(r.stop - r.start <= header.tile and c.stop - c.start <= header.tile for r, c in tiles)
+    found = tiles(header)
+    assert [tile.number for tile in found] == list(range(header.tile_count))
+    assert [tile.plane for tile in found] == sorted(tile.plane for tile in found)
+    first = [(tile.patch.rows, tile.patch.columns) for tile in found if tile.plane == 0]
+    assert len(first) == header.tile_grid[0] * header.tile_grid[1]
+    covered = {(y, x) for r, c in first for y in range(r.start, r.stop) for x in range(c.start, c.stop)}
+    assert len(covered) == rows * columns == sum((r.stop - r.start) * (c.stop - c.start) for r, c in first)
+    assert first == sorted(first, key=lambda tile: (tile[0].start, tile[1].start))
+    assert all(r.stop - r.start <= header.tile and c.stop - c.start <= header.tile for r, c in first)
 
 
 @pytest.mark.parametrize("name", GOLDEN_FRAMES)
@@ -87,27 +139,35 @@ def test_golden_frames(name):
     assert (got, [bytes(view) for view in views]) == (header, streams)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_overhead_of_a_usual_chunk(version):
-    assert len(pack(FrameHeader(1, 256, 256, grey=False, version=version), [b"s" * 10_000])) - 10_000 - 2 <= 24
+    header = FrameHeader(1, 256, 256, grey=False, version=version, row=0 if version == 3 else None)
+    assert len(pack(header, [b"s" * 10_000])) - 10_000 - 2 <= 24
 
 
-@pytest.mark.parametrize("expected", [SMALL, SMALL_2])
-def test_index_from_prefixes_says_how_much_is_missing(expected):
-    frame = pack(expected, SMALL_STREAMS)
+@pytest.mark.parametrize(
+    ("expected", "parts"),
+    [
+        (SMALL, {}), (SMALL_2, {}), (SMALL_3, {}), (SMALL_3, PARTS_3), (SMALL_3, {"mask": b"m" * 200}),
+        (SMALL_3, {"exact": {1: b"e" * 300}}),
+    ],
+)  # fmt: skip
+def test_index_from_prefixes_says_how_much_is_missing(expected, parts):
+    frame = pack(expected, SMALL_STREAMS, **parts)
     whole = parse_index(frame, expected)
     assert isinstance(whole, FrameIndex)
+    end = whole.mask[0] if whole.mask else whole.offsets[0]
     for size in range(1, len(frame)):
         index = parse_index(frame[:size], expected)
-        if size >= whole.offsets[0]:
+        if size >= end:
             assert index == whole
         else:
             assert isinstance(index, int)
-            assert 1 <= index <= whole.offsets[0] - size
+            assert 1 <= index <= end - size
     size = reads = 1
     while isinstance(missing := parse_index(frame[:size], expected), int):
         size, reads = size + missing, reads + 1
-    assert reads <= 6
+    assert reads <= 8
 
 
 @pytest.mark.parametrize("checksum", ["stale", "recomputed"])
@@ -157,10 +217,10 @@ def test_truncation_of_version_2_at_each_byte_and_a_tail():
 # The small frame: magic 0-3, version 4, flags 5, planes 6, height 7, width 8, tile 9, lengths 10-14.
 MALFORMED = {
     "no frame": (slice(0, 4), b"\x89PNG", "not a cae frame"),
-    "newer version": (slice(4, 5), b"\x03", "upgrade zarr-cae"),
-    "other weights": (slice(4, 5), b"\x02", "version must be 1, which the weights of the array call for; got 2"),
-    "version 0": (slice(4, 5), b"\x00", "version must be one of \\(1, 2\\); got 0"),
-    "unknown flag": (slice(5, 6), b"\x03", "flags must be 0 or 1; got 3"),
+    "newer version": (slice(4, 5), b"\x04", "upgrade zarr-cae"),
+    "other weights": (slice(4, 5), b"\x02", "version must be 1 or 3, which the weights of the array call for; got 2"),
+    "version 0": (slice(4, 5), b"\x00", "version must be one of \\(1, 2, 3\\); got 0"),
+    "unknown flag": (slice(5, 6), b"\x03", "flags must be 0 to 1 in version 1; got 3"),
     "RGB for grey": (slice(5, 6), b"\x00", "2 RGB planes of 40 x 17: it is of another array"),
     "other planes": (slice(6, 7), b"\x03", "got 3 grey planes of 40 x 17"),
     "no planes": (slice(6, 7), b"\x00", "got 0 grey planes of 40 x 17"),
@@ -228,3 +288,99 @@ def test_impossible_headers(changed, message):
 def test_pack_wants_a_stream_per_tile():
     with pytest.raises(CAEConfigurationError, match="needs 4 tile streams; got 1"):
         pack(SMALL, [b"one"])
+
+
+def test_round_trip_of_masks_and_exact_tiles():
+    frame = pack(SMALL_3, SMALL_STREAMS, **PARTS_3)
+    found = parse_frame(frame, SMALL)
+    assert (found.header, list(map(bytes, found.streams))) == (SMALL_3, SMALL_STREAMS)
+    assert bytes(found.mask) == b"mask"
+    assert {tile: bytes(section) for tile, section in found.exact.items()} == PARTS_3["exact"]
+    assert unpack(frame, SMALL_2)[1] == SMALL_STREAMS
+    index = parse_index(frame, SMALL)
+    assert isinstance(index, FrameIndex)
+    assert index.frame_bytes == len(frame)
+    assert index.mask_section(memoryview(frame)[slice(*index.mask)]) == b"mask"
+    for tile, stream in enumerate(SMALL_STREAMS):
+        got, pixels = index.parts(tile, memoryview(frame)[index.offsets[tile] : index.offsets[tile + 1]])
+        assert got == stream
+        assert (None if pixels is None else bytes(pixels)) == PARTS_3["exact"].get(tile)
+
+
+def test_each_flipped_bit_and_truncation_of_version_3():
+    frame = pack(SMALL_3, SMALL_STREAMS, **PARTS_3)
+    for bit in range(8 * len(frame)):
+        damaged = bytearray(frame)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FrameError, match=r"^cae: frame"):
+            parse_frame(bytes(damaged), SMALL)
+    for size in range(len(frame)):
+        with pytest.raises(FrameError, match=r"^cae: frame"):
+            parse_frame(frame[:size], SMALL)
+    with pytest.raises(FrameError, match="foreign tail"):
+        parse_frame(frame + b"\0", SMALL)
+
+
+# Version 3 of the small frame: magic 0-3, version 4, flags 5, planes 6, height 7, width 8, tile 9, row 10, length of
+# the mask 11, bits of exact tiles 12, lengths of 4 tiles 13-17 and of 2 pixel sections 18-19.
+MALFORMED_3 = {
+    "unknown flag": (slice(5, 6), b"\x0f", "flags must be 0 to 7 in version 3; got 15"),
+    "flag of version 2": (slice(4, 5), b"\x02", "flags must be 0 to 1 in version 2; got 7"),
+    "mask of no bytes": (slice(11, 12), b"\x00", "mask must have at least one byte"),
+    "no exact tile": (slice(12, 13), b"\x00", "at least one of 4 tiles and no other"),
+    "exact tile that does not exist": (slice(12, 13), b"\x19", "at least one of 4 tiles and no other"),
+    "one exact tile more": (slice(12, 13), b"\x0b", "checksum|too early|must have at least"),
+    "pixels of no bytes": (slice(18, 19), b"\x00", "pixel section of tile 0 must have at least one byte"),
+    "overlong length": (slice(18, 19), b"\x84\x00", "length of the pixels of tile 0 has a superfluous"),
+    "huge mask": (slice(11, 12), b"\xff\xff\xff\xff\x0f", "too early"),
+    "shorter mask": (slice(11, 12), b"\x03", "mask's checksum|foreign tail"),
+    "longer pixels": (slice(18, 19), b"\x05", "too early|tile 0's checksum"),
+    "pixels moved to the stream": (slice(18, 20), b"\x05\x04", "tile 0's checksum"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_3)
+def test_malformed_field_of_version_3_with_valid_checksum(name):
+    where, what, message = MALFORMED_3[name]
+    frame = pack(SMALL_3, SMALL_STREAMS, **PARTS_3)
+    head, rest = bytearray(frame[:20]), frame[24:]
+    assert sealed(head) + rest == frame
+    head[where] = what
+    with pytest.raises(FrameError, match=message):
+        parse_frame(sealed(head) + rest, SMALL_2)
+
+
+def test_frames_of_version_3_only_where_they_are_expected():
+    frame = pack(SMALL_2, SMALL_STREAMS)
+    with pytest.raises(FrameError, match="version must be 3, which"):
+        parse_frame(frame, SMALL_3)
+
+
+@pytest.mark.parametrize(
+    ("header", "parts", "message"),
+    [
+        (SMALL_2, {"mask": b"m"}, "only frames of version 3"),
+        (SMALL, {"exact": {0: b"x"}}, "only frames of version 3"),
+        (SMALL_3, {"exact": {4: b"x"}}, "exact tiles must be in"),
+        (SMALL_3, {"exact": {-1: b"x"}}, "exact tiles must be in"),
+        (SMALL_3, {"exact": {0: b""}}, "must not be empty"),
+        (SMALL_3, {"mask": b""}, "must not be empty"),
+        (replace(SMALL, version=3), {}, "needs the row"),
+    ],
+)
+def test_impossible_parts(header, parts, message):
+    with pytest.raises(CAEConfigurationError, match=message):
+        pack(header, SMALL_STREAMS, **parts)
+
+
+@pytest.mark.parametrize("changed", [{"row": 0}, {"version": 3, "row": 256}, {"version": 3, "row": -1}])
+def test_impossible_rows(changed):
+    with pytest.raises(CAEConfigurationError, match="frame's row must be"):
+        replace(SMALL, **changed)
+
+
+def test_the_row_of_a_frame():
+    assert SMALL_2.row_of(5, default=3) == 3
+    assert SMALL_3.row_of(5, default=3) == 2
+    with pytest.raises(FrameError, match="row must be below 2, the qualities"):
+        SMALL_3.row_of(2, default=0)

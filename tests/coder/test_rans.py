@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from zarr_cae.coder import rans
 from zarr_cae.coder import tables as tables_module
-from zarr_cae.coder.tables import PRECISION, Tables, frequencies, trimmed_frequencies
+from zarr_cae.coder.frequencies import frequencies, trimmed_frequencies
+from zarr_cae.coder.tables import PRECISION, Tables
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
 TOTAL = 1 << PRECISION
@@ -26,11 +27,11 @@ GOLDEN = Path(__file__).parents[1] / "fixtures" / "streams"
 
 def encode(symbols, tables):
     """Of (M, positions): without contexts the shape of a tile does not matter."""
-    return rans.encode(symbols[:, None], tables)
+    return rans.encode(symbols[:, None], tables, 3)
 
 
 def decode(stream, positions, tables):
-    return rans.decode(stream, (1, positions), tables)[:, 0]
+    return rans.decode(stream, (1, positions), tables, 3)[:, 0]
 
 
 def ideal_bits(symbols, tables):
@@ -390,14 +391,15 @@ def test_concurrent_threads():
 FIRST_USE = """
 import sys, threading
 from zarr_cae.coder import rans
-from zarr_cae.coder.tables import Tables, frequencies
+from zarr_cae.coder.frequencies import frequencies
+from zarr_cae.coder.tables import Tables
 assert "numba" not in sys.modules, "numba must not load before the first use"
 import numpy as np
 tables = Tables(np.array([-1]), np.array([4]), frequencies(np.array([1.0, 5, 1, 0.1])))
 symbols = np.array([[[0, 1, -1, 0, 77]]], np.int16)
 done = []
 def work():
-    assert (rans.decode(rans.encode(symbols, tables), (1, 5), tables) == symbols).all()
+    assert (rans.decode(rans.encode(symbols, tables, 3), (1, 5), tables, 3) == symbols).all()
     done.append(1)
 threads = [threading.Thread(target=work) for _ in range(4)]
 for thread in threads: thread.start()
@@ -430,7 +432,7 @@ from zarr_cae.coder.tables import Tables
 
 tables = Tables(np.full(2, -2), np.full(2, 6), np.tile([10, 200, 3500, 300, 80, 6], 2))
 symbols = np.tile(np.arange(-3, 5, dtype=np.int16), (2, 1, 1))
-assert (rans.decode(rans.encode(symbols, tables), (1, 8), tables) == symbols).all()
+assert (rans.decode(rans.encode(symbols, tables, 3), (1, 8), tables, 3) == symbols).all()
 """
 
 

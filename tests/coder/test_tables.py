@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from densities import laplace
 
-from zarr_cae.coder.tables import PRECISION, Tables, escape_bytes, frequencies, ideal_bits, trimmed_frequencies
+from zarr_cae.coder.frequencies import frequencies, trimmed_frequencies
+from zarr_cae.coder.tables import PRECISION, Tables, escape_bytes, ideal_bits
 from zarr_cae.errors import CAEConfigurationError
 
 TOTAL = 1 << PRECISION

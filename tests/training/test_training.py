@@ -340,7 +340,7 @@ def test_fitted_contexts_beat_tables_without() -> None:
     mix = np.tril(np.ones((12, 12), np.float32), -1)
     fitted, plain = fit(symbols[:40], predicted, mix), fit(symbols[:40], np.zeros(12, bool), mix)
     tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
-    length = sum(8 * len(rans.encode(tile, tables)) for tile in symbols[40:])
+    length = sum(8 * len(rans.encode(tile, tables, 3)) for tile in symbols[40:])
     entropy = 0.0
     for channel in symbols.transpose(1, 0, 2, 3).reshape(12, -1):
         _, counts = np.unique(channel, return_counts=True)
@@ -357,8 +357,8 @@ def test_channels_that_are_always_zero_can_be_fitted() -> None:
     fitted = fit(tiles, np.zeros(4, bool), np.ones((4, 4), np.float32))
     tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
     wild = np.full((4, 8, 8), 999, np.int16)
-    assert np.array_equal(rans.decode(rans.encode(wild, tables), (8, 8), tables), wild)
-    assert len(rans.encode(tiles[0], tables)) < 12
+    assert np.array_equal(rans.decode(rans.encode(wild, tables, 3), (8, 8), tables, 3), wild)
+    assert len(rans.encode(tiles[0], tables, 3)) < 12
 
 
 def test_loss_is_rate_plus_weighed_distortion() -> None:

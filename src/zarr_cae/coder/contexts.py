@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zarr_cae.coder.frame import Symbols
 from zarr_cae.errors import CAEConfigurationError
 
 __all__ = ["LARGEST_ACTIVITY", "LARGEST_WEIGHTS", "Contexts", "around", "scores", "to_differences"]
@@ -36,8 +37,6 @@ __all__ = ["LARGEST_ACTIVITY", "LARGEST_WEIGHTS", "Contexts", "around", "scores"
 LARGEST_ACTIVITY = 15
 LARGEST_WEIGHTS = 273
 """Most that the weights of one channel may sum to: then scores, at 16 * 15 a unit of weight, stay below 2^16."""
-
-Symbols = NDArray[np.int16]
 
 
 @dataclass(frozen=True, eq=False)

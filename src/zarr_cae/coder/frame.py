@@ -1,70 +1,65 @@
-"""The chunk frame: a header and one stream per tile, checked by CRC32C.
+"""The frame of a chunk: a header, then the stream of each tile, with checksums.
 
-The weights decide the version: tables without contexts make version 1, tables with contexts version 2 (see `rans`).
-Little endian; varints are base 128, 7 bits a byte, low bits first, high bit set on all but the last byte, never with a
-superfluous last byte, below 2^32:
-
-    4 bytes      magic, the ASCII characters ZCAE
-    1 byte       version, 1 or 2
-    1 byte       flags: bit 0 set if the planes are grey, clear if they are RGB; the others clear
-    varint       planes: images in the chunk, three colours counting as one
-    varint       height of a plane in pixels
-    varint       width of a plane in pixels
-    1 byte       log2 of the edge of a tile in latent positions, 0 to 10
-    varints      bytes of each tile's stream
-
-and then, in version 1,
-
-    ...          the tiles' streams, one after the other
-    4 bytes      CRC32C (Castagnoli) of all before it
-
-in version 2, where what is read of a frame can be checked without the rest,
-
-    4 bytes      CRC32C of all before it
-    ...          for each tile, its stream and the CRC32C of that, 4 bytes
-
-A plane has ceil(height / 16) x ceil(width / 16) latent positions, cut into tiles from its upper left corner; tiles at
-the lower and right edge are smaller. Tiles are ordered by plane, then tile row, then tile column.
+The section "Frames" of spec/cae.md defines the bytes of all versions. Versions 1 and 2 differ in their checksums; the
+weights decide which of the two older releases wrote (see `Tables.frame_version`). Version 3 can hold a mask and exact
+tiles, and says which row of the weights file coded the chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import TypeAlias
 
 import crc32c
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
-__all__ = ["STRIDE", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_index", "unpack"]
+__all__ = ["STRIDE", "Frame", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_frame", "parse_index", "unpack"]
 
 STRIDE = 16
-"""Pixels per latent position, along rows and columns."""
-Symbols: TypeAlias = npt.NDArray[np.int16]
-"""Quantised latents: (N, M, h, w) of a chunk's planes, or (M, h, w) of one tile."""
+"""Pixels per latent position, along each edge."""
+
+Symbols = NDArray[np.int16]
+"""Quantised latents: int16 (..., M, rows, columns) with M latent channels."""
 
 _MAGIC = b"ZCAE"
-_VERSIONS = (1, 2)
-_GREY = 1
+_VERSIONS = (1, 2, 3)
+_GREY, _MASKED, _EXACT = 1, 2, 4
+_FLAGS = {1: _GREY, 2: _GREY, 3: _GREY | _MASKED | _EXACT}
 _CHECKSUM_BYTES = 4
 _MAX_LOG2_TILE = 10
+_MAX_ROW = 255
 _MAX_VARINT_BYTES = 5
 _VARINT_END = 1 << 32
 
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """What a frame holds: `planes` images of height x width pixels, grey or RGB, in tiles of tile x tile positions.
+    """The shape of a chunk and the version of its frame.
+
+    Parameters
+    ----------
+    planes
+        Number of planes, N. An RGB image is one plane.
+    height, width
+        Size of a plane in pixels.
+    grey
+        Whether planes have one component; RGB planes have three.
+    tile
+        Edge of a tile in latent positions: a power of two in [1, 1024].
+    version
+        Version of the frame: 1, 2 or 3.
+    row
+        Which row of the weights file coded the chunk, 0 to 255. Only frames of version 3 store it; it is None in the
+        others.
 
     Raises
     ------
     CAEConfigurationError
-        If planes, height or width are not in [1, 2^32), `tile` is not a power of two in [1, 1024], or the version is
-        unknown.
+        If a value is out of its range.
     """
 
     planes: int
@@ -73,6 +68,7 @@ class FrameHeader:
     grey: bool
     tile: int = 32
     version: int = 1
+    row: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("planes", "height", "width"):
@@ -85,6 +81,40 @@ class FrameHeader:
             raise CAEConfigurationError(
                 f"cae: frame's tile must be a power of two in [1, {1 << _MAX_LOG2_TILE}]; got {self.tile}"
             )
+        if self.row is not None and (self.version < 3 or not 0 <= self.row <= _MAX_ROW):
+            raise CAEConfigurationError(
+                f"cae: frame's row must be in [0, {_MAX_ROW}] in version 3, and None in versions 1 and 2; got "
+                f"{self.row} in version {self.version}"
+            )
+
+    def row_of(self, rows: int, default: int) -> int:
+        """Return the row of the weights file that coded the chunk.
+
+        Parameters
+        ----------
+        rows
+            Number of rows (qualities) of the weights file.
+        default
+            The row of the array's quality, which holds for frames that do not store their row.
+
+        Raises
+        ------
+        FrameError
+            If the weights file has no such row.
+        """
+        if self.row is None:
+            return default
+        if self.row >= rows:
+            raise FrameError(
+                f"cae: frame's row must be below {rows}, the qualities of the array's weights file; got {self.row}: "
+                "it was written with other weights"
+            )
+        return self.row
+
+    @property
+    def components(self) -> int:
+        """Number of components of a plane, C."""
+        return 1 if self.grey else 3
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -99,57 +129,159 @@ class FrameHeader:
 
     @property
     def tile_count(self) -> int:
-        """Tiles of all planes."""
+        """Number of tiles of all planes."""
         rows, columns = self.tile_grid
         return self.planes * rows * columns
 
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Where the tiles of a frame lie: tile i is stored as frame[offsets[i]:offsets[i + 1]]."""
+    """The header of a frame, and where its parts lie.
+
+    Attributes
+    ----------
+    header
+        The header.
+    offsets
+        Tile i is stored as `frame[offsets[i] : offsets[i + 1]]`, with its checksum.
+    mask
+        First byte and end of the stored mask section, with its checksum; None if the frame has no mask.
+    exact
+        For each exact tile, by number, the bytes of its pixel section.
+    """
 
     header: FrameHeader
     offsets: tuple[int, ...]
+    mask: tuple[int, int] | None = None
+    exact: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def frame_bytes(self) -> int:
-        """Length of the whole frame."""
+        """Number of bytes of the whole frame."""
         return self.offsets[-1] + (_CHECKSUM_BYTES if self.header.version == 1 else 0)
 
     def stream(self, tile: int, stored: memoryview) -> memoryview:
-        """The stream in what is stored of a tile. Raises FrameError if version 2's checksum does not match."""
+        """Return the stream of a tile from its stored bytes; see `parts`."""
+        return self.parts(tile, stored)[0]
+
+    def parts(self, tile: int, stored: memoryview) -> tuple[memoryview, memoryview | None]:
+        """Return the stream and the pixel section (None if the tile is not exact) from the stored bytes of a tile.
+
+        Raises
+        ------
+        FrameError
+            If the checksum of the tile does not match. Frames of version 1 have none for each tile.
+        """
         if self.header.version == 1:
-            return stored
-        stream = stored[:-_CHECKSUM_BYTES]
-        _check_checksum(f"tile {tile}'s", stream, stored[-_CHECKSUM_BYTES:])
-        return stream
+            return stored, None
+        content = stored[:-_CHECKSUM_BYTES]
+        _check_checksum(f"tile {tile}'s", content, stored[-_CHECKSUM_BYTES:])
+        pixels = self.exact.get(tile, 0)
+        return content[: len(content) - pixels], content[len(content) - pixels :] if pixels else None
+
+    def mask_section(self, stored: memoryview) -> memoryview:
+        """Return the mask section from its stored bytes. Raises FrameError if its checksum does not match."""
+        _check_checksum("mask's", stored[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:])
+        return stored[:-_CHECKSUM_BYTES]
 
 
-def pack(header: FrameHeader, streams: Sequence[bytes | memoryview]) -> bytes:
-    """Join the streams of all tiles, ordered by plane, tile row and tile column, to a frame.
+@dataclass(frozen=True)
+class Frame:
+    """The checked parts of a whole frame.
+
+    Attributes
+    ----------
+    header
+        The header.
+    streams
+        The stream of each tile; views of the frame.
+    mask
+        The mask section for `lossless.decode_mask`, or None.
+    exact
+        For each exact tile, by number, the pixel section for `lossless.decode_pixels`.
+    """
+
+    header: FrameHeader
+    streams: Sequence[memoryview]
+    mask: memoryview | None
+    exact: Mapping[int, memoryview]
+
+
+def pack(
+    header: FrameHeader,
+    streams: Sequence[bytes | memoryview],
+    *,
+    mask: bytes | memoryview | None = None,
+    exact: Mapping[int, bytes | memoryview] | None = None,
+) -> bytes:
+    """Return the frame of a chunk.
+
+    Parameters
+    ----------
+    header
+        The header. In version 3 it must have a row.
+    streams
+        The streams of all tiles, in the order of `tiles.tiles`.
+    mask
+        The mask section from `lossless.encode_mask`, if samples are masked; version 3 only.
+    exact
+        The pixel sections from `lossless.encode_pixels` of exact tiles, by number of the tile; version 3 only.
 
     Raises
     ------
     CAEConfigurationError
-        If the number of streams is not `header.tile_count`, or a stream has 2^32 bytes or more.
+        If the number of streams is not `header.tile_count`, a part has 2^32 bytes or more, a section is empty, an
+        exact tile does not exist, the row is missing, or the version has no masks and exact tiles.
     """
+    exact = exact or {}
+    _check_parts(header, streams, mask, exact)
+    flags = (_GREY if header.grey else 0) | (_MASKED if mask is not None else 0) | (_EXACT if exact else 0)
+    frame = bytearray(_MAGIC)
+    frame += bytes([header.version, flags])
+    for value in (header.planes, header.height, header.width):
+        frame += _varint(value)
+    frame.append(header.tile.bit_length() - 1)
+    if header.row is not None:
+        frame.append(header.row)
+    if mask is not None:
+        frame += _varint(len(mask))
+    if exact:
+        chosen = np.zeros(header.tile_count, np.bool_)
+        chosen[list(exact)] = True
+        frame += np.packbits(chosen, bitorder="little").tobytes()
+    for stream in streams:
+        frame += _varint(len(stream))
+    for tile in sorted(exact):
+        frame += _varint(len(exact[tile]))
+    if header.version == 1:
+        return _sealed(frame + b"".join(streams))
+    stored = [_sealed(b"".join([stream, exact.get(tile, b"")])) for tile, stream in enumerate(streams)]
+    return b"".join([_sealed(frame), b"" if mask is None else _sealed(mask), *stored])
+
+
+def _check_parts(
+    header: FrameHeader,
+    streams: Sequence[bytes | memoryview],
+    mask: bytes | memoryview | None,
+    exact: Mapping[int, bytes | memoryview],
+) -> None:
     if len(streams) != header.tile_count:
         raise CAEConfigurationError(
             f"cae: frame of {_described(header)} needs {header.tile_count} tile streams; got {len(streams)}"
         )
-    longest = max(map(len, streams))
+    sections = [*exact.values(), *([] if mask is None else [mask])]
+    longest = max(map(len, [*streams, *sections]))
     if longest >= _VARINT_END:
-        raise CAEConfigurationError(f"cae: frame's tile streams must be shorter than 2^32 bytes; got {longest}")
-    frame = bytearray(_MAGIC)
-    frame += bytes([header.version, _GREY if header.grey else 0])
-    for value in (header.planes, header.height, header.width):
-        frame += _varint(value)
-    frame.append(header.tile.bit_length() - 1)
-    for stream in streams:
-        frame += _varint(len(stream))
-    if header.version == 1:
-        return _sealed(frame + b"".join(streams))
-    return _sealed(frame) + b"".join(map(_sealed, streams))
+        raise CAEConfigurationError(f"cae: frame's parts must be shorter than 2^32 bytes; got {longest}")
+    if header.version == 3 and header.row is None:
+        raise CAEConfigurationError("cae: frame of version 3 needs the row of the weights file that coded it")
+    if sections and header.version < 3:
+        raise CAEConfigurationError(f"cae: only frames of version 3 hold masks and exact tiles; got {header.version}")
+    if not all(map(len, sections)) or not all(0 <= tile < header.tile_count for tile in exact):
+        raise CAEConfigurationError(
+            f"cae: frame's mask and pixel sections must not be empty, and exact tiles must be in "
+            f"[0, {header.tile_count}); got tiles {sorted(exact)}"
+        )
 
 
 def _sealed(content: bytes | bytearray | memoryview) -> bytes:
@@ -165,27 +297,37 @@ def _check_checksum(whose: str, content: memoryview, checksum: memoryview, hint:
         )
 
 
-def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, list[memoryview]]:
-    """Check a whole frame and return its header and the stream of each tile.
+def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, Sequence[memoryview]]:
+    """Check a whole frame and return its header and the stream of each tile: all that the latents need.
+
+    See `parse_frame`, which returns masks and exact tiles as well.
+    """
+    found = parse_frame(frame, expected)
+    return found.header, found.streams
+
+
+def parse_frame(frame: bytes | memoryview, expected: FrameHeader) -> Frame:
+    """Check a whole frame, with all its checksums, and return its parts.
 
     Parameters
     ----------
     frame
-        All bytes of the frame and nothing else; contiguous. The streams returned are views of it.
+        All bytes of the frame and nothing else; contiguous. The parts returned are views of it.
     expected
-        What the array's chunk must hold; its `tile` does not count.
+        The header that the array's chunk must have, with `Tables.frame_version` as version. Frames of version 3 are
+        always accepted. `tile` and `row` may differ.
 
     Raises
     ------
     FrameError
-        If the frame is no frame, of a newer version, damaged, malformed, or of another shape than expected.
+        If the bytes are not a cae frame, or the frame is of a newer version, damaged, malformed, or of another shape.
     """
     view = memoryview(frame).cast("B")
     _check_magic(view)
     smallest = len(_MAGIC) + 1 + _CHECKSUM_BYTES
     if len(view) < smallest:
         raise FrameError(f"cae: frame needs at least {smallest} bytes; got {len(view)}: the stored chunk is truncated")
-    if view[4] != max(_VERSIONS):
+    if view[4] not in _VERSIONS[1:]:
         hint = "" if view[4] in _VERSIONS else f" (or written by a zarr-cae with frame version {view[4]}: upgrade)"
         _check_checksum("whole", view[:-_CHECKSUM_BYTES], view[-_CHECKSUM_BYTES:], hint)
     index = parse_index(view, expected)
@@ -197,76 +339,131 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeade
         raise FrameError(
             f"cae: frame must end after {index.frame_bytes} bytes; got {len(view)}: the stored chunk has a foreign tail"
         )
-    stored = [view[begin:end] for begin, end in pairwise(index.offsets)]
-    return index.header, [index.stream(tile, part) for tile, part in enumerate(stored)]
+    parts = [index.parts(tile, view[begin:end]) for tile, (begin, end) in enumerate(pairwise(index.offsets))]
+    return Frame(
+        index.header,
+        [stream for stream, _ in parts],
+        None if index.mask is None else index.mask_section(view[slice(*index.mask)]),
+        {tile: pixels for tile, (_, pixels) in enumerate(parts) if pixels is not None},
+    )
 
 
 def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex | int:
-    """Read header and tile lengths from the first bytes of a frame; the checksum only where it covers these alone.
+    """Read the header and the lengths of all parts from the first bytes of a frame.
+
+    The checksum is checked in versions 2 and 3, where it covers these bytes alone.
 
     Parameters
     ----------
     head
-        A prefix of a frame, of any length.
+        The beginning of a frame, of any length.
     expected
-        What the array's chunk must hold; its `tile` does not count.
+        As for `parse_frame`.
 
     Returns
     -------
-    FrameIndex, or int
-        The number of further bytes that are needed at the least, if `head` is too short. Repeated reads of that many
-        come to an end after at most 5 bytes a number.
+    FrameIndex or int
+        If `head` is too short, the number of further bytes that are needed at the least. Repeated reads of that many
+        bytes come to an end after at most 5 reads per number.
 
     Raises
     ------
     FrameError
-        If what is there is no frame, of a newer version, malformed, or of another shape than expected.
+        If the bytes are not the beginning of a cae frame, or the frame is of a newer version, malformed, or of another
+        shape.
     """
     view = memoryview(head).cast("B")
     _check_prefix(view)
-    start = len(_MAGIC) + 2
-    shortest = start + 5  # three varints, the tile size and the length of one tile
-    if len(view) < shortest:
-        return shortest - len(view)
-    dimensions: list[int] = []
-    for name in ("plane count", "height", "width"):
-        value, start = _read_varint(view, start, name)
-        if start > len(view):
-            return start + 4 - len(dimensions) - len(view)
-        dimensions.append(value)
-    _check_expected(dimensions, view[4], bool(view[5] & _GREY), expected)
-    if start == len(view):
-        return 2
-    if view[start] > _MAX_LOG2_TILE:
+    try:
+        return _parse(_Reader(view), expected)
+    except _TooShortError as error:
+        return error.missing
+
+
+class _TooShortError(Exception):
+    """Raised when the beginning of a frame ends; `missing` bytes follow at the least."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(missing)
+        self.missing = missing
+
+
+class _Reader:
+    """Reads the beginning of a frame, byte by byte, and raises _TooShortError at its end."""
+
+    def __init__(self, view: memoryview) -> None:
+        self.view, self.at = view, 0
+
+    def need(self, count: int, after: int = 0) -> None:
+        """Raise _TooShortError if fewer than `count` bytes are left; `after` more bytes must follow them."""
+        if self.at + count > len(self.view):
+            raise _TooShortError(self.at + count + after - len(self.view))
+
+    def take(self, count: int, after: int) -> memoryview:
+        """Return the next `count` bytes."""
+        self.need(count, after)
+        self.at += count
+        return self.view[self.at - count : self.at]
+
+    def varint(self, name: str, after: int) -> int:
+        """Return the next varint. Raises FrameError, which names it, if it is malformed."""
+        value, end = _read_varint(self.view, self.at, name)
+        if end > len(self.view):
+            raise _TooShortError(end + after - len(self.view))
+        self.at = end
+        return value
+
+
+def _parse(reader: _Reader, expected: FrameHeader) -> FrameIndex:
+    reader.need(len(_MAGIC) + 7)  # version, flags, three varints, the size of a tile and the length of one tile
+    version, flags = reader.take(len(_MAGIC) + 2, 0)[4:]
+    dimensions = [reader.varint(name, 4 - n) for n, name in enumerate(("plane count", "height", "width"))]
+    _check_expected(dimensions, version, bool(flags & _GREY), expected)
+    (log2_tile,) = reader.take(1, 1)
+    if log2_tile > _MAX_LOG2_TILE:
         raise FrameError(
-            f"cae: frame's log2 of the tile size must be 0 to {_MAX_LOG2_TILE}; got {view[start]}: "
+            f"cae: frame's log2 of the tile size must be 0 to {_MAX_LOG2_TILE}; got {log2_tile}: "
             "the stored chunk is damaged"
         )
-    header = FrameHeader(
-        expected.planes, expected.height, expected.width, expected.grey, 1 << view[start], expected.version
-    )
-    start += 1
-    lengths: list[int] = []
+    row = reader.take(1, 1)[0] if version == 3 else None
+    header = FrameHeader(expected.planes, expected.height, expected.width, expected.grey, 1 << log2_tile, version, row)
     count = header.tile_count
-    if count > len(view) - start:  # each length takes a byte: no loop over more tiles than there are bytes
-        return count - (len(view) - start)
-    for tile in range(count):
-        length, start = _read_varint(view, start, f"length of tile {tile}")
-        if start > len(view):
-            return start + count - tile - 1 - len(view)
-        lengths.append(length)
-    return _index(header, lengths, view, start)
+    mask = _checked_section(reader.varint("length of the mask", count), "mask") if flags & _MASKED else 0
+    exact = _exact_tiles(reader.take(-(-count // 8), count), count) if flags & _EXACT else []
+    numbers = count + len(exact)
+    reader.need(numbers)  # each length takes a byte: no loop over more lengths than there are bytes
+    lengths = [reader.varint(f"length of tile {tile}", numbers - tile - 1) for tile in range(count)]
+    pixels = {
+        tile: _checked_section(
+            reader.varint(f"length of the pixels of tile {tile}", len(exact) - n - 1), f"pixel section of tile {tile}"
+        )
+        for n, tile in enumerate(exact)
+    }
+    if version == 1:
+        return FrameIndex(header, tuple(accumulate(lengths, initial=reader.at)))
+    end = reader.at
+    _check_checksum("index's", reader.view[:end], reader.take(_CHECKSUM_BYTES, 0))
+    first = reader.at + mask + _CHECKSUM_BYTES if mask else reader.at
+    stored = [length + pixels.get(tile, 0) + _CHECKSUM_BYTES for tile, length in enumerate(lengths)]
+    return FrameIndex(header, tuple(accumulate(stored, initial=first)), (reader.at, first) if mask else None, pixels)
 
 
-def _index(header: FrameHeader, lengths: list[int], view: memoryview, start: int) -> FrameIndex | int:
-    """What `parse_index` returns once all before `start` is read."""
-    if header.version > 1:
-        end = start + _CHECKSUM_BYTES
-        if end > len(view):
-            return end - len(view)
-        _check_checksum("index's", view[:start], view[start:end])
-        start, lengths = end, [length + _CHECKSUM_BYTES for length in lengths]
-    return FrameIndex(header, tuple(accumulate(lengths, initial=start)))
+def _exact_tiles(stored: memoryview, count: int) -> list[int]:
+    """Return the numbers of the exact tiles from one bit per tile."""
+    bits = np.unpackbits(np.frombuffer(stored, np.uint8), bitorder="little")
+    if bits[count:].any() or not bits.any():
+        raise FrameError(
+            f"cae: frame's bits of exact tiles must name at least one of {count} tiles and no other: "
+            "the stored chunk is damaged"
+        )
+    numbers: list[int] = np.flatnonzero(bits).tolist()
+    return numbers
+
+
+def _checked_section(length: int, name: str) -> int:
+    if length == 0:
+        raise FrameError(f"cae: frame's {name} must have at least one byte; got 0: the stored chunk is damaged")
+    return length
 
 
 def _check_magic(view: memoryview) -> None:
@@ -282,16 +479,20 @@ def _check_prefix(view: memoryview) -> None:
     if len(view) > 4 and view[4] not in _VERSIONS:
         advice = "upgrade zarr-cae to read this array" if view[4] > max(_VERSIONS) else "the stored chunk is damaged"
         raise FrameError(f"cae: frame's version must be one of {_VERSIONS}; got {view[4]}: {advice}")
-    if len(view) > 5 and view[5] & ~_GREY:
-        raise FrameError(f"cae: frame's flags must be 0 or {_GREY}; got {view[5]}: the stored chunk is damaged")
+    if len(view) > 5 and view[5] & ~_FLAGS[view[4]]:
+        raise FrameError(
+            f"cae: frame's flags must be 0 to {_FLAGS[view[4]]} in version {view[4]}; got {view[5]}: "
+            "the stored chunk is damaged"
+        )
 
 
 def _check_expected(dimensions: list[int], version: int, grey: bool, expected: FrameHeader) -> None:
     if (*dimensions, grey) == (expected.planes, expected.height, expected.width, expected.grey):
-        if version == expected.version:
+        if version in (3, expected.version):
             return
+        allowed = " or ".join(map(str, sorted({expected.version, 3})))
         raise FrameError(
-            f"cae: frame's version must be {expected.version}, which the weights of the array call for; got {version}: "
+            f"cae: frame's version must be {allowed}, which the weights of the array call for; got {version}: "
             "it was written with other weights"
         )
     planes, height, width = dimensions
@@ -315,7 +516,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(view: memoryview, start: int, name: str) -> tuple[int, int]:
-    """Value and end of the varint at `start`; an end beyond the view if it is cut off there."""
+    """Return the value and the end of the varint at `start`; an end beyond the view if the view ends within it."""
     value = 0
     for n, byte in enumerate(view[start : start + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * n

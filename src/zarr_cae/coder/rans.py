@@ -4,47 +4,8 @@ Range asymmetric numeral systems with several interleaved states (Duda, arXiv:13
 32-bit states held in [2^16, 2^32), renormalised by 16-bit words. Everything is integer arithmetic, so the same bytes
 give the same symbols on every machine.
 
-The stream of one tile
-----------------------
-Given by the frame: M channels, `positions` symbols in each, and the `tables`. Tables with contexts have K rows a
-channel, and what is coded are the coded symbols of `contexts`, which also gives the row of each; without contexts
-there is one row a channel, and the symbols are coded as they are. With T = 2^PRECISION, little endian:
-
-    1 byte            log2 of the number of lanes L: 0 to 5
-    4 L bytes         the start state of lane 0, 1, ... for the decoder, each in [2^16, 2^32)
-    2 bytes each      the words, in the order in which the decoder reads them
-    1 to 3 bytes each the escapes: symbols outside their channel's alphabet, in the order of their occurrence
-
-There is no count of words or escapes: the decoder knows where each section ends when it gets there, and the last
-escape (or the last word, without escapes) must end with the stream.
-
-The coded symbols are numbered i = 0, 1, ...; number i belongs to lane i mod L. First come the flags of the channels
-that have one, then the symbols of the channels without a flag or with a flag that says so, channel by channel. To
-decode number i from state x of its lane:
-
-    slot = x mod T                          find the entry with  start <= slot < start + frequency
-    x    = frequency * floor(x / T) + slot - start
-    if x < 2^16:  x = x * 2^16 + next word
-
-* A flag has two entries. All zero: start 0, frequency z. Coded: start z, frequency T - z. Here z / T is the probability
-  that `positions` symbols in a row are zero, in fixed point with 32 fractional bits, f0 being the table's frequency of
-  symbol 0 (or 0 if the alphabet lacks it), or `zero` of the contexts. A channel has a flag if 16 z >= 15 T: a flag
-  that says "coded" is redundant, at -log2(1 - z / T) bits, so channels that are often not zero go without.
-
-      power = 2^32;  base = f0 * 2^(32 - PRECISION);  n = positions
-      while n > 0:
-          if n is odd:  power = floor(power * base / 2^32)
-          base = floor(base * base / 2^32);  n = floor(n / 2)
-      z = min(floor(power / 2^(32 - PRECISION)), T - 1)
-
-* Entry k of a row is the symbol minimum + k; the last entry is the escape. A start is the sum of the
-  frequencies before it in the row. Rows sum to T.
-* An escaped symbol v is written as a little-endian base-128 varint (7 bits a byte, high bit set on all but the last
-  byte, no superfluous last byte) of 2 v if v >= 0, of -2 v - 1 if v < 0. It is an int16 outside the row's alphabet.
-
-After the last coded symbol each state must be back at 2^16, where the encoder began. The encoder runs the same steps
-backwards. It takes L from the payload (`_LANE_BYTES`); a decoder accepts any L. A group of L symbols reads at most L
-words, in the order of the lanes, so a warp decodes it in lockstep with a ballot and a prefix count.
+The section "Streams" of spec/cae.md defines the bytes. A group of L symbols, one for each of L lanes, reads at most L
+words in the order of the lanes. So a GPU's warp could decode it in lockstep, with a ballot and a prefix count.
 """
 
 from __future__ import annotations
@@ -57,6 +18,7 @@ from numpy.typing import NDArray
 
 from zarr_cae.coder.compile import decoders, encoders
 from zarr_cae.coder.contexts import Contexts, to_differences
+from zarr_cae.coder.frame import Symbols
 from zarr_cae.coder.kernels import START_STATE
 from zarr_cae.coder.tables import Tables, escape_bytes
 from zarr_cae.errors import CAEConfigurationError, StreamError
@@ -68,11 +30,9 @@ _LANE_BYTES = 750  # payload per lane: a lane costs 3 bytes (4, less what its st
 _SPARSE_WORDS = 1 / 32  # a symbol, half a bit: below, guessing symbols is faster than looking them up, above slower
 _DAMAGED = "the stored chunk is damaged, or of other weights"
 
-Symbols = NDArray[np.int16]
 
-
-def encode(symbols: Symbols, tables: Tables) -> bytes:
-    """One tile's symbols as a stream (the layout stands in the module's docstring).
+def encode(symbols: Symbols, tables: Tables, version: int) -> bytes:
+    """Return the stream of one tile.
 
     Parameters
     ----------
@@ -80,6 +40,8 @@ def encode(symbols: Symbols, tables: Tables) -> bytes:
         int16 (M, h, w), h and w >= 1. Any values: those outside a table's alphabet take the escape.
     tables
         Tables of the same M channels.
+    version
+        Version of the frame that the stream is for; it decides which channels have a zero flag.
 
     Raises
     ------
@@ -96,7 +58,7 @@ def encode(symbols: Symbols, tables: Tables) -> bytes:
     width = symbols.shape[2]
     flat = np.require(symbols, np.int16, ["C", "A"]).reshape(tables.channels, -1)
     positions = flat.shape[1]
-    zero_flag = tables.zero_flag(positions)
+    zero_flag = tables.zero_flag(positions, version)
     coded: NDArray[np.bool_] = np.any(flat, axis=1) | (zero_flag == 0)
     classes = np.zeros(flat.size, np.uint8)
     if tables.contexts is None:
@@ -164,8 +126,8 @@ def _lanes(payload: float) -> int:
     return 1 << min(max(int(payload) // _LANE_BYTES, 1).bit_length() - 1, _MAX_LOG2_LANES)
 
 
-def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -> Symbols:
-    """The symbols of one tile's stream.
+def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables, version: int) -> Symbols:
+    """Return the symbols of one tile.
 
     Parameters
     ----------
@@ -175,6 +137,8 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
         Rows and columns of the tile, >= 1, from the frame.
     tables
         The tables that it was encoded with.
+    version
+        Version of the frame that holds the stream.
 
     Returns
     -------
@@ -220,7 +184,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -
         tables.lookup,
         *tables.likely,
         word_count < symbols.size * _SPARSE_WORDS,
-        tables.zero_flag(positions),
+        tables.zero_flag(positions, version),
         np.empty(tables.channels, np.bool_),
         *_sources(tables.contexts),
         *_Scratch.of(symbols.size if tables.contexts else 0, positions, width),

@@ -1,7 +1,7 @@
-"""Integer frequency tables: what the entropy coder knows of each channel's symbols, and how to make it from densities.
+"""Integer frequency tables of the entropy coder.
 
-Integers only, so that encoder and decoder agree to the last bit on every machine; floats stand only where tables are
-made or judged. How the tables become a stream stands in `rans`.
+All arithmetic that coding depends on is integer arithmetic, so encoder and decoder agree to the last bit on every
+machine. `frequencies` makes tables from probabilities. The section "Streams" of spec/cae.md says how they become bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from zarr_cae.coder.contexts import LARGEST_ACTIVITY, Contexts, around, to_differences
 from zarr_cae.errors import CAEConfigurationError
 
-__all__ = ["BUCKETS", "PRECISION", "Tables", "escape_bytes", "frequencies", "ideal_bits", "trimmed_frequencies"]
+__all__ = ["BUCKETS", "PRECISION", "Tables", "escape_bytes", "ideal_bits", "rows_of"]
 
 PRECISION = 12  # frequencies of a row sum to 2^PRECISION; anything from 8 to 16 works
 BUCKETS = 8  # log2 of the decoder's places to begin in a row
@@ -53,7 +53,7 @@ class Tables:
     length: NDArray[np.int32]
     frequency: NDArray[np.uint32]
     contexts: Contexts | None = None
-    _flags: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False, repr=False)
+    _flags: dict[tuple[int, bool], NDArray[np.uint32]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         wide = {name: _integers(name, getattr(self, name)) for name in ("minimum", "length", "frequency")}
@@ -96,7 +96,7 @@ class Tables:
 
     @property
     def frame_version(self) -> int:
-        """Of frames that are coded with these tables."""
+        """Version of the frames that releases before frame version 3 wrote with these tables: 1 or 2."""
         return 1 if self.contexts is None else 2
 
     @cached_property
@@ -157,12 +157,23 @@ class Tables:
         """int32 (R,): the largest symbol of each row's alphabet."""
         return _frozen(self.minimum + self.length - 2)
 
-    def zero_flag(self, positions: int) -> NDArray[np.uint32]:
-        """uint32 (M,): the frequency of the flag "all `positions` symbols are zero"; 0 where a channel has no flag.
+    def zero_flag(self, positions: int, version: int) -> NDArray[np.uint32]:
+        """Return the frequency of the flag "all symbols of the channel are zero", by the section "Streams" of the spec.
 
-        The arithmetic, which is part of the format, stands in the docstring of `rans`.
+        Parameters
+        ----------
+        positions
+            Number of latent positions of the tile.
+        version
+            Version of the frame. In versions 1 and 2 a channel that is always zero has no flag.
+
+        Returns
+        -------
+        uint32 (M,)
+            0 where a channel has no flag.
         """
-        known = self._flags.get(positions)
+        key = positions, version >= 3
+        known = self._flags.get(key)
         if known is not None:
             return known
         if self.contexts is None:
@@ -172,16 +183,20 @@ class Tables:
         else:
             f0 = np.minimum(self.contexts.zero, _TOTAL)
         to_fixed, half = np.uint64(32 - PRECISION), np.uint64(32)
-        base, power, n = f0.astype(np.uint64) << to_fixed, np.full(self.channels, 1 << 32, np.uint64), positions
+        always = f0 == _TOTAL  # 2^32 squared would overflow
+        base = np.where(always, 0, f0).astype(np.uint64) << to_fixed
+        power, n = np.full(self.channels, 1 << 32, np.uint64), positions
         while n:
             if n & 1:
                 power = power * base >> half
             base, n = base * base >> half, n >> 1
         flag = np.minimum(power >> to_fixed, _TOTAL - 1).astype(np.uint32)
+        if version >= 3:
+            flag = np.where(always, _TOTAL - 1, flag)
         flag = _frozen(np.where(flag >= _LEAST_ZERO_FLAG, flag, 0).astype(np.uint32))
         if len(self._flags) >= 64:  # a chunk's tiles have at most four sizes
             self._flags.clear()
-        self._flags[positions] = flag
+        self._flags[key] = flag
         return flag
 
 
@@ -228,103 +243,6 @@ def rows_of(coded: NDArray[np.int16], tables: Tables) -> NDArray[np.intp]:
             activity = np.abs(np.where(escaped, outside, values)).clip(max=LARGEST_ACTIVITY)
             surroundings[channel] = around(activity)
     return row
-
-
-def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
-    """Integer frequencies of the least expected code length.
-
-    The expected length is a sum of convex functions of one frequency each, so exchanging single units until no
-    exchange helps ends at the optimum (Fox, "Discrete optimization via marginal analysis", 1966).
-
-    Parameters
-    ----------
-    probability
-        float64 (n,), finite and not negative, 2 <= n <= 2^PRECISION; the last is the escape's. Need not sum to 1.
-
-    Returns
-    -------
-    uint32 (n,), each at least 1, of sum 2^PRECISION
-
-    Raises
-    ------
-    CAEConfigurationError
-        If `probability` is not as described.
-    """
-    p = _probabilities(probability, 2, _TOTAL)
-    frequency = np.maximum(np.rint(p * (_TOTAL / p.sum())), 1.0)
-    while True:
-        gain = p * np.log2((frequency + 1) / frequency)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            loss = np.where(frequency > 1, p * np.log2(frequency / (frequency - 1)), np.inf)
-        best, least = int(gain.argmax()), int(loss.argmin())
-        missing = _TOTAL - int(frequency.sum())
-        if missing == 0 and gain[best] <= loss[least]:
-            return np.asarray(frequency, np.uint32)
-        if missing >= 0:
-            frequency[best] += 1
-        if missing <= 0:
-            frequency[least] -= 1
-
-
-def trimmed_frequencies(probability: NDArray[np.float64], first: int) -> tuple[int, NDArray[np.uint32]]:
-    """The alphabet of nearly least expected code length for one channel, and its row.
-
-    Every symbol in the alphabet takes at least one slot from the others; every one outside costs the escape and 1 to
-    3 bytes. The ranges compared grow from the most probable symbol, each time by the likelier neighbour.
-
-    Parameters
-    ----------
-    probability
-        float64 (n,): probabilities of the integers first, first + 1, ...; what they lack of 1 lies outside.
-    first
-        The smallest integer, within int16.
-
-    Returns
-    -------
-    minimum, frequency
-        The alphabet's smallest symbol, and its row: uint32, escape last.
-
-    Raises
-    ------
-    CAEConfigurationError
-        If `probability` is not as `frequencies` wants it, or its integers leave [-32768, 32766].
-    """
-    p = _probabilities(probability, 1, 1 << 16)
-    if first < -(1 << 15) or first + p.size - 1 > (1 << 15) - 2:
-        raise CAEConfigurationError(
-            f"cae: symbols must lie in [-32768, 32766]; got {first} to {first + p.size - 1}: give fewer probabilities"
-        )
-    p = p / max(p.sum(), 1.0)
-    low = high = int(p.argmax())
-    order = [low]
-    while len(order) < min(p.size, _TOTAL - 1):
-        down = p[low - 1] if low > 0 else -1.0
-        up = p[high + 1] if high + 1 < p.size else -1.0
-        if up >= down:
-            high += 1
-            order.append(high)
-        else:
-            low -= 1
-            order.append(low)
-    grown = p[order]
-    escape = np.maximum(1.0 - grown.cumsum(), 0.0)
-    escape_bits = 8.0 * escape_bytes(np.arange(p.size) + first)
-    outside = 24.0 * max(1.0 - p.sum(), 0.0) + (p * escape_bits).sum() - (grown * escape_bits[order]).cumsum()
-    slots, escape_slots = np.maximum(grown * _TOTAL, 1.0), np.maximum(escape * _TOTAL, 1.0)
-    inside = -(grown * np.log2(slots)).cumsum() - escape * np.log2(escape_slots)
-    bits = inside + np.log2(slots.cumsum() + escape_slots) + outside
-    size = int(bits.argmin()) + 1
-    low = min(order[:size])
-    return first + low, frequencies(np.append(p[low : low + size], escape[size - 1]))
-
-
-def _probabilities(given: NDArray[np.float64], least: int, most: int) -> NDArray[np.float64]:
-    p = np.asarray(given, np.float64)
-    if p.ndim != 1 or not least <= p.size <= most or not np.isfinite(p).all() or (p < 0).any() or p.sum() <= 0:
-        raise CAEConfigurationError(
-            f"cae: probability must be {least} to {most} finite values >= 0, not all zero; got shape {p.shape}"
-        )
-    return p
 
 
 def escape_bytes(values: NDArray[np.integer[Any]]) -> NDArray[np.int64]:

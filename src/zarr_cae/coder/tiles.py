@@ -94,33 +94,33 @@ def tiles(
     return found
 
 
-def encode_tile(symbols: Symbols, tables: Tables) -> bytes:
-    """Return the stream of one tile of symbols (M, h, w)."""
-    return rans.encode(np.ascontiguousarray(symbols), tables)
+def encode_tile(symbols: Symbols, tables: Tables, version: int = 2) -> bytes:
+    """Return the stream of one tile of symbols (M, h, w), for a frame of this version (1 and 2 are alike)."""
+    return rans.encode(np.ascontiguousarray(symbols), tables, version)
 
 
-def decode_tile(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables) -> Symbols:
-    """Return the symbols (M, h, w) of one tile's stream, where `shape` is (h, w).
+def decode_tile(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables, version: int = 2) -> Symbols:
+    """Return the symbols (M, h, w) of one tile's stream, where `shape` is (h, w) and `version` that of the frame.
 
     Raises
     ------
     StreamError
         If the stream is malformed.
     """
-    return rans.decode(stream, shape, tables)
+    return rans.decode(stream, shape, tables, version)
 
 
 def encode(symbols: Symbols, header: FrameHeader, tables: Tables) -> bytes:
     """Return the frame of a chunk's symbols (N, M, h, w); N, h and w are those of the header."""
 
     def code(tile: Tile) -> bytes:
-        return encode_tile(symbols[tile.plane, :, tile.patch.rows, tile.patch.columns], tables)
+        return encode_tile(symbols[tile.plane, :, tile.patch.rows, tile.patch.columns], tables, header.version)
 
     return frames.pack(header, over_cores(code, tiles(header)))
 
 
-def unpack(frame: bytes | memoryview, expected: FrameHeader) -> list[tuple[Tile, memoryview]]:
-    """Return the tiles of a frame with their streams.
+def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, list[tuple[Tile, memoryview]]]:
+    """Return the header of a frame, and its tiles with their streams.
 
     Raises
     ------
@@ -128,11 +128,15 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> list[tuple[Tile,
         If the frame is malformed. Nothing of the chunk's size is allocated before it is checked.
     """
     header, streams = frames.unpack(frame, expected)
-    return list(zip(tiles(header), streams, strict=True))
+    return header, list(zip(tiles(header), streams, strict=True))
 
 
-def decode_each(found: Sequence[tuple[Tile, memoryview]], tables: Tables, put: Callable[[Tile, Symbols], None]) -> None:
+def decode_each(
+    found: Sequence[tuple[Tile, memoryview]], tables: Tables, version: int, put: Callable[[Tile, Symbols], None]
+) -> None:
     """Decode tiles, and call `put` with each tile and its symbols (M, h, w), in any order and from several threads.
+
+    `tables` are those of the row that coded the frame, and `version` is the frame's.
 
     Raises
     ------
@@ -142,7 +146,7 @@ def decode_each(found: Sequence[tuple[Tile, memoryview]], tables: Tables, put: C
 
     def code(one: tuple[Tile, memoryview]) -> None:
         tile, stream = one
-        put(tile, decode_tile(stream, tile.patch.shape, tables))
+        put(tile, decode_tile(stream, tile.patch.shape, tables, version))
 
     over_cores(code, found)
 
@@ -155,11 +159,11 @@ def decode(frame: bytes | memoryview, expected: FrameHeader, tables: Tables) -> 
     FrameError, StreamError
         If the frame or a stream in it is malformed.
     """
-    found = unpack(frame, expected)
+    header, found = unpack(frame, expected)
     symbols = np.empty((expected.planes, tables.channels, *expected.latent_shape), np.int16)
 
     def put(tile: Tile, values: Symbols) -> None:
         symbols[tile.plane, :, tile.patch.rows, tile.patch.columns] = values
 
-    decode_each(found, tables, put)
+    decode_each(found, tables, header.version, put)
     return symbols

@@ -163,17 +163,18 @@ class CAEBottleneckCodec(ArrayBytesCodec):
                 f"{chunk_spec.shape}; open it with `zarr_cae.open_bottleneck`"
             )
         frame = memoryview(cast("Any", chunk_bytes.as_numpy_array()))
-        found = tiles.unpack(frame, chunk.header)
+        header, found = tiles.unpack(frame, chunk.header)
+        tables, step, offset = _row_constants(self, header.row_of(chunk.rows, chunk.row))
         values = np.empty(chunk.shape, np.float32)
         dequantise, flat, strides = dequantiser(), values.reshape(-1), chunk.strides
 
         def put(tile: Tile, symbols: Symbols) -> None:
             dequantise(
-                symbols.reshape(-1), symbols.shape[2], chunk.step, chunk.offset,
+                symbols.reshape(-1), symbols.shape[2], step, offset,
                 flat, strides.start(tile), strides.rows, strides.columns, strides.channels,
             )  # fmt: skip
 
-        tiles.decode_each(found, chunk.tables, put)
+        tiles.decode_each(found, tables, header.version, put)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
 
     async def decode(self, chunks_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]) -> Iterable[NDBuffer | None]:
@@ -204,9 +205,10 @@ class _ChunkConstants(NamedTuple):
     header: FrameHeader
     shape: tuple[int, ...]
     strides: LatentStrides
-    tables: Tables
-    step: npt.NDArray[np.float32]
-    offset: npt.NDArray[np.float32]
+    row: int
+    """Row of the weights file for the array's quality."""
+    rows: int
+    """Number of rows of the weights file."""
 
 
 @lru_cache(maxsize=64)
@@ -214,14 +216,24 @@ def _chunk_constants(codec: CAEBottleneckCodec) -> _ChunkConstants:
     """Raise WeightsNotFoundError if the weights are not on this machine."""
     weights, layout = loaded(codec.cae), codec.layout
     row = weights.row(codec.cae.quality)
-    tables = weights.tables[row]
+    version = weights.tables[row].frame_version
     return _ChunkConstants(
-        FrameHeader(layout.planes, layout.height, layout.width, layout.grey, version=tables.frame_version),
+        FrameHeader(layout.planes, layout.height, layout.width, layout.grey, version=version),
         latent_shape(layout.shape, layout, weights.latent_channels),
         LatentStrides.of(layout, weights.latent_channels),
-        tables,
-        *(np.ascontiguousarray(weights.tensors[name][row], np.float32) for name in ("step", "offset")),
+        row,
+        len(weights.tables),
     )
+
+
+@lru_cache(maxsize=64)
+def _row_constants(
+    codec: CAEBottleneckCodec, row: int
+) -> tuple[Tables, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the tables, steps and offsets of a row of the weights file."""
+    weights = loaded(codec.cae)
+    step, offset = (np.ascontiguousarray(weights.tensors[name][row], np.float32) for name in ("step", "offset"))
+    return weights.tables[row], step, offset
 
 
 def refuse_writing() -> NoReturn:

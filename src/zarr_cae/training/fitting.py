@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.coder.contexts import LARGEST_ACTIVITY, LARGEST_WEIGHTS, Contexts, around, scores, to_differences
-from zarr_cae.coder.tables import PRECISION, trimmed_frequencies
+from zarr_cae.coder.frequencies import trimmed_frequencies
+from zarr_cae.coder.tables import PRECISION
 
 CLASSES = 16
 SOURCES = 16

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.coder.tables import trimmed_frequencies
+from zarr_cae.coder.frequencies import trimmed_frequencies
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.weights import registry as weights
 
