@@ -1,1 +1,1 @@
-"""Frames, rANS streams and frequency tables: integer arithmetic only, without zarr and without torch."""
+"""Frames, rANS streams and frequency tables. Imports neither zarr nor torch."""

@@ -1,4 +1,4 @@
-"""The loops of `rans` and `latents` compiled, at their first use: who only reads waits for no encoder."""
+"""Compile `kernels` with numba when they are first used. A process that only reads never compiles the encoder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _log = logging.getLogger(__name__)
 
 
 class Decoders(NamedTuple):
-    """Those of `kernels` that reading needs, with the same parameters."""
+    """The compiled kernels that reading needs, with the parameters of `kernels`."""
 
     decode: Callable[..., tuple[int, int]]
     restore: Callable[..., None]
 
 
 class Encoders(NamedTuple):
-    """Those of `kernels` that writing needs besides, with the same parameters."""
+    """The compiled kernels that only writing needs, with the parameters of `kernels`."""
 
     assign: Callable[..., float]
     encode: Callable[..., tuple[int, int]]
@@ -38,17 +38,17 @@ hold_across_fork(_compiling)
 
 
 def decoders() -> Decoders:
-    """What reading needs: compiled, or loaded from numba's cache, once in a process."""
+    """Return the kernels for reading, compiled or loaded from numba's cache once per process."""
     return _once(_compile_decoders)
 
 
 def dequantiser() -> Callable[..., None]:
-    """`kernels.dequantise`, which only who reads latents needs: compiled, or loaded, once in a process."""
+    """Return the compiled `kernels.dequantise`, which only readers of latents need."""
     return _once(_compile_dequantiser)
 
 
 def encoders() -> Encoders:
-    """What writing needs: compiled, or loaded from numba's cache, once in a process."""
+    """Return the kernels for writing, compiled or loaded from numba's cache once per process."""
     return _once(_compile_encoders)
 
 
@@ -67,13 +67,13 @@ def _compiled(loop: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     signature = result(*arguments)
     try:
         return numba.njit(signature, cache=True, **options)(loop)
-    except Exception as error:  # noqa: BLE001 - no writable place, a full disk, a damaged cache: many types
+    except Exception as error:  # noqa: BLE001 - no writable folder, a full disk, a damaged cache raise many types
         _log.debug("cae: numba's cache can't be used, compiling for this process only: %s", error)
         return numba.njit(signature, **options)(loop)
 
 
 class _Types:
-    """The types of the loops' parameters; in signatures they stand in the order of these."""
+    """The types of the kernels' parameters. Tuples hold the types of parameters that follow each other."""
 
     def __init__(self) -> None:
         from numba import types as t
@@ -95,7 +95,7 @@ class _Types:
 
 
 def _compile_contexts() -> _Types:
-    """What the others call, bound to the names by which they do."""
+    """Compile the functions that other kernels call, and bind them to the names that these call."""
     t = _Types()
     inner = (t.coded, t.bytes, t.words, t.bytes)  # coded, around, score, classes
     kernels.run_classify = _compiled(kernels.classify, t.void, t.int, t.int, *t.contexts, *inner)
@@ -106,9 +106,9 @@ def _compile_contexts() -> _Types:
 def _compile_decoders() -> Decoders:
     t = _once(_compile_contexts)
     shortcuts = (t.u8, t.u32, t.i16, t.bool, t.u32)  # lookup, likely, likely_symbol, sparse, zero_flag
-    room = (*t.scratch, t.states, t.symbols, t.places)
+    buffers = (*t.scratch, t.states, t.symbols, t.places)
     return Decoders(
-        _compiled(kernels.decode, t.counts, t.u16, t.int, t.int, *t.tables, *shortcuts, t.coded, *t.contexts, *room),
+        _compiled(kernels.decode, t.counts, t.u16, t.int, t.int, *t.tables, *shortcuts, t.coded, *t.contexts, *buffers),
         _compiled(kernels.restore, t.void, t.symbols, t.int, t.flags),
     )
 

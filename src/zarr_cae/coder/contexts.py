@@ -1,24 +1,11 @@
-"""Contexts: which of a channel's frequency tables codes a symbol, known to the decoder from what it has decoded.
+"""Contexts: which row of a channel's frequency tables codes a symbol.
 
-A factorized prior takes all positions of a channel for alike. They are not: where the channels before it are busy, a
-channel is busy too. So each channel has K tables, and the one for a position is chosen by the magnitudes of earlier
-channels around it; a few slowly varying channels are coded as differences from their neighbours. All of it is integer
-arithmetic, exact on every machine, and within a channel no position waits for another, so they decode in parallel.
+A factorized prior treats all positions of a channel alike. But where earlier channels are busy, a channel is busy too.
+So each channel has K rows, and the magnitudes of earlier channels around a position choose the row; the decoder knows
+them already. A few slowly varying channels are coded as differences from their neighbours. All of it is integer
+arithmetic, exact on every machine. Within a channel no position waits for another.
 
-The arithmetic, which is part of the format
--------------------------------------------
-A tile has channels c = 0, 1, ... of h x w symbols, in [-2^15, 2^15).
-
-    coded       of a predicted channel, v - ((left + upper + 1) >> 1) modulo 2^16, in [-2^15, 2^15); left and upper are
-                the symbols beside and above v. In the first row it is v - left, in the first column v - upper, in the
-                corner v. The coded symbols of other channels are the symbols themselves.
-    activity    of a coded symbol, min(|coded|, 15); one that takes its table's escape counts as the table's largest
-                symbol plus one
-    around      4 times a position's activity, plus 2 times those of its four neighbours, plus those of its four
-                diagonal ones; outside the tile they are 0
-    score       of channel c at a position, the sum of weight[c, s] * around of channel source[c, s] over s
-    class       the number of thresholds of channel c that are <= the score
-    table       row c * K + class
+The section "Contexts" of spec/cae.md defines the arithmetic.
 """
 
 from __future__ import annotations
@@ -36,25 +23,25 @@ __all__ = ["LARGEST_ACTIVITY", "LARGEST_WEIGHTS", "Contexts", "around", "scores"
 
 LARGEST_ACTIVITY = 15
 LARGEST_WEIGHTS = 273
-"""Most that the weights of one channel may sum to: then scores, at 16 * 15 a unit of weight, stay below 2^16."""
+"""Largest sum of the weights of one channel. Scores are at most 16 * 15 per unit of weight, so they stay below 2^16."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """The contexts of M channels with S sources each and K classes; read-only copies of the arrays given.
+    """The contexts of M channels with S sources and K classes each. Holds read-only copies of the given arrays.
 
     Parameters
     ----------
     source
-        int16 (M, S): an earlier channel each, or -1 for none.
+        int16 (M, S): earlier channels, or -1 for none.
     weight
-        uint8 (M, S): of the sources; each channel's sum to at most 273.
+        uint8 (M, S): weights of the sources; those of a channel sum to at most 273.
     threshold
-        uint16 (M, K - 1): of each channel's scores.
+        uint16 (M, K - 1): thresholds of each channel's scores.
     predicted
         bool (M,): whether a channel is coded as differences.
     zero
-        uint16 (M,): how many of 2^12 coded symbols are zero, over all classes, for the flags of `rans`.
+        uint16 (M,): how many of 2^12 coded symbols are zero, over all classes; for the zero flags of streams.
 
     Raises
     ------
@@ -97,31 +84,31 @@ class Contexts:
 
     @property
     def classes(self) -> int:
-        """K."""
+        """Number of rows of each channel, K."""
         return int(self.threshold.shape[1]) + 1
 
     def class_of(self, channel: int, around_of: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The class at each position of a channel, for `around` (>= channel, ...) of the channels before it."""
+        """Return the class at each position of a channel, from `around` (>= channel, ...) of earlier channels."""
         score = scores(around_of, self.source[channel], self.weight[channel])
         return np.asarray((score[..., None] >= self.threshold[channel]).sum(-1), np.uint8)
 
 
 def scores(around_of: NDArray[np.uint8], source: NDArray[np.int16], weight: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """The scores of one channel: `around` of all channels (n, ...) to (...)."""
+    """Return the scores (...) of one channel from `around` (n, ...) of n channels."""
     used = source >= 0
     total = np.tensordot(weight[used].astype(np.float32), around_of[source[used]].astype(np.float32), 1)
     return np.asarray(total).astype(np.uint16)
 
 
 def around(activity: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-    """Activities (..., h, w) in [0, 15], weighed over each position's neighbourhood."""
+    """Return activities (..., h, w) in [0, 15] weighted over the neighbourhood of each position: uint8, same shape."""
     padded = np.pad(activity.astype(np.uint8), [(0, 0)] * (activity.ndim - 2) + [(1, 1), (1, 1)])
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     return np.asarray(rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:], np.uint8)
 
 
 def to_differences(symbols: Symbols, predicted: NDArray[np.bool_]) -> Symbols:
-    """The coded symbols of a tile (M, h, w), which is not changed; `rans` has the way back."""
+    """Return the coded symbols of a tile (M, h, w), which is not changed. `kernels.restore` is the inverse."""
     if not predicted.any():
         return symbols
     chosen = symbols[predicted].astype(np.int32)

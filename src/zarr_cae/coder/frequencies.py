@@ -14,15 +14,16 @@ _TOTAL = 1 << PRECISION
 
 
 def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
-    """Integer frequencies of the least expected code length.
+    """Return the integer frequencies with the least expected code length.
 
-    The expected length is a sum of convex functions of one frequency each, so exchanging single units until no
-    exchange helps ends at the optimum (Fox, "Discrete optimization via marginal analysis", 1966).
+    The expected length is a sum of convex functions of one frequency each. So exchanging single units until no exchange
+    helps ends at the optimum (Fox, "Discrete optimization via marginal analysis", 1966).
 
     Parameters
     ----------
     probability
-        float64 (n,), finite and not negative, 2 <= n <= 2^PRECISION; the last is the escape's. Need not sum to 1.
+        float64 (n,), finite and not negative, 2 <= n <= 2^PRECISION; the last is that of the escape. The sum need not
+        be 1.
 
     Returns
     -------
@@ -50,15 +51,15 @@ def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
 
 
 def trimmed_frequencies(probability: NDArray[np.float64], first: int) -> tuple[int, NDArray[np.uint32]]:
-    """The alphabet of nearly least expected code length for one channel, and its row.
+    """Return an alphabet for one channel with nearly the least expected code length, and its row.
 
-    Every symbol in the alphabet takes at least one slot from the others; every one outside costs the escape and 1 to
-    3 bytes. The ranges compared grow from the most probable symbol, each time by the likelier neighbour.
+    Every symbol of the alphabet takes at least one slot from the others. Every other symbol costs the escape and 1 to 3
+    bytes. The function compares ranges that grow from the most probable symbol, each time by the likelier neighbour.
 
     Parameters
     ----------
     probability
-        float64 (n,): probabilities of the integers first, first + 1, ...; what they lack of 1 lies outside.
+        float64 (n,): probabilities of the integers first, first + 1, ...; the rest up to 1 is that of all others.
     first
         The smallest integer, within int16.
 
@@ -70,7 +71,7 @@ def trimmed_frequencies(probability: NDArray[np.float64], first: int) -> tuple[i
     Raises
     ------
     CAEConfigurationError
-        If `probability` is not as `frequencies` wants it, or its integers leave [-32768, 32766].
+        If `probability` is not as described for `frequencies`, or its integers leave [-32768, 32766].
     """
     p = _probabilities(probability, 1, 1 << 16)
     if first < -(1 << 15) or first + p.size - 1 > (1 << 15) - 2:

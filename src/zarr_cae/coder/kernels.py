@@ -1,7 +1,7 @@
-"""The loops of `rans` and `latents`, for one tile each, as `kernels` compiles them.
+"""The inner loops of coding one tile, and of dequantising it; `compile` compiles them.
 
-Plain functions of one signature each, without slices or allocation: that keeps their compilation short. Arrays are
-flat. What they compute stands in `rans` and `contexts`.
+They are plain functions of one signature each, without slices or allocation, so that they compile fast. Arrays are
+flat. The sections "Streams" and "Contexts" of spec/cae.md define the arithmetic.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def classify(  # noqa: C901 - inner calls cost compile time
     score: NDArray[np.uint16],
     classes: NDArray[np.uint8],
 ) -> None:
-    """Write the classes of a channel's positions; `around` holds those of the coded channels before it."""
+    """Write the class of each position of a channel. `around` holds the values of the coded channels before it."""
     sources, thresholds = weight.size // coded.size, threshold.size // coded.size
     out = _U(channel) * _U(positions)
     for p in range(positions):
@@ -56,7 +56,7 @@ def classify(  # noqa: C901 - inner calls cost compile time
     for p in range(positions):
         largest = max(largest, score[_U(p)])
     k, end = channel * thresholds, (channel + 1) * thresholds
-    while k + 3 < end:  # by fours, and only as far as the scores reach: a pass costs little more than its loop
+    while k + 3 < end:  # four at a time, up to the largest score: a pass costs little more than its loop
         a, b, c, d = threshold[_U(k)], threshold[_U(k + 1)], threshold[_U(k + 2)], threshold[_U(k + 3)]
         k += 4
         if largest < a and largest < b and largest < c and largest < d:
@@ -74,7 +74,7 @@ def classify(  # noqa: C901 - inner calls cost compile time
 
 
 def spread(width: int, begin: int, positions: int, activity: NDArray[np.uint8], around: NDArray[np.uint8]) -> None:
-    """From activities with a border of zeros, (h + 2, w + 2), to one channel of `around`."""
+    """Write one channel of `around` from activities with a border of zeros, (h + 2, w + 2)."""
     stride, out = _U(width + 2), _U(begin)
     up, at, down = _ZERO, stride, stride + stride
     for _ in range(positions // width):
@@ -101,7 +101,7 @@ def assign(
     classes: NDArray[np.uint8],
     entropy: NDArray[np.float32],
 ) -> float:
-    """The classes of all coded channels, for the encoder. Returns the bits expected, from those of each row."""
+    """Write the classes of all coded channels, for the encoder. Return the expected bits, from `entropy`."""
     bits = 0.0
     channels = coded.size
     positions = symbols.size // channels
@@ -139,9 +139,9 @@ def encode(
     words: NDArray[np.uint16],
     escapes: NDArray[np.int16],
 ) -> tuple[int, int]:
-    """Fill `words` from its end, `escapes` backwards, and leave the lanes in `state`.
+    """Encode a tile: fill `words` from its end and `escapes` in reverse order, and leave the lanes in `state`.
 
-    Returns the number of words left free and the number of escapes.
+    Returns the number of unused words and the number of escapes.
     """
     channels = coded.size
     positions = symbols.size // channels
@@ -150,7 +150,7 @@ def encode(
     pointer = _U(words.size)
     at = _U(symbols.size)
     count = _ZERO
-    lane = pointer  # there is room for one word a symbol
+    lane = pointer  # `words` has one word for each symbol
     for c in range(channels - 1, -1, -1):
         if not coded[c]:
             at -= _U(positions)
@@ -217,13 +217,13 @@ def decode(  # noqa: C901, PLR0912, PLR0915 - one kernel: inner calls cost compi
     symbols: NDArray[np.int16],
     escapes: NDArray[np.int64],
 ) -> tuple[int, int]:
-    """Fill the coded channels of `symbols`, and `escapes` with the places that take one.
+    """Decode a tile: fill the coded channels of `symbols`, and `escapes` with the indices of escaped symbols.
 
-    `sparse` says that most symbols are what `likely` has for their row: then it looks there first, and the processor
-    goes on from its guess at that branch, without waiting for the tables. It changes nothing but the time.
+    `sparse` says that most symbols are the likely symbol of their row. Then the loop tries that symbol first, and the
+    processor can predict the branch instead of waiting for the tables. The result is the same.
 
-    Returns the number of words read and of escapes. Both may exceed what there is: `words` has padding for the symbols
-    of one channel, and surplus escapes are only counted.
+    Returns the number of words read and the number of escapes. Both may exceed the stream: `words` is padded for the
+    symbols of one channel, and surplus escapes are only counted.
     """
     channels = coded.size
     positions = symbols.size // channels
@@ -316,7 +316,7 @@ def decode(  # noqa: C901, PLR0912, PLR0915 - one kernel: inner calls cost compi
 
 
 def restore(symbols: NDArray[np.int16], width: int, predicted: NDArray[np.bool_]) -> None:
-    """Put the symbols of the predicted channels in the place of their differences."""
+    """Replace the differences of predicted channels by their symbols."""
     positions = symbols.size // predicted.size
     for c in range(predicted.size):
         if not predicted[c]:
@@ -342,10 +342,10 @@ def dequantise(
     columns: int,
     channels: int,
 ) -> None:
-    """Put symbol * step + offset, rounded after each operation, of a tile (M, h, w) into `values`.
+    """Write symbol * step + offset, rounded after each operation, of a tile (M, h, w) to `values`.
 
-    Its first element goes to `begin`; `rows`, `columns` and `channels` are the strides in elements from there. It goes
-    in blocks of 16 columns and channels: all channels of a tile at once would fight for the same cache sets.
+    The first element goes to index `begin`; `rows`, `columns` and `channels` are the strides in elements. The loop
+    takes blocks of 16 columns and 16 channels: all channels of a tile at once would compete for the same cache sets.
     """
     positions = symbols.size // step.size
     for first in range(0, step.size, 16):
@@ -362,6 +362,6 @@ def dequantise(
                         at, out = at + _ONE, out + _U(columns)
 
 
-# `assign` and `decode` call these two by the names below, which compilation binds to its results.
+# `assign` and `decode` call these two names, which `compile` binds to the compiled functions.
 run_classify: Callable[..., None] = classify
 run_spread: Callable[..., None] = spread

@@ -26,8 +26,8 @@ from zarr_cae.errors import CAEConfigurationError, StreamError
 __all__ = ["decode", "encode"]
 
 _MAX_LOG2_LANES = 5
-_LANE_BYTES = 750  # payload per lane: a lane costs 3 bytes (4, less what its state still holds), 0.4 % of this
-_SPARSE_WORDS = 1 / 32  # a symbol, half a bit: below, guessing symbols is faster than looking them up, above slower
+_LANE_BYTES = 750  # payload per lane; a lane costs about 3 bytes, 0.4 % of this
+_SPARSE_WORDS = 1 / 32  # per symbol, half a bit: below this, trying the likely symbol first is faster
 _DAMAGED = "the stored chunk is damaged, or of other weights"
 
 
@@ -77,9 +77,9 @@ def encode(symbols: Symbols, tables: Tables, version: int) -> bytes:
             tables.entropy,
         )
     words = np.empty(np.count_nonzero(zero_flag) + np.count_nonzero(coded) * positions, np.uint16)
-    escapes = np.empty(words.size, np.int16)  # the system gives pages only to what is used
+    escapes = np.empty(words.size, np.int16)  # untouched pages cost no memory
     lanes, better = 0, _lanes(bits / 8)
-    while lanes != better:  # guessed from the tables, and done again where the payload says otherwise
+    while lanes != better:  # guessed from the tables; once more if the payload asks for another number
         lanes, retry = better, not lanes
         state = np.full(lanes, START_STATE, np.uint32)
         free, count = encoders().encode(
@@ -102,7 +102,7 @@ def encode(symbols: Symbols, tables: Tables, version: int) -> bytes:
 
 
 class _Scratch(NamedTuple):
-    """Room for the kernels: the scores of a channel, its activities with a border of zeros, and all `around`."""
+    """Buffers of the kernels: scores of a channel, its activities with a border of zeros, `around` of all channels."""
 
     score: NDArray[np.uint16]
     activity: NDArray[np.uint8]
@@ -116,7 +116,7 @@ class _Scratch(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _sources(contexts: Contexts | None) -> tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.uint16]]:
-    """The kernels' flat source, weight and threshold; empty without contexts."""
+    """Return source, weight and threshold as flat arrays for the kernels; empty without contexts."""
     if contexts is None:
         return np.empty(0, np.int16), np.empty(0, np.uint8), np.empty(0, np.uint16)
     return contexts.source.reshape(-1), contexts.weight.reshape(-1), contexts.threshold.reshape(-1)
@@ -168,9 +168,11 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables, v
     if int(state.min()) < START_STATE:
         raise StreamError(f"cae: stream's lane states must be at least 2^16; got {int(state.min())}; {_DAMAGED}")
     word_count = (len(stream) - head) // 2
-    words = np.zeros(word_count + max(positions, tables.channels), np.uint16)  # room to read on to a channel's end
+    words = np.zeros(
+        word_count + max(positions, tables.channels), np.uint16
+    )  # padded: the kernel reads on to the end of a channel
     words[:word_count] = np.frombuffer(stream, "<u2", word_count, head)
-    escapes = np.empty(len(stream), np.int64)  # each takes a byte at least
+    escapes = np.empty(len(stream), np.int64)  # each escape takes at least one byte
     symbols = np.zeros((tables.channels, positions), np.int16)
     classes = np.zeros(symbols.size, np.uint8)
     read, count = decoders().decode(
@@ -209,7 +211,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Tables, v
 def _put_escapes(
     section: NDArray[np.uint8], place: NDArray[np.int64], tables: Tables, classes: NDArray[np.uint8], symbols: Symbols
 ) -> None:
-    """Put the values of the escape section at these places of the flat symbols."""
+    """Write the values of the section of escapes to these indices of the flat symbols."""
     end = np.flatnonzero(section < 128) + 1
     if end.size < place.size:
         raise StreamError(f"cae: stream needs {place.size} escapes; got {end.size}; {_DAMAGED}")

@@ -19,7 +19,7 @@ from zarr_cae.errors import CAEConfigurationError
 __all__ = ["BUCKETS", "PRECISION", "Tables", "escape_bytes", "ideal_bits", "rows_of"]
 
 PRECISION = 12  # frequencies of a row sum to 2^PRECISION; anything from 8 to 16 works
-BUCKETS = 8  # log2 of the decoder's places to begin in a row
+BUCKETS = 8  # log2 of the number of buckets of a row in `lookup`
 
 _TOTAL = 1 << PRECISION
 _LEAST_ZERO_FLAG = _TOTAL // 16 * 15
@@ -29,7 +29,7 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Integer frequency tables of M channels, R = M rows or K for each; read-only copies of the arrays given.
+    """Integer frequency tables of M channels with K rows each, R = M K. Holds read-only copies of the given arrays.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Tables:
     frequency
         uint32 (sum(length),): the rows, one after the other. Entries are at least 1, rows sum to 2^PRECISION.
     contexts
-        Which of its K rows a channel takes where; None if it has just one.
+        The contexts that choose among the K rows of a channel; None if K is 1.
 
     Raises
     ------
@@ -86,12 +86,12 @@ class Tables:
 
     @property
     def channels(self) -> int:
-        """M, the number of channels."""
+        """Number of channels, M."""
         return self.minimum.size // self.classes
 
     @property
     def classes(self) -> int:
-        """K, the number of rows of a channel."""
+        """Number of rows of a channel, K."""
         return 1 if self.contexts is None else self.contexts.classes
 
     @property
@@ -125,8 +125,8 @@ class Tables:
     def lookup(self) -> NDArray[np.uint8]:
         """uint8 (R * 2^BUCKETS,): the entry that owns the first slot of each bucket of each row, at most 255.
 
-        The decoder goes on from there entry by entry. A bucket is 16 slots: with a byte for each slot the tables of a
-        tile's channels did not fit the cache, and decoding took three times as long.
+        The decoder searches from there, entry by entry. A bucket has 16 slots. With a byte for each slot the tables of
+        all channels did not fit into the cache, and decoding took three times as long.
         """
         rows = np.arange(len(self.length))[:, None]
         slots = (rows << PRECISION) + np.arange(0, _TOTAL, 1 << PRECISION - BUCKETS)
@@ -135,9 +135,9 @@ class Tables:
 
     @cached_property
     def likely(self) -> tuple[NDArray[np.uint32], NDArray[np.int16]]:
-        """The interval and the symbol, uint32 (R,) and int16 (R,), of the one that has half of a row or more.
+        """uint32 (R,) and int16 (R,): interval and symbol of the entry that has at least half of its row.
 
-        An interval of 0 where there is none, or where it is the escape.
+        The interval is 0 if no entry has, or if it is the escape.
         """
         owner = np.repeat(np.arange(len(self.length)), self.length)
         entry = np.arange(self.frequency.size) - self.offset[owner]
@@ -148,7 +148,7 @@ class Tables:
 
     @cached_property
     def entropy(self) -> NDArray[np.float32]:
-        """float32 (R,): expected bits a symbol; only the first guess of the lanes rests on it."""
+        """float32 (R,): expected bits per symbol. Only the first guess of the number of lanes uses it."""
         bits = self.frequency * (PRECISION - np.log2(self.frequency)) / _TOTAL
         return _frozen(np.add.reduceat(bits, self.offset.astype(np.intp)).astype(np.float32))
 
@@ -221,7 +221,7 @@ def _frozen(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
 
 
 def ideal_bits(symbols: NDArray[np.int16], tables: Tables) -> float:
-    """Code length of a tile's symbols (M, h, w) under the integer tables, zeros and escaped values included."""
+    """Return the bits of a tile's symbols (M, h, w) under the integer tables, escapes included, zero flags ignored."""
     coded = symbols if tables.contexts is None else to_differences(symbols, tables.contexts.predicted)
     row = rows_of(coded, tables)
     entry = coded.astype(np.int64) - tables.minimum[row]
@@ -232,7 +232,7 @@ def ideal_bits(symbols: NDArray[np.int16], tables: Tables) -> float:
 
 
 def rows_of(coded: NDArray[np.int16], tables: Tables) -> NDArray[np.intp]:
-    """The row of each coded symbol of a tile (M, h, w), as the docstring of `contexts` has it."""
+    """Return the row of each coded symbol of a tile (M, h, w), by the section "Contexts" of spec/cae.md."""
     row = np.repeat(np.arange(len(coded)) * tables.classes, coded[0].size).reshape(coded.shape)
     if tables.contexts is not None:
         surroundings = np.empty(coded.shape, np.uint8)
@@ -246,7 +246,7 @@ def rows_of(coded: NDArray[np.int16], tables: Tables) -> NDArray[np.intp]:
 
 
 def escape_bytes(values: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Bytes that each value takes in a stream's section of escapes: 1 to 3 (the varints of `rans`)."""
+    """Return how many bytes each value takes as an escape: 1 to 3."""
     wide = values.astype(np.int64)
     folded = wide ^ (wide >> 63)  # v, or -v - 1 below zero
     return 1 + (folded >= 1 << 6).astype(np.int64) + (folded >= 1 << 13)
