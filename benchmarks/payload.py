@@ -77,7 +77,7 @@ def measure(
     settings, row = Settings(), loaded.row(quality)
     tables = loaded.tables[row]
     planes = to_planes(chunk, Layout(chunk.shape, 2), (0, 255))
-    symbols = engine_for(loaded, settings).analyse(planes, quality, settings)
+    symbols = engine_for(loaded, settings).analyse(planes, quality, settings).result()
     np.add.at(counts, (np.arange(len(counts))[:, None], symbols[0].reshape(len(counts), -1) + LARGEST), 1)
     header = FrameHeader(1, chunk.shape[0], chunk.shape[1], grey=False, version=tables.frame_version)
     frame = entropy.encode(symbols, header, tables)

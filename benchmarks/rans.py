@@ -75,7 +75,7 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
     for file in files:
         pixels = np.asarray(Image.open(file).convert("RGB"))
         planes = to_planes(pixels, Layout(pixels.shape, 2), (0, 255))
-        (symbols,) = engine_for(loaded, settings).analyse(planes, quality, settings)
+        (symbols,) = engine_for(loaded, settings).analyse(planes, quality, settings).result()
         for _, _, patch in tiles_of(FrameHeader(1, *pixels.shape[:2], grey=False)):
             tiles.append(np.ascontiguousarray(symbols[:, patch.rows, patch.columns]))
     return tiles, loaded.tables[loaded.row(quality)]

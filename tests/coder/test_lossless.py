@@ -37,7 +37,7 @@ def test_usual_masks_cost_next_to_nothing(kind):
         "stripes": y % 7 == 0,
     }[kind]
     section = encode_mask(np.broadcast_to(mask, (1, 3, 512, 512)))
-    assert 8 * len(section) < 0.02 * 512 * 512
+    assert 8 * len(section) < 0.02 * 3 * 512 * 512  # bits per sample
 
 
 def test_noise_costs_a_bit_a_sample():
