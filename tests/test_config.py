@@ -80,7 +80,8 @@ def test_the_codec_runs_with_what_is_configured(photograph):
     [
         ({"device": "abacus"}, "cae.device"), ({"device": None}, "cae.device"), ({"device": "cuda:x"}, "cae.device"),
         ({"device": "mps"}, "cae.device"), ({"threads": 0}, "cae.threads"), ({"threads": 1.5}, "cae.threads"),
-        ({"threads": True}, "cae.threads"), ({"tile": 15}, "cae.tile"), ({"tile": "512"}, "cae.tile"),
+        ({"threads": True}, "cae.threads"), ({"threads": 1025}, "cae.threads"),
+        ({"threads": 10**9}, "cae.threads"), ({"tile": 15}, "cae.tile"), ({"tile": "512"}, "cae.tile"),
         ({"tile": None}, "cae.tile"), ({"precision": "float16"}, "cae.precision"), ({"precision": None}, "precision"),
         ({"compile": 1}, "cae.compile"), ({"compile": "yes"}, "cae.compile"),
         ({"concurrency": 0}, "concurrency"), ({"concurrency": None}, "concurrency"), ({"concurrency": 2.0}, "con"),

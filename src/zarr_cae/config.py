@@ -1,4 +1,4 @@
-"""The settings of this machine: what they may be, and `configure`, which sets them.
+"""The settings of this machine: their valid values, and `configure`, which sets them.
 
 They are keys of `zarr.config` (`cae.*`), not fields of a codec: none of them is stored with an array.
 """
@@ -19,10 +19,12 @@ from zarr_cae.errors import CAEConfigurationError
 
 _DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
 _PRECISIONS = ("auto", "float32", "bfloat16")
+_MOST_THREADS = 1024
+"""A larger `cae.threads` is a mistake: each network request could start as many threads."""
 
 
 class _Kept(Enum):
-    """Marks what `configure` is not given, where None has a meaning of its own."""
+    """The default of `configure`'s parameters: None has a meaning of its own."""
 
     KEPT = "as it is"
 
@@ -36,38 +38,43 @@ _Unset = Literal[_Kept.KEPT]
 
 @dataclass(frozen=True)
 class Settings:
-    """How this process runs the networks; none of it changes what is stored.
+    """How this process runs the networks. None of it changes what is stored.
 
-    Raises CAEConfigurationError for what no machine has; whether this one has the device shows when it is first used.
+    Whether this machine has the device is checked when the device is first used.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If a value is invalid on any machine.
     """
 
     device: str = "auto"
-    """"auto" (CUDA if there is any; the CPU in processes forked from one that used it), "cpu", "cuda" or "cuda:N"."""
+    """"auto", "cpu", "cuda" or "cuda:N". "auto" is the first CUDA device if there is any, but the CPU in a process
+    forked from one that used CUDA."""
     threads: int | None = None
-    """Cores that the networks use on a CPU, and the entropy coder; None takes torch's number of threads when the
-    engine is made, and for the coder OMP_NUM_THREADS, or all cores."""
+    """Threads of the networks on a CPU, and of the entropy coder: 1 to 1,024. None takes torch's number of threads for
+    the networks, and OMP_NUM_THREADS or all cores for the coder."""
     tile: int = 1024
-    """Edge in pixels of the pieces in which larger planes run; it bounds the memory of a forward pass. However small it
-    is, with what lies around them pieces have 816 columns, if the plane has them (`networks.pieces.LEAST_COLUMNS`)."""
+    """Edge in pixels of the pieces in which larger planes run. It bounds the memory of a forward pass. With its
+    surroundings a piece has at least 816 columns, if the plane has them (`networks.pieces.LEAST_COLUMNS`)."""
     precision: str = "auto"
-    """"float32", "auto" (bfloat16 where it is faster and pixels stay within a grey level) or "bfloat16".
+    """"float32", "bfloat16" or "auto": bfloat16 where it is faster and pixels stay within a grey level.
 
-    On a GPU, convolutions in float32 round what they multiply to TF32, as is torch's default: pixels differ by less
-    than a grey level for it. `torch.backends.cudnn.allow_tf32 = False` makes them exact. That is left to the user, as
-    it holds for all networks and threads of the process.
+    In float32 a GPU rounds the factors of convolutions to TF32, as is torch's default; pixels differ by less than a
+    grey level. `torch.backends.cudnn.allow_tf32 = False` turns that off for all networks of the process.
     """
     compile: bool = False
-    """Whether the networks go through `torch.compile` first, at the first chunk of each form."""
+    """Whether `torch.compile` makes the networks, at the first chunk of each shape."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise CAEConfigurationError(f"cae: cae.device must be 'auto', 'cpu' or 'cuda[:N]', got {self.device!r}")
-        threads_fit = self.threads is None or (type(self.threads) is int and self.threads >= 1)
-        if not threads_fit or type(self.tile) is not int or self.tile < STRIDE:
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= _MOST_THREADS):
             raise CAEConfigurationError(
-                f"cae: cae.tile must be an integer of at least {STRIDE} and cae.threads one of at least 1 (or None), "
-                f"got {self.tile!r}, {self.threads!r}"
+                f"cae: cae.threads must be an integer from 1 to {_MOST_THREADS}, or None, got {self.threads!r}"
             )
+        if type(self.tile) is not int or self.tile < STRIDE:
+            raise CAEConfigurationError(f"cae: cae.tile must be an integer of at least {STRIDE}, got {self.tile!r}")
         if self.precision not in _PRECISIONS:
             raise CAEConfigurationError(
                 f"cae: cae.precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}"
@@ -82,41 +89,42 @@ def configure(
     threads: int | _Unset | None = _KEPT,
     tile: int | _Unset = _KEPT,
     precision: str | _Unset = _KEPT,
-    compile: bool | _Unset = _KEPT,  # noqa: A002 - as torch calls it
+    compile: bool | _Unset = _KEPT,  # noqa: A002 - torch's name
     concurrency: int | _Unset = _KEPT,
 ) -> AbstractContextManager[object]:
-    """Set how this process runs the networks, from here on or, in a `with` statement, to its end.
+    """Set how this process runs the networks: from here on, or until the end of a `with` statement.
 
-    What is not given stays as it is. The same can be said with `zarr.config.set({"cae.device": "cuda"})` or with
-    environment variables (`ZARR_CAE__DEVICE=cuda`), which processes started from this one inherit.
+    Parameters that are not given stay as they are. `zarr.config.set({"cae.device": "cuda"})` does the same, and so do
+    environment variables (`ZARR_CAE__DEVICE=cuda`), which child processes inherit.
 
     Parameters
     ----------
     device
         "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
     threads
-        Threads of the networks on the CPU, and of the entropy coder; None leaves torch's own choice, one for each
-        core, or as many as OMP_NUM_THREADS says.
+        Threads of the networks on a CPU, and of the entropy coder: 1 to 1,024. None leaves torch's own choice: one for
+        each core, or OMP_NUM_THREADS.
     tile
-        Edge in pixels of the pieces in which larger chunks run; it bounds memory.
+        Edge in pixels of the pieces in which larger chunks run. It bounds memory. At least 16.
     precision
         "auto", "float32" or "bfloat16".
     compile
-        Whether `torch.compile` makes the networks, which takes a minute or more at the first
-        chunks; on CPUs it needs a C++ compiler. On those that were tried it made the networks slower
+        Whether `torch.compile` makes the networks. That takes a minute or more at the first chunks, and on CPUs it
+        needs a C++ compiler. On the CPUs that were tried the networks became slower
         (`benchmarks/networks.py --compile`).
     concurrency
-        Chunks that zarr codes at a time (its own `async.concurrency`, 10 by default), of which the networks make
-        batches: 64 or more fill a GPU. It holds for all arrays of the process, of other codecs too.
+        Number of chunks that zarr codes at the same time (its `async.concurrency`, 10 by default). They share batches
+        of the networks; a GPU needs 64 or more. It holds for all arrays of the process, also those of other codecs.
 
     Returns
     -------
-    A context manager that restores what was set before.
+    context manager
+        At its exit the settings become again what they were.
 
     Raises
     ------
     CAEConfigurationError
-        For a value that cannot be; nothing is set then.
+        If a value is invalid. Then nothing is set.
 
     Examples
     --------

@@ -1,6 +1,7 @@
 """Reading and writing part of a chunk, through zarr, on every pipeline: what is fetched, what is kept."""
 
 import asyncio
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -97,6 +98,96 @@ def large(photograph):
 
 
 # Windows: what is read.
+
+
+class StubbornStore(MemoryStore):
+    """Answers a request for a range of a chunk with something else."""
+
+    def answer(self, key, byte_range, found):
+        raise NotImplementedError
+
+    async def get(self, key, prototype=None, byte_range=None):
+        return self.answer(key, byte_range, await super().get(key, prototype))
+
+    def get_sync(self, key, *, prototype=None, byte_range=None):
+        return self.answer(key, byte_range, super().get_sync(key, prototype=prototype))
+
+
+class WholeStore(StubbornStore):
+    """Ignores byte ranges, like a plain web server."""
+
+    def answer(self, key, byte_range, found):
+        return found
+
+
+class PagesStore(StubbornStore):
+    """Answers every range with a page of its own, such as a message of an error."""
+
+    def answer(self, key, byte_range, found):
+        if byte_range is None or found is None:
+            return found
+        return default_buffer_prototype().buffer.from_bytes(b"<html>" * len(found))
+
+
+class CutStore(StubbornStore):
+    """Has lost the end of every chunk."""
+
+    def answer(self, key, byte_range, found):
+        if byte_range is None or found is None:
+            return found
+        return found[byte_range.start : min(byte_range.end, len(found) // 2)]
+
+
+def served_by(kind, array):
+    return zarr.open_array(kind(array.store._store_dict), mode="r")
+
+
+def test_a_store_that_ignores_ranges_gives_the_same_pixels(large, pipeline):
+    array, whole = large
+    found = served_by(WholeStore, array)[700:956, 600:856]
+    assert difference(found, whole[700:956, 600:856]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(PagesStore, "does the server honour byte ranges"), (CutStore, "stored chunk is truncated")]
+)
+def test_a_wrong_answer_and_a_truncated_chunk_are_told_apart(large, pipeline, kind, message):
+    with pytest.raises(FrameError, match=message):
+        served_by(kind, large[0])[1400:1500, 1900:2000]
+
+
+def test_a_window_of_a_huge_chunk_that_was_never_written_takes_no_memory(pipeline):
+    edge = 1 << 29
+    array = zarr.create_array(
+        MemoryStore(), shape=(edge, edge, 3), chunks=(edge, edge, 3), dtype="uint8", serializer=CAECodec(quality=3),
+        compressors=None, fill_value=7,
+    )  # fmt: skip
+    tracemalloc.start()
+    try:
+        found = array[edge - 20 : edge - 10, 5:15]
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert found.shape == (10, 10, 3)
+    assert (found == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "extent", "offset"),
+    [
+        ("int64", 2**62, 4000, 400),
+        ("uint64", 2**63, 4000, 900),
+        ("int64", -(2**63), 10, 5),
+        ("uint64", 2**64 - 256, 255, 100),
+    ],
+)
+def test_integers_beyond_the_precision_of_floats_are_written(pipeline, dtype, low, extent, offset):
+    data = np.full((64, 64), low, dtype)
+    codec = CAECodec(quality=8, value_range=(low, low + extent))
+    array = create(data, codec=codec, fill_value=low, config={"write_empty_chunks": True})
+    array[16:48, 16:48] = np.array(low + offset, dtype)
+    assert abs(int(array[32, 32]) - low - offset) <= 0.1 * extent
+    assert abs(int(array[0, 0]) - low) <= 0.1 * extent
 
 
 def test_a_window_reads_the_index_and_its_own_tiles(large, pipeline):

@@ -213,6 +213,23 @@ def test_grey_planes_have_one_component(planes):
     assert -10 * np.log10(np.square(back - grey).mean()) > 30
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_torch_changes_no_network(planes, dtype):
+    settings = Settings(device="cpu", precision="float32")
+    small = planes[:, :, :64, :64]
+    expected = Engine(bundled(4), choose_device("cpu")).analyse(small, 4, settings).result()
+    torch.set_default_dtype(dtype)
+    try:
+        engine = Engine(bundled(4), choose_device("cpu"))
+        symbols = engine.analyse(small, 4, settings).result()
+        back = engine.synthesise(symbols, 4, 3, settings).result()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for network in engine.networks for parameter in network.parameters()} == {torch.float32}
+    assert np.array_equal(symbols, expected)
+    assert back.dtype == np.float32
+
+
 def test_engines_are_made_once():
     first = engine_for(bundled(2), Settings(device="cpu"))
     assert engine_for(bundled(3), Settings(device="cpu", threads=1)) is first

@@ -308,7 +308,7 @@ def test_interrupted_wait_withdraws_the_request(monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.batcher._room, "wait_for", interrupt)
+        patch.setattr(engine.batcher._space, "wait_for", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.batcher.submit("key", 2)
     engine.gate.set()
@@ -353,7 +353,7 @@ def test_run_may_submit_to_its_own_full_queue() -> None:
 
 
 def test_callback_may_submit_to_the_full_queues_of_both_batchers() -> None:
-    """Two workers that waited for room in each other's queue would wait for ever."""
+    """Two workers that waited for space in each other's queue would wait for ever."""
     engines = [Engine(max_weight=1, max_pending=1), Engine(max_weight=1, max_pending=1)]
     followers: list[Future[Any]] = []
     done = threading.Semaphore(0)

@@ -233,14 +233,14 @@ def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bo
     Sums of bfloat16 depend a little on the shape of the planes that are decoded together. Up to one pixel in a
     thousand is rounded to the other side, or, in floats, most pixels differ by some hundredths of a grey level.
     """
-    low, high = coder.value_range
+    low, high = coder.value_range  # integers if the dtype is one
     if after.dtype.kind == "f":
         difference = np.abs(after.astype(np.float64) - before)
     else:  # in integers: a float64 can't tell large ones apart
         larger, smaller = np.maximum(after, before), np.minimum(after, before)
         unsigned = np.dtype(f"u{after.dtype.itemsize}")
         difference = (larger.view(unsigned) - smaller.view(unsigned)).astype(np.float64)
-    levels = 255 / (float(high) - float(low)) * difference
+    levels = 255 / float(high - low) * difference
     return bool(levels.max() <= 1) and float(np.square(levels).sum()) <= _SLACK**2 * written
 
 

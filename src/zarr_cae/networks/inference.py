@@ -1,9 +1,10 @@
-"""Trained networks made ready for inference: the form and the precision in which they run fastest here.
+"""Prepare trained networks for inference: the form and the precision in which they run fastest on this machine.
 
-What rounding to bfloat16 does depends on where. A residual branch is a small correction to what passes by it in
-float32, so that its rounding hardly shows in the pixels; that of the other convolutions and of GDN does, by some grey
-levels at most (`tests/test_inference.py` holds both; `benchmarks/networks.py` has the speeds). "float32" is what torch
-takes for that: on GPUs convolutions multiply in TF32, whose rounding an eighth as coarse shows in no pixel either.
+Rounding to bfloat16 does more harm in some layers than in others. A residual branch adds a small correction to values
+that stay in float32, so its rounding hardly shows in the pixels. Rounding in the other convolutions and in GDN shows by
+a few grey levels at most (`tests/networks/test_inference.py` tests both; `benchmarks/networks.py` measures the speeds).
+In "float32" GPUs still multiply in TF32 in convolutions, as is torch's default. Its rounding is an eighth as coarse as
+that of bfloat16, and shows in no pixel.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class SubpixelConv(nn.Module):
     """An `Upsampling` as a 2 x 2 convolution and a pixel shuffle: (N, I, h, w) to (N, O, s h, s w).
 
-    Shifted by s / 2, each s x s block of the output depends on 2 x 2 inputs. Pays where the outputs are few,
-    as in the last layer, whose transposed form is slow on CPUs.
+    Each s x s block of the output, shifted by s / 2, depends on 2 x 2 inputs. This form is faster where the outputs are
+    few, as in the last layer: transposed convolutions of that kind are slow on CPUs.
     """
 
     def __init__(self, transposed: Upsampling) -> None:
@@ -63,7 +64,7 @@ class SubpixelConv5(nn.Module):
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: CPUs with AMX or AVX-512 BF16, GPUs since Ampere."""
+    """Return whether the device multiplies bfloat16 in hardware: CPUs with AMX or AVX-512 BF16, GPUs since Ampere."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     known: dict[str, object] = getattr(
@@ -73,9 +74,12 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """`name`, or for "auto" whichever of "auto" and "float32" is faster on the device.
+    """Return `name`, but "float32" for "auto" if the device has no fast bfloat16.
 
-    Raises CAEConfigurationError for another name.
+    Raises
+    ------
+    CAEConfigurationError
+        If `name` is not a precision.
     """
     if name not in get_args(Precision):
         raise CAEConfigurationError(f"cae: cae.precision must be one of {', '.join(get_args(Precision))}, got {name!r}")
@@ -83,10 +87,23 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def prepare(network: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
-    """The network on the device, for inference only: its last layer recast, and its precision lowered where asked.
+    """Prepare a network for inference on a device: change the form of its last layer, and lower its precision.
 
-    "auto" lowers the residual branches, "bfloat16" all but the layers at the latents' scale, whose values go into the
-    hundreds. Networks other than those of `cae-v1` stay in float32: they have no such branches, and squares in them.
+    Parameters
+    ----------
+    network
+        An analysis or synthesis transform with its parameters. It is changed in place.
+    precision
+        "auto" lowers the residual branches to bfloat16. "bfloat16" lowers all but the layer next to the latents, whose
+        values go into the hundreds. Networks other than those of `cae-v1` stay in float32: they have no residual
+        branches, and they square large values.
+    device
+        The device to move it to.
+
+    Returns
+    -------
+    nn.Module
+        The same network, in evaluation mode and without gradients.
     """
     if isinstance(network, Synthesis):
         network.conv1 = SubpixelConv(network.conv1)  # type: ignore[assignment]

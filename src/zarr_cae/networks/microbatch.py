@@ -1,10 +1,10 @@
-"""Coalesce concurrent requests from any thread or event loop into batches.
+"""Collect concurrent requests from any thread or event loop into batches.
 
-zarr hands a codec one chunk at a time, from many coroutines or threads at once; a network is fastest on many chunks
-at a time. A `MicroBatcher` stands between the two. It knows nothing of chunks or networks.
+zarr gives a codec one chunk at a time, from many coroutines or threads at once. A network is fastest on many chunks at
+a time. A `MicroBatcher` stands between the two. It knows nothing of chunks or networks.
 
-There is no timer: a free worker takes its share of whatever is queued, so a lone request runs at once, and while
-batches run the next ones gather. Workers do not wait for each other.
+There is no timer. A free worker takes its share of the queue at once, so a lone request doesn't wait; while batches
+run, the next requests gather. Workers do not wait for each other.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ Result = TypeVar("Result")
 Limit: TypeAlias = int | Callable[[], int]
 """A positive weight, or a function that returns one (a configuration that may change)."""
 
-# A worker idle for this long ends, which lets an unused batcher, and the network that its `run` holds, be collected.
-# Long enough that a thread start, and the thread pools that numerical libraries keep per thread, cost nothing.
+# A worker ends when it was idle for so long. Then an unused batcher, and the network that `run` holds, can be freed.
+# The time is long enough to make the cost of starting threads, and the thread pools that numerical libraries keep for
+# each of them, negligible.
 IDLE_SECONDS = 60.0
 
-# At interpreter exit a running batch is waited for, because a daemon thread that is cut off inside C++ code can
-# abort the process; but not for ever.
+# At interpreter exit a running batch is waited for, but not for ever: a daemon thread that is cut off inside C++ code
+# can abort the process.
 EXIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class BatchStatistics:
-    """What a `MicroBatcher` has done since it was made (in a forked child: since the fork)."""
+    """Counts of a `MicroBatcher` since it was made, or since the fork in a forked child."""
 
     batches: int
     """Calls of `run`, including those that repeat a failed batch one request at a time."""
     requests: int
     """Requests passed to `run`, over all those calls."""
     pending: int
-    """Weight of the requests that are queued now, without the running batch."""
+    """Weight of the requests that are queued now, without those of running batches."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,40 +66,46 @@ class _Entry(Generic[Request, Result]):
 
 
 class _Worker(threading.Thread):
-    """A thread of a batcher; its type is how `submit` knows a thread that must never wait for room."""
+    """A thread of a batcher. `submit` knows by this type that the thread must not wait for a full queue."""
 
 
 class MicroBatcher(Generic[Request, Result]):
     """Run concurrent requests in batches, on as many worker threads as there are lanes.
 
     Requests with equal keys may share a batch. The oldest request decides the key of the next batch, so no key
-    starves, and within a key requests start in the order in which they came. A batch weighs at most the `max_weight`
-    of its oldest request; a heavier request runs alone.
+    starves. Requests of one key start in the order in which they came. A batch weighs at most the `max_weight` of its
+    oldest request; a heavier request runs alone.
 
-    A lane stands for what a batch needs to run, such as a core. What is queued is parted evenly between the lanes that
-    are free: where there are fewer requests than lanes, a batch gets several, so that a lone one has them all.
+    A lane stands for a resource that a batch needs, such as a core. The queue is divided evenly between the free lanes.
+    If there are fewer requests than lanes, a batch gets several lanes; a lone request gets all of them.
 
-    If `run` raises for a batch of several, it is called again for each of its requests alone, so that only the
-    culprits fail (and a batch too big for the memory still succeeds); `run` must therefore be free of side effects.
-    A `run` that returns the wrong number of results, or raises something that is no `Exception` (`SystemExit`, ...),
-    fails the whole batch with a `CAEError`; the worker lives on. An exception *returned* by `run` is a result like
-    any other. Requests cancelled while queued never reach `run`.
+    If `run` raises for a batch of several requests, it is called again for each of them alone. Then only the culprits
+    fail, and a batch that was too large for the memory still succeeds. So `run` must have no side effects. If `run`
+    returns the wrong number of results, or raises something that is not an `Exception` (`SystemExit`, ...), the whole
+    batch fails with a `CAEError`, and the worker goes on. An exception that `run` *returns* is a result like any other.
+    Requests that are cancelled while they are queued never reach `run`.
 
-    The queue is bounded by making those threads wait who add to it. Who must not wait holds the requests in any case.
+    The queue is bounded: threads that add to a full queue wait, unless they must not.
 
-    Workers are daemon threads: they start when requests come, end when idle for a minute, and start again when
-    needed. At interpreter exit running batches are given `EXIT_SECONDS` to finish and queued requests are cancelled.
-    A forked child starts with an empty queue; futures made before the fork belong to the parent.
+    Workers are daemon threads. They start when requests come, end when they were idle for a minute, and start again
+    when needed. At interpreter exit running batches get `EXIT_SECONDS` to finish, and queued requests are cancelled. A
+    forked child starts with an empty queue; futures made before the fork belong to the parent. A fork waits until no
+    batch runs.
 
-    Args:
-        run: called as `run(key, requests, lanes)` on a worker thread, in several at a time if there are several lanes;
-            returns one result per request, in their order. It may submit further requests, as may a future's
-            done-callback, but neither may wait for their results: they would wait for themselves.
-        name: of the worker threads, and in error messages.
-        max_weight: of a batch. A function is called at each submit, in the submitting thread.
-        max_pending: weight of queued requests above which `submit` waits. A function is called likewise.
-        lanes: how many there are, or a function of the key that says how many batches of that key may share.
-
+    Parameters
+    ----------
+    run
+        Called as `run(key, requests, lanes)` on a worker thread, in several at a time if there are several lanes.
+        Returns one result for each request, in their order. It may submit further requests, as may a callback of a
+        future, but neither may wait for their results: they would wait for themselves.
+    name
+        The name of the worker threads, also in error messages.
+    max_weight
+        The largest weight of a batch. A function is called at each submit, in the submitting thread.
+    max_pending
+        The weight of queued requests above which `submit` waits. A function is called likewise.
+    lanes
+        The number of lanes, or a function of the key that returns how many lanes batches of that key may use together.
     """
 
     def __init__(
@@ -120,29 +127,37 @@ class MicroBatcher(Generic[Request, Result]):
         _live.add(self)
 
     def submit(self, key: Hashable, request: Request, weight: int = 1) -> Future[Result]:
-        """Queue a request; wait while the queue is full, where waiting is safe.
+        """Queue a request, and wait while the queue is full, if this thread may wait.
 
-        Waiting would stop every coroutine of an event loop, and a worker would wait for itself; so in a thread with
-        a running event loop, and in the worker of any batcher, this never waits.
+        A thread with a running event loop never waits here, since all its coroutines would stop. A worker of any
+        batcher never waits either, since it would wait for itself.
 
-        Args:
-            key: requests with equal keys may share a batch.
-            request: passed to `run`. Not copied: leave it unchanged until the result is there.
-            weight: what the request adds to its batch and to the queue, at least 1.
+        Parameters
+        ----------
+        key
+            Requests with equal keys may share a batch.
+        request
+            Passed to `run`. It is not copied: leave it unchanged until the result is there.
+        weight
+            The weight that the request adds to its batch and to the queue, at least 1.
 
-        Returns:
-            The future of the result. To cancel it, before it runs, withdraws the request.
+        Returns
+        -------
+        Future
+            Of the result. To cancel it before it runs withdraws the request.
 
-        Raises:
-            CAEConfigurationError: the weight, a limit or the number of lanes is below 1.
-            CAEError: the batcher is closed.
-
+        Raises
+        ------
+        CAEConfigurationError
+            If the weight, a limit or the number of lanes is below 1.
+        CAEError
+            If the batcher is closed.
         """
         future, max_pending = self._enqueue(key, request, weight)
         if self._pending > max_pending and _may_wait():
             try:
-                with self._room:
-                    self._room.wait_for(lambda: self._pending <= max_pending or future.running() or future.done())
+                with self._space:
+                    self._space.wait_for(lambda: self._pending <= max_pending or future.running() or future.done())
             except BaseException:  # KeyboardInterrupt: the caller will never see the future
                 future.cancel()
                 raise
@@ -150,14 +165,17 @@ class MicroBatcher(Generic[Request, Result]):
 
     @property
     def statistics(self) -> BatchStatistics:
-        """A snapshot of what was run and what is queued."""
+        """The counts at this moment."""
         with self._lock:
             return BatchStatistics(self._batches, self._requests, self._pending)
 
     def close(self, timeout: float | None = None) -> None:
         """Cancel the queued requests, refuse new ones, and wait for the running batches.
 
-        The wait is at most `timeout` seconds, unless that is `None`. On a worker there is none.
+        Parameters
+        ----------
+        timeout
+            Seconds to wait at most; None waits until they end. A worker does not wait.
         """
         with self._lock:
             self._closed = True
@@ -166,7 +184,7 @@ class MicroBatcher(Generic[Request, Result]):
             self._queues.clear()
             self._pending = self._queued = 0
             self._work.notify_all()
-            self._room.notify_all()
+            self._space.notify_all()
         for future in dropped:
             if future.cancel():
                 future.set_running_or_notify_cancel()
@@ -176,11 +194,11 @@ class MicroBatcher(Generic[Request, Result]):
                 worker.join(None if end is None else max(0.0, end - time.monotonic()))
 
     def reset_after_fork(self) -> None:
-        """Start afresh with an empty queue and no worker; called by itself in a forked child."""
+        """Start with an empty queue and no worker. A forked child calls this by itself."""
         # New locks, because a thread that does not exist in the child may have held the old ones.
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
-        self._room = threading.Condition(self._lock)
+        self._space = threading.Condition(self._lock)
         self._queues: dict[Hashable, deque[_Entry[Request, Result]]] = {}
         self._order = itertools.count()
         self._queued = 0
@@ -191,7 +209,7 @@ class MicroBatcher(Generic[Request, Result]):
         """The lanes that each uses now; 0 if it waits for work."""
 
     def _enqueue(self, key: Hashable, request: Request, weight: int) -> tuple[Future[Result], int]:
-        """Queue a request, full or not; give its future and the `max_pending` in force."""
+        """Queue a request, even if the queue is full, and return its future and the `max_pending` that applies."""
         _check_positive("weight", weight)
         max_weight = _value(self._max_weight, "max_weight")
         max_pending = _value(self._max_pending, "max_pending")
@@ -199,7 +217,7 @@ class MicroBatcher(Generic[Request, Result]):
         with self._lock:
             if self._closed:
                 raise CAEError(f"cae: {self._name} is closed and takes no more requests")
-            self._see_to_workers(lanes)
+            self._ensure_workers(lanes)
             entry: _Entry[Request, Result] = _Entry(next(self._order), request, weight, max_weight)
             self._queues.setdefault(key, deque()).append(entry)
             self._queued += 1
@@ -207,8 +225,8 @@ class MicroBatcher(Generic[Request, Result]):
             self._work.notify()
         return entry.future, max_pending
 
-    def _see_to_workers(self, lanes: int) -> None:
-        """Before a request is queued: replace workers that died, and start another if all that wait have work."""
+    def _ensure_workers(self, lanes: int) -> None:
+        """Forget workers that died, and start another one if the idle ones have requests already."""
         for dead in [worker for worker in self._workers if not worker.is_alive()]:
             del self._workers[dead]
         waiting = list(self._workers.values()).count(0)
@@ -223,7 +241,7 @@ class MicroBatcher(Generic[Request, Result]):
             pass
 
     def _work_once(self) -> bool:
-        """Wait for a batch and run it; False when the worker shall end."""
+        """Wait for a batch and run it. Return False if the worker shall end."""
         taken = self._take()
         if taken is None:
             return False
@@ -239,9 +257,9 @@ class MicroBatcher(Generic[Request, Result]):
         return True
 
     def _take(self) -> tuple[Hashable, list[_Entry[Request, Result]], int] | None:
-        """Give the last batch's lanes back, wait for requests and a lane, and take the next batch.
+        """Free the lanes of the last batch, wait for requests and a lane, and return the next batch.
 
-        It is empty if all were cancelled. None when idle too long.
+        The batch is empty if all its requests were cancelled. Return None after `IDLE_SECONDS` without requests.
         """
         this = threading.current_thread()
         with self._lock:
@@ -256,29 +274,29 @@ class MicroBatcher(Generic[Request, Result]):
                 return None
             key, free = self._oldest(), self._free()
             queue = self._queues[key]
-            room = min(queue[0].max_weight, -(-self._pending // free))
+            left = min(queue[0].max_weight, -(-self._pending // free))
             lanes = self._workers[this] = max(1, free // self._queued)
             batch: list[_Entry[Request, Result]] = []
-            while queue and (not batch or queue[0].weight <= room):
+            while queue and (not batch or queue[0].weight <= left):
                 entry = queue.popleft()
                 self._queued -= 1
                 self._pending -= entry.weight
                 if entry.future.set_running_or_notify_cancel():
                     batch.append(entry)
-                    room -= entry.weight
+                    left -= entry.weight
             if not queue:
                 del self._queues[key]
-            self._room.notify_all()
+            self._space.notify_all()
             if self._queues:
                 self._work.notify()  # of the lanes that are left
             return key, batch, lanes
 
     def _oldest(self) -> Hashable:
-        """The key of the oldest request."""
+        """Return the key of the oldest request."""
         return min(self._queues.items(), key=lambda item: item[1][0].order)[0]
 
     def _free(self) -> int:
-        """Lanes for a batch of the oldest request; 0 if there is none."""
+        """Return the number of free lanes for the oldest request; 0 if there is no request."""
         return self._lanes_for(self._oldest()) - sum(self._workers.values()) if self._queues else 0
 
     def _lanes_for(self, key: Hashable) -> int:
@@ -287,7 +305,7 @@ class MicroBatcher(Generic[Request, Result]):
         return lanes
 
     def _attempt(self, key: Hashable, batch: list[_Entry[Request, Result]], lanes: int) -> bool:
-        """Run a batch and settle its futures; False, with none settled, if it is to be repeated one by one."""
+        """Run a batch and settle its futures. Return False, with none settled, if its requests must run one by one."""
         if not batch:
             return True
         with self._lock:
@@ -320,7 +338,7 @@ class MicroBatcher(Generic[Request, Result]):
 
 
 def _may_wait() -> bool:
-    """Whether this thread may block: it runs no event loop and is no batcher's worker."""
+    """Return whether this thread may block: it runs no event loop and is not a worker of a batcher."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
