@@ -20,7 +20,7 @@ CASES = [
     ("rgb-mse-1", {"quality": 1}, "rgb"), ("rgb-mse-4", {"quality": 4}, "rgb"), ("rgb-mse-8", {"quality": 8}, "rgb"),
     ("rgb-ms-ssim-2", {"quality": 2, "metric": "ms-ssim"}, "rgb"),
     ("rgb-ms-ssim-7", {"quality": 7, "metric": "ms-ssim"}, "rgb"),
-    ("channels-first-mse-6", {"quality": 6}, "first"), ("grey-mse-5", {"quality": 5}, "grey"),
+    ("channels-first-mse-6", {"quality": 6, "channel_axis": 0}, "first"), ("grey-mse-5", {"quality": 5}, "grey"),
     ("uint16-mse-7", {"quality": 7, "value_range": (0, 4095)}, "uint16"),
 ]  # fmt: skip
 

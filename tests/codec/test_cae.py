@@ -331,6 +331,14 @@ def test_channels_may_lie_in_several_chunks(photograph, pipeline, chunks):
     assert psnr(array[...], photograph[:64, :64]) > 26
 
 
+def test_whole_colours_before_a_transpose_are_not_refused():
+    array = zarr.create_array(
+        {}, shape=(3, 64, 64), chunks=(3, 32, 32), dtype="uint8", serializer=CAECodec(4), compressors=None,
+        filters=[TransposeCodec(order=(1, 2, 0))],
+    )  # fmt: skip
+    assert array.metadata.codecs[1].channel_axis == -1
+
+
 def test_every_selection_of_zarr(photograph, pipeline):
     data = photograph[:128, :96]
     array = create(data, chunks=(64, 48, 3))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
-from zarr_cae.pixels.convert import resolve_value_range, to_chunk, to_planes
+from zarr_cae.pixels.convert import from_root, resolve_value_range, to_chunk, to_planes, to_root
 from zarr_cae.pixels.layout import Layout
 
 BYTE = (0, 255)
@@ -121,3 +121,31 @@ def test_values_outside_the_range_are_refused(bad):
 def test_value_range_refused(dtype, value_range, message):
     with pytest.raises(CAEConfigurationError, match=message):
         resolve_value_range(np.dtype(dtype), value_range)
+
+
+@pytest.mark.parametrize("value_range", [(0, 65535), (100, 4195), (0, 255), (0.0, 1.0), (-5.0, 3.5)])
+def test_the_square_root_is_monotone_and_comes_back(value_range):
+    x = np.linspace(0, 1, 65536, dtype=np.float32).reshape(1, 1, 256, 256)
+    y = to_root(x, value_range)
+    assert y.dtype == np.float32
+    assert (y.min(), y.max()) == (0, 1)
+    assert (np.diff(y.ravel()) >= 0).all()
+    np.testing.assert_allclose(from_root(y, value_range), x, rtol=0, atol=2e-7)
+
+
+def test_every_uint16_comes_back_from_its_square_root():
+    chunk = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    layout, value_range = Layout(chunk.shape, None), (0, 65535)
+    back = from_root(to_root(to_planes(chunk, layout, value_range), value_range), value_range)
+    np.testing.assert_array_equal(to_chunk(back, layout, chunk.dtype, value_range), chunk)
+
+
+def test_the_square_root_makes_photon_noise_even():
+    random = np.random.default_rng(0)
+    spread = [to_root((random.poisson(mean, 9999) / 4095).astype(np.float32), (0, 4095)).std() for mean in (9, 99, 999)]
+    assert max(spread) < 1.1 * min(spread)
+
+
+def test_nan_is_named():
+    with pytest.raises(CAEDataError, match=r"pixels have NaN.*nan_to_num"):
+        to_planes(np.full((4, 4), np.nan, np.float32), Layout((4, 4), None), (0, 1))

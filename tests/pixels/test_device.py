@@ -85,3 +85,12 @@ def test_arrays_of_any_order_and_of_the_device():
     cpu = torch.device("cpu")
     np.testing.assert_array_equal(tensors.to_tensor(chunk, cpu).numpy(), chunk)
     np.testing.assert_array_equal(tensors.to_tensor(OnDevice(torch.arange(5)), cpu).numpy(), np.arange(5))
+
+
+@pytest.mark.parametrize("value_range", [(0, 65535), (0.0, 1.0)])
+def test_the_square_root_is_that_of_the_host(value_range):
+    planes = np.random.default_rng(0).random((2, 3, 16, 32)).astype(np.float32)
+    rooted = pixels.to_root(planes, value_range)
+    np.testing.assert_allclose(tensors.to_root(torch.from_numpy(planes), value_range), rooted, atol=1e-7)
+    back = tensors.from_root(torch.from_numpy(rooted), value_range)
+    np.testing.assert_allclose(back, pixels.from_root(rooted, value_range), atol=1e-7)

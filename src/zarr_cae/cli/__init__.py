@@ -10,20 +10,15 @@ interrupted. Bugs show their traceback.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
 from zarr_cae.errors import CAEError
 
 __all__ = ["main"]
-
-_STOP_SECONDS = 10.0
-"""How long interrupted work may take to stop: far longer than one step of it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        with suppress(KeyboardInterrupt):  # a second Ctrl-C
-            _stop_zarr()
         return _say("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
@@ -69,32 +62,6 @@ def _zarr_errors() -> tuple[type[Exception], ...]:
     """Zarr's own exceptions; none if it was never imported."""
     module: Any = sys.modules.get("zarr.errors")
     return () if module is None else (module.BaseZarrError,)
-
-
-def _stop_zarr() -> None:
-    """End what zarr's own event loop still works on, and that loop; zarr makes another if it is needed.
-
-    An interrupt reaches only the thread that waits for that loop, which would go on with the rest of the array and, at
-    the end of the process, when its threads are gone, complain of every task.
-    """
-    module: Any = sys.modules.get("zarr.core.sync")
-    loop: asyncio.AbstractEventLoop | None = None if module is None else module.loop[0]
-    if loop is None or not loop.is_running():
-        return
-
-    async def cancel() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    with suppress(TimeoutError):
-        asyncio.run_coroutine_threadsafe(cancel(), loop).result(_STOP_SECONDS)
-    loop.call_soon_threadsafe(loop.stop)
-    module.iothread[0].join(_STOP_SECONDS)  # zarr itself waits for a fifth of a second, and complains after that
-    if not loop.is_running():
-        loop.close()
-        module.loop[0] = module.iothread[0] = None
 
 
 def _say(message: str, code: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,16 +127,22 @@ def decode(arguments: argparse.Namespace) -> None:
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:
-    """Decode an array into another, of the host, piece by piece."""
-    from zarr.buffer import cpu
+    """Decode an array into another in host memory, piece by piece.
 
+    On an event loop of its own, so that Ctrl-C stops all work before it returns.
+    """
     size = _positions(array) / 1e6
     with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:
-        for window in slabs(array.shape, array.shards or array.chunks):
-            with refusing_damage(str(array.store_path)):
-                pixels = array.get_basic_selection(window, prototype=cpu.buffer_prototype)
-            target[window] = pixels
-            bar.update(size * target[window].size / array.size)
+        asyncio.run(_read_slabs(array, target, lambda samples: bar.update(size * samples / array.size)))
+
+
+async def _read_slabs(array: zarr.Array[Any], target: Pixels, advance: Callable[[int], object]) -> None:
+    from zarr.buffer import cpu
+
+    for window in slabs(array.shape, array.shards or array.chunks):
+        with refusing_damage(str(array.store_path)):
+            target[window] = await array.async_array.getitem(window, prototype=cpu.buffer_prototype)
+        advance(target[window].size)
 
 
 def _picture_axes(array: zarr.Array[Any], *, pages: bool) -> tuple[list[int], list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,12 +38,13 @@ def bottleneck(arguments: argparse.Namespace) -> None:
     if out.suffix.lower() not in {".zarr", ".npy"}:
         refuse(f"latents are written to a .zarr or .npy file; got {out}")
     array = _open(arguments.array)
+    # On an event loop of its own, so that Ctrl-C stops all work before it returns.
     if out.suffix.lower() == ".npy":
         with replacing(out) as partial:
-            _write_npy(array, partial)
+            asyncio.run(_write_npy(array, partial))
     else:
         with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
-            asyncio.run(_write_zarr(array, partial))  # on a loop of its own, so that Ctrl-C ends all work first
+            asyncio.run(_write_zarr(array, partial))
     shape = " x ".join(map(str, array.shape))
     print(f"{out}: {shape} {array.dtype}, {array.nbytes:,} bytes in memory")
 
@@ -62,9 +63,9 @@ def _open(path: Path) -> zarr.Array[Any]:
     return next(iter(found.values()))
 
 
-def _write_npy(array: zarr.Array[Any], path: Path) -> None:
+async def _write_npy(array: zarr.Array[Any], path: Path) -> None:
     target = create_npy(path, array.dtype, array.shape)
-    for window, values in _pieces(array):
+    async for window, values in _pieces(array):
         target[window] = values
     cast("np.memmap[Any, Any]", target).flush()
 
@@ -83,17 +84,17 @@ async def _write_zarr(array: zarr.Array[Any], path: Path) -> None:
         attributes=array.attrs.asdict(),
         dimension_names=cast("Any", array.metadata).dimension_names,
     )
-    for window, values in _pieces(array):
+    async for window, values in _pieces(array):
         await target.setitem(window, values, prototype=cpu.buffer_prototype)
 
 
-def _pieces(array: zarr.Array[Any]) -> Iterator[tuple[tuple[slice, ...], npt.NDArray[np.float32]]]:
+async def _pieces(array: zarr.Array[Any]) -> AsyncIterator[tuple[tuple[slice, ...], npt.NDArray[np.float32]]]:
     """Yield windows that cover the array, with their values in host memory, and show progress."""
     from zarr.buffer import cpu
 
     with progress(array.nbytes, "B", "bottleneck", unit_scale=True) as bar:
         for window in slabs(array.shape, array.shards or array.chunks):
             with refusing_damage(str(array.store_path)):
-                values = np.asarray(array.get_basic_selection(window, prototype=cpu.buffer_prototype))
+                values = np.asarray(await array.async_array.getitem(window, prototype=cpu.buffer_prototype))
             yield window, values
             bar.update(values.nbytes)

@@ -187,7 +187,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         if self._origin != "guessed" or self.channel_axis is None:
             return
         axis = cast("int", self.channel_axis)
-        if all(length == RGB for length in _chunk_lengths(chunk_grid, axis)):
+        # zarr passes the grid as it is before any transpose, so the colours may be along another of its axes.
+        if any(set(_chunk_lengths(chunk_grid, one)) == {RGB} for one in range(len(shape))):
             return
         chunks = tuple(max(_chunk_lengths(chunk_grid, one)) for one in range(len(shape)))
         wanted = tuple(RGB if one == axis + len(shape) else length for one, length in enumerate(chunks))

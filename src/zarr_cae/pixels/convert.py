@@ -97,11 +97,69 @@ def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
 
 
 def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
-    """Return the error message for pixels outside their range."""
+    """Return the error for pixels outside their range; NaN, if there is any, counts as lowest and highest."""
+    if lowest != lowest:  # noqa: PLR0124
+        return (
+            f"cae: pixels have NaN, which does not fit value_range {value_range} and can't be coded; replace "
+            "NaN by a value inside (numpy.nan_to_num; numpy.clip keeps NaN), and store the places of missing pixels as "
+            "an array of their own"
+        )
     return (
         f"cae: pixels from {lowest} to {highest} do not fit value_range {value_range}; clip them, or create the "
         "array with a wider value_range (and, as incomplete chunks are filled with it, a fill_value inside)"
     )
+
+
+def to_root(planes: Planes, value_range: ValueRange) -> Planes:
+    """Return planes under the value transform "sqrt", which makes the noise of photon counts equally strong everywhere.
+
+    With E = highest - lowest and a = sqrt(3/8), a sample x in [0, 1] becomes
+
+        y = (sqrt(E x + 3/8) - a) / (sqrt(E + 3/8) - a),
+
+    which rises from 0 to 1. Values count in units of the data, from the lowest of the range. (Anscombe, The
+    transformation of Poisson, binomial and negative-binomial data, Biometrika 35, 1948.)
+
+    Parameters
+    ----------
+    planes
+        (N, C, H, W) float32 in [0, 1], as from `to_planes`.
+    value_range
+        (lowest, highest) value of the data.
+
+    Returns
+    -------
+    array
+        (N, C, H, W) float32 in [0, 1].
+    """
+    extent, least, factor = root_constants(value_range)
+    values = planes * np.float64(extent)
+    values += 0.375
+    np.sqrt(values, out=values)
+    values -= least
+    values *= factor
+    return values.astype(np.float32).clip(0, 1)
+
+
+def from_root(planes: Planes, value_range: ValueRange) -> Planes:
+    """Return planes without the value transform "sqrt": the algebraic inverse of `to_root`, after a clip to [0, 1].
+
+    x = ((y (sqrt(E + 3/8) - a) + a)^2 - 3/8) / E
+    """
+    extent, least, factor = root_constants(value_range)
+    values = np.clip(planes, 0, 1).astype(np.float64)
+    values /= factor
+    values += least
+    np.square(values, out=values)
+    values -= 0.375
+    values /= extent
+    return values.astype(np.float32).clip(0, 1)
+
+
+def root_constants(value_range: ValueRange) -> tuple[float, float, float]:
+    """Return E, sqrt(3/8) and 1 / (sqrt(E + 3/8) - sqrt(3/8)) of the value transform "sqrt"."""
+    extent, least = float(value_range[1]) - float(value_range[0]), math.sqrt(0.375)
+    return extent, least, 1 / (math.sqrt(extent + 0.375) - least)
 
 
 def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEDataError
-from zarr_cae.pixels.convert import outside_message
+from zarr_cae.pixels.convert import outside_message, root_constants
 from zarr_cae.pixels.layout import RGB, Layout, ValueRange
 
 _DTYPES = {
@@ -68,6 +68,19 @@ def to_planes(chunk: Tensor, layout: Layout, value_range: ValueRange) -> Tensor:
     if below or right:
         values = nn.functional.pad(values, (0, right, 0, below), mode="replicate")
     return values
+
+
+def to_root(planes: Tensor, value_range: ValueRange) -> Tensor:
+    """Return planes under the value transform "sqrt"; see `convert.to_root`."""
+    extent, least, factor = root_constants(value_range)
+    return (((planes.to(torch.float64) * extent + 0.375).sqrt() - least) * factor).to(torch.float32).clamp(0, 1)
+
+
+def from_root(planes: Tensor, value_range: ValueRange) -> Tensor:
+    """Return planes without the value transform "sqrt"; see `convert.from_root`."""
+    extent, least, factor = root_constants(value_range)
+    values = planes.clamp(0, 1).to(torch.float64) / factor + least
+    return ((values.square() - 0.375) / extent).to(torch.float32).clamp(0, 1)
 
 
 def to_chunk(planes: Tensor, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Tensor:

@@ -1,4 +1,4 @@
-"""The axes of a chunk: which hold rows, columns and channels, and how they map to planes.
+"""Map the axes of a chunk to planes.
 
 A chunk has a channel axis or none. Of its other axes the last two are an image's rows and columns, and all before
 them are batch axes. A channel axis of length 3 is coded as RGB, one plane of three components; any other length, or
@@ -19,7 +19,7 @@ from zarr_cae.errors import CAEConfigurationError
 
 RGB = 3
 _IMAGE_ASPECT = 4
-"""If one side is this many times the other, the shorter one may well be an axis of channels."""
+"""A side of an image that is so many times shorter than its neighbours may be an axis of channels."""
 
 Chunk = npt.NDArray[Any]
 Planes = npt.NDArray[np.float32]
@@ -104,49 +104,60 @@ class PixelFormat:
 
     @property
     def pixels(self) -> int:
-        """Of all planes."""
+        """The number of pixels of all planes, padding included."""
         return self.layout.planes * self.plane_shape[1] * self.plane_shape[2]
 
 
 def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None) -> int | None:
-    """Return the channel axis of an array or chunk of this shape, as a non-negative number or None.
+    """Return the channel axis of an array of this shape, as a non-negative number or None.
 
     Parameters
     ----------
     shape
-        Shape of the array, or of a chunk with the same axes.
+        The shape of the array.
     channel_axis
-        The number of the axis, from the front or, if negative, from the end; None if there is none. "auto" takes the
-        last axis if it has length 3, and otherwise no axis, but refuses shapes that have a channel axis elsewhere in
-        all likelihood.
+        The number of the axis, from the front or (negative) from the end; None if there is none; or "auto", which
+        takes the last axis of an array of three or more axes if its length is 3, otherwise none. It refuses shapes
+        that can be read in two ways:
+
+        - another axis of length 3 before rows and columns, or the middle one of three, which may hold colours or
+          slices, time steps or stains. Only the z axis of five (t, c, z, y, x) is taken for slices, as levels of a
+          pyramid have fewer and fewer.
+        - one of the last two axes that is at most a quarter of its two neighbours, like 4 in (512, 512, 4).
+
+    Returns
+    -------
+    int or None
 
     Raises
     ------
     CAEConfigurationError
-        If the axis does not exist, or "auto" could mean two things.
+        If "auto" refuses the shape, the axis does not exist, or no rows and columns are left.
     """
+    count = len(shape)
     if channel_axis != "auto":
         if isinstance(channel_axis, str):
             raise CAEConfigurationError(f"cae: channel_axis must be an integer, None or 'auto', got {channel_axis!r}")
-        if channel_axis is not None and -len(shape) <= channel_axis < 0:
-            channel_axis += len(shape)
+        if channel_axis is not None and -count <= channel_axis < 0:
+            channel_axis += count
         return Layout(shape, channel_axis).channel_axis
-    if len(shape) <= 2:
+    if count <= 2:
         return Layout(shape, None).channel_axis
     if shape[-1] == RGB:
-        return Layout(shape, len(shape) - 1).channel_axis
-    threes = [axis - len(shape) for axis, length in enumerate(shape[:-2]) if length == RGB]
-    if threes:
-        raise CAEConfigurationError(
-            f"cae: channel_axis 'auto' is ambiguous for shape {shape}: axis {threes[-1]} has length 3; give "
-            f"channel_axis={threes[-1]} if it holds the colours red, green and blue, or channel_axis=None if it holds "
-            "anything else (slices, time steps, stains), which are coded as grey planes"
-        )
-    for axis, other in ((-1, -2), (-2, -1)):
-        if shape[other] >= _IMAGE_ASPECT * shape[axis]:
+        return count - 1
+    for axis, length in enumerate(shape[:-1]):
+        if length == RGB and (axis < count - 2 or count == 3) and not (count == 5 and axis == 2):
             raise CAEConfigurationError(
-                f"cae: channel_axis 'auto' is ambiguous for shape {shape}: images of {shape[-2]} x {shape[-1]} (the "
-                f"last two axes) are unusual; give channel_axis={axis} if that axis holds channels, or "
-                "channel_axis=None if there is no channel axis"
+                f"cae: channel_axis 'auto' is ambiguous for shape {shape}: axis {axis} has length 3; give "
+                f"channel_axis={axis - count} if these are red, green and blue, or channel_axis=None if they are "
+                "slices, time steps or stains, which are coded each by itself"
+            )
+    before, rows, columns = shape[-3:]
+    for axis, short, others in ((-1, columns, (before, rows)), (-2, rows, (before, columns))):
+        if _IMAGE_ASPECT * short <= min(others):
+            raise CAEConfigurationError(
+                f"cae: channel_axis 'auto' is ambiguous for shape {shape}: images of {rows} x {columns} (the last two "
+                f"axes) may not be meant; give channel_axis={axis} if that axis holds channels, or channel_axis=None "
+                "if there are no channels"
             )
     return None

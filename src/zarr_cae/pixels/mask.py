@@ -1,0 +1,91 @@
+"""Pixels without data: find them, fill them smoothly before the analysis, set them after the synthesis.
+
+A pixel (a sample, where there are channels) is masked if it is equal to the nodata value, which is a number or NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_cae.pixels.layout import Chunk, Planes, ValueRange
+
+Mask = npt.NDArray[np.bool_]
+
+
+def find_mask(chunk: Chunk, nodata: float) -> Mask:
+    """Return a boolean array, true where a chunk has the nodata value. NaN is equal to NaN here."""
+    if math.isnan(nodata):
+        return np.isnan(chunk) if chunk.dtype.kind == "f" else np.zeros(chunk.shape, bool)
+    return np.equal(chunk, chunk.dtype.type(nodata))
+
+
+def fill(planes: Planes, mask: Mask) -> None:
+    """Replace masked samples of planes, in place, by a smooth continuation of the samples around them.
+
+    This is push-pull interpolation: each level of a pyramid has the means of the unmasked samples of 2 x 2 blocks of
+    the level below, and masked samples are interpolated from the level above. It takes time and memory in proportion
+    to the planes. (Gortler et al., The Lumigraph, SIGGRAPH 1996.)
+
+    Parameters
+    ----------
+    planes
+        (N, C, H, W) float32. The values under the mask do not matter; they may be NaN.
+    mask
+        A boolean array of the same shape. Planes without any unmasked sample become 0.
+    """
+    for index in np.ndindex(planes.shape[:2]):
+        planes[index][mask[index]] = 0
+        _fill_image(planes[index], mask[index])
+
+
+def _fill_image(image: npt.NDArray[np.float32], holes: Mask) -> None:
+    """Fill one image (H, W), in place. Its samples in holes are 0."""
+    if holes.all() or not holes.any():
+        return
+    rows, columns = (-(-side // 2) for side in image.shape)
+    padding = [(0, 2 * rows - image.shape[0]), (0, 2 * columns - image.shape[1])]
+    blocks = (rows, 2, columns, 2)
+    sums = np.pad(image, padding).reshape(blocks).sum((1, 3))
+    counts = np.pad(~holes, padding).reshape(blocks).sum((1, 3), dtype=np.float32)
+    above = sums / np.maximum(counts, 1)
+    _fill_image(above, counts == 0)
+    np.copyto(image, _enlarged(_enlarged(above, 0), 1)[: image.shape[0], : image.shape[1]], where=holes)
+
+
+def _enlarged(image: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
+    """Return an image with twice as many samples along an axis, interpolated linearly between their centres."""
+    image = image.swapaxes(0, axis)
+    padded = np.concatenate([image[:1], image, image[-1:]])
+    both = np.stack([0.75 * image + 0.25 * padded[:-2], 0.75 * image + 0.25 * padded[2:]], 1)
+    return both.reshape(-1, *image.shape[1:]).astype(np.float32, copy=False).swapaxes(0, axis)
+
+
+def apply_mask(chunk: Chunk, mask: Mask, nodata: float, value_range: ValueRange) -> None:
+    """Set the masked samples of a decoded chunk to the nodata value, in place, and no others.
+
+    Unmasked samples that happen to have the value get the next one above, or below at the end of the value range.
+
+    Parameters
+    ----------
+    chunk
+        Decoded samples within the value range.
+    mask
+        A boolean array of the same shape.
+    nodata
+        The nodata value; inside or outside the value range.
+    value_range
+        (lowest, highest) value of the data. They differ, so that another value is always left.
+    """
+    if not math.isnan(nodata):
+        value = chunk.dtype.type(nodata)
+        chance = np.equal(chunk, value) & ~mask
+        if chance.any():
+            up = value < value_range[1]
+            if chunk.dtype.kind == "f":
+                chunk[chance] = np.nextafter(value, chunk.dtype.type(np.inf if up else -np.inf))
+            else:
+                chunk[chance] = int(value) + (1 if up else -1)
+    chunk[mask] = nodata
