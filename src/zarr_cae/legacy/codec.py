@@ -15,8 +15,7 @@ from numcodecs.abc import Codec
 from numcodecs.compat import ensure_contiguous_ndarray, ndarray_copy
 
 from zarr_cae.coder import tiles
-from zarr_cae.coder.frame import STRIDE, FrameHeader
-from zarr_cae.coder.tiles import Symbols
+from zarr_cae.coder.frame import STRIDE, FrameHeader, Symbols
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError, CAEDataError, FrameError
 from zarr_cae.legacy import chunk as caecodec
@@ -162,7 +161,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         weights, settings = self.loaded(), _settings()
         layout = Layout(pixels.shape, 2)
         planes = to_planes(pixels, layout, (0, 255))
-        symbols = engine_for(weights, settings).analyse(planes, self.quality, settings)
+        symbols = engine_for(weights, settings).analyse(planes, self.quality, settings).result()
         tables = weights.tables[weights.row(self.quality)]
         header = FrameHeader(1, layout.height, layout.width, grey=False, version=tables.frame_version)
         return tiles.encode(symbols, header, tables)
@@ -196,7 +195,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         from zarr_cae.networks.engine import engine_for
 
         shape, symbols = self._own_symbols(view, weights)
-        planes = engine_for(weights, settings).synthesise(symbols[None], self.quality, RGB, settings)
+        planes = engine_for(weights, settings).synthesise(symbols[None], self.quality, RGB, settings).result()
         return to_chunk(planes, Layout((*shape, RGB), 2), np.dtype(np.uint8), (0, 255))
 
     def symbols(self, view: memoryview, weights: Weights) -> tuple[tuple[int, int], Symbols]:
@@ -226,7 +225,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         return (header.height, header.width), symbols[:, :rows, :columns]
 
     def latents(self, view: memoryview) -> npt.NDArray[np.float32]:
-        """Return the latents of a chunk, (ceil(height / 16), ceil(width / 16), M). Raise the same errors as `decode`."""
+        """Return a chunk's latents, (ceil(height / 16), ceil(width / 16), M). Raise the same errors as `decode`."""
         weights = self.loaded()
         row = weights.row(self.quality)
         step, offset = (weights.tensors[name][row].astype(np.float32) for name in ("step", "offset"))

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarr_cae.coder.compile import _compiled, _once
-from zarr_cae.coder.tiles import Symbols
+from zarr_cae.coder.frame import Symbols
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
 __all__ = ["CumulativeTables", "decode"]
