@@ -12,9 +12,9 @@ def add(commands: Commands) -> None:
     """Declare `migrate` and its arguments."""
     parser = command(
         commands, "migrate", migrate,
-        "Move an archive of Zarr v2 to Zarr v3. Arrays of the predecessor caecodec keep their symbols, which get "
-        "frames of this package: no pixel is decoded, and no quality lost. Groups, attributes and other arrays are copied. "
-        "An interrupted migration goes on where it ended when it is run again.",
+        "Move an archive of Zarr v2 to Zarr v3. Arrays of the predecessor caecodec keep their symbols, in frames of "
+        "this package: no pixel is decoded, and no quality lost. Groups, attributes and other arrays are copied. An "
+        "interrupted migration goes on where it ended when it is run again.",
     )  # fmt: skip
     parser.add_argument("old", type=Path, metavar="OLD.zarr[/NODE]")
     parser.add_argument("new", type=Path, metavar="NEW.zarr")

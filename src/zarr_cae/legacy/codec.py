@@ -20,7 +20,8 @@ from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError, CAEDataError, FrameError
 from zarr_cae.legacy import chunk as caecodec
 from zarr_cae.legacy import weights as legacy_weights
-from zarr_cae.pixels.layout import RGB, Layout, to_chunk, to_planes
+from zarr_cae.pixels.convert import to_chunk, to_planes
+from zarr_cae.pixels.layout import RGB, Layout
 from zarr_cae.weights import registry
 from zarr_cae.weights.registry import METRICS, QUALITIES, Weights
 

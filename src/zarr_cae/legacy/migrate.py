@@ -250,7 +250,10 @@ def _planned_cae(path: str, name: str, array: zarr.Array[Any], keys: tuple[str, 
     zarr.create_array(
         scratch, shape=array.shape, chunks=array.chunks, dtype=array.dtype, compressors=None, filters=None,
         fill_value=0 if array.fill_value is None else array.fill_value, attributes=array.attrs.asdict(),
-        serializer=CAECodec(codec.quality, cast("Any", codec.metric), ZOO_MODEL, weights.info.digest, 2),
+        serializer=CAECodec(
+            quality=codec.quality, metric=weights.info.metric, model=ZOO_MODEL, weights=weights.info.digest,
+            channel_axis=-1,
+        ),
     )  # fmt: skip
     stored = sync(scratch.get(_METADATA, default_buffer_prototype()))
     assert stored is not None
