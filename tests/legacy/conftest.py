@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from zarr_cae.legacy.codec import ConvolutionalAutoencoder
+from zarr_cae.legacy.latents import LegacyLatents
 from zarr_cae.weights import registry
 from zarr_cae.weights.compressai import convert
 
@@ -24,6 +25,7 @@ def cache(tmp_path, monkeypatch):
     """An empty folder of imported weights."""
     monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "weights"))
     numcodecs.register_codec(ConvolutionalAutoencoder)
+    numcodecs.register_codec(LegacyLatents)
     return tmp_path / "weights"
 
 

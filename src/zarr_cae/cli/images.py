@@ -44,6 +44,16 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 _METADATA_DAMAGE = (AttributeError, KeyError, TypeError, ValueError)
 _CHUNK_DAMAGE = (EOFError, RuntimeError, ValueError, zlib.error)
 """What zarr raises for metadata and zarr's codecs for chunks that make no sense."""
+_CODEC_PACKAGES = {
+    "cae": "zarr-cae anew, whose codecs Python can't find",
+    "imagecodecs_": "imagecodecs, and call imagecodecs.numcodecs.register_codecs() before the array is read",
+    "numcodecs.": "a newer numcodecs and zarr",
+    "zfpy": "numcodecs[zfpy]",
+    "pcodec": "numcodecs[pcodec]",
+    "wavpack": "wavpack-numcodecs",
+    "flac": "flac-numcodecs",
+}
+"""What registers a codec, by the beginning of its name."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,18 @@ def refusing_damage(what: str, errors: tuple[type[Exception], ...] = _CHUNK_DAMA
     except (CAEError, OSError):
         raise
     except errors as error:
+        if type(error).__name__ == "UnknownCodecError":  # of zarr, or of numcodecs for zarr v2
+            name = str(error).partition(":")[2].strip(" '") or str(error)
+            refuse(f"{what} name the codec {name!r}, which is not installed; {_reader(name)}")
         refuse(f"{what} can't be read; is it damaged? {type(error).__name__}: {error}")
+
+
+def _reader(codec: str) -> str:
+    """Say what reads a codec that is not installed."""
+    for beginning, package in _CODEC_PACKAGES.items():
+        if codec.startswith(beginning):
+            return f"install {package}"
+    return "install the package that wrote the array, or one that registers this codec with zarr or numcodecs"
 
 
 def arrays_at(

@@ -15,6 +15,7 @@ from zarr.buffer import default_buffer_prototype
 from zarr.storage import StoreLike, StorePath
 
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.latents import metadata_v2
 from zarr_cae.latents.codec import NAME, refuse_writing
 from zarr_cae.latents.metadata import has_codec, rewrite
 from zarr_cae.latents.view import StoreView, buffer_of, is_metadata, read_sync, rewritten
@@ -23,7 +24,8 @@ from zarr_cae.latents.view import StoreView, buffer_of, is_metadata, read_sync, 
 class BottleneckStore(StoreView):
     """A read-only view of a store in which CAE arrays appear as their latents.
 
-    Only `zarr.json` documents differ from those of the store beneath; chunks are served as they are stored.
+    Only metadata differ from those of the store beneath, in zarr v3 and in zarr v2 (`metadata_v2`); chunks are served
+    as they are stored.
 
     Parameters
     ----------
@@ -44,20 +46,45 @@ class BottleneckStore(StoreView):
     >>> xarray.open_zarr(zarr_cae.BottleneckStore("archive.zarr"))  # doctest: +SKIP
     """
 
+    def __init__(self, store: StoreLike, *, storage_options: dict[str, Any] | None = None) -> None:
+        super().__init__(store, storage_options=storage_options)
+        self._being_read: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[Buffer | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_being_read": {}}
+
     def __str__(self) -> str:
         return f"bottleneck-{self._store}"
 
     async def _makes(self, key: str) -> bool:
-        return is_metadata(key)
+        return is_metadata(key) or metadata_v2.is_metadata(key)
 
     async def _value(self, key: str) -> bytes | None:
+        if metadata_v2.is_metadata(key):
+            contents = await asyncio.gather(*(self._read_once(name) for name in metadata_v2.sources(key)))
+            return await asyncio.to_thread(metadata_v2.make, key, contents)
         stored = await self._store.get(key, default_buffer_prototype())
         return None if stored is None else await asyncio.to_thread(rewritten, stored.to_bytes(), rewrite)
+
+    async def _read_once(self, key: str) -> bytes | None:
+        """Read a key of the store beneath; reads of the same key at the same time are one request."""
+        place = (asyncio.get_running_loop(), key)
+        reading = self._being_read.get(place)
+        if reading is None:
+            reading = asyncio.ensure_future(self._store.get(key, default_buffer_prototype()))
+            self._being_read[place] = reading
+            reading.add_done_callback(lambda _: self._being_read.pop(place, None))
+        value = await asyncio.shield(reading)
+        return None if value is None else value.to_bytes()
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the same as `get`, without an event loop. Raise TypeError if the store beneath can't do that."""
+        if metadata_v2.is_metadata(key):
+            found = [read_sync(self._store, name, prototype) for name in metadata_v2.sources(key)]
+            made = metadata_v2.make(key, [None if value is None else value.to_bytes() for value in found])
+            return None if made is None else buffer_of(made, prototype or default_buffer_prototype(), byte_range)
         if not is_metadata(key):
             return read_sync(self._store, key, prototype, byte_range)
         stored = read_sync(self._store, key, prototype)
@@ -115,4 +142,5 @@ def open_bottleneck(
 
 def has_latents(array: zarr.Array[Any]) -> bool:
     """Return whether an array holds the latents of a CAE array, as `open_bottleneck` shows it."""
-    return has_codec(array.metadata.to_dict().get("codecs"), NAME)
+    metadata = array.metadata.to_dict()
+    return has_codec(metadata.get("codecs"), NAME) or metadata_v2.has_compressor(metadata, NAME)

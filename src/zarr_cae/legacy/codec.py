@@ -226,7 +226,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         return (header.height, header.width), symbols[:, :rows, :columns]
 
     def latents(self, view: memoryview) -> npt.NDArray[np.float32]:
-        """Return the latents of a chunk, (ceil(height / 16), ceil(width / 16), M), without torch; raise as `decode`."""
+        """Return a chunk's latents, (ceil(height / 16), ceil(width / 16), M). Raise the same errors as `decode`."""
         weights = self.loaded()
         row = weights.row(self.quality)
         step, offset = (weights.tensors[name][row].astype(np.float32) for name in ("step", "offset"))

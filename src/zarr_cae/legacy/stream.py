@@ -18,8 +18,9 @@ taken from the state by
 
 First comes the number of digits d, in one digit (15 would mean that another digit is to be added; no 32-bit value
 needs so many). The d digits are those of a value r, lowest first. An odd r is the symbol offset - (r + 1) / 2, an even
-r the symbol offset + n - 1 + r / 2. After the last symbol the state is 2^31, where the encoder began, and no word is
-left.
+r the symbol offset + n - 1 + r / 2.
+
+After the last symbol the state is 2^31, where the encoder began, and no word is left.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int], tables: Cumulativ
         raise StreamError(
             f"cae: CompressAI's stream of {len(stream)} bytes can't hold {shape[0]} x {shape[1]} latents; {_DAMAGED}"
         )
-    words = np.frombuffer(stream, "<u4").astype(np.uint32, copy=False)
+    words = np.frombuffer(stream, "<u4").astype(np.uint32)  # a copy, as the stream may lie at an odd address
     state = int(words[0]) | int(words[1]) << 32
     if not _START_STATE <= state < _END_STATE:
         raise StreamError(

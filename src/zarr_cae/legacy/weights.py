@@ -10,7 +10,7 @@ from zarr_cae.legacy.stream import CumulativeTables
 from zarr_cae.weights import registry
 from zarr_cae.weights.registry import ZOO_MODEL, Weights, WeightsInfo
 
-__all__ = ["cumulative_tables", "find"]
+__all__ = ["cumulative_tables", "find", "with_margin"]
 
 _TENSORS = ("compressai.cumulative", "compressai.length", "compressai.offset")
 
@@ -37,7 +37,7 @@ def find(quality: int, metric: str, digest: str | None = None) -> WeightsInfo:
     known = [
         info
         for info in registry.available()
-        if info.model == ZOO_MODEL and info.metric == metric and quality in info.qualities
+        if info.model == ZOO_MODEL and info.metric == metric and quality in info.qualities and not _has_margin(info)
     ]
     found = [info for info in known if len(known) == 1 or _has_tables(registry.load(info.path))]
     if not found:
@@ -55,6 +55,30 @@ def find(quality: int, metric: str, digest: str | None = None) -> WeightsInfo:
             f"{registry.CACHE_VARIABLE} to a folder that holds only that"
         )
     return found[0]
+
+
+def with_margin(weights: Weights) -> Weights:
+    """Return the same weights for arrays that caecodec wrote and that are decoded chunk by chunk.
+
+    Their networks continue a chunk by reflection, by one latent position on each side, as caecodec does. The file is
+    stored with the imported ones; the same checkpoint always gives the same.
+    """
+    if _has_margin(weights.info):
+        return weights
+    info = weights.info
+    content = registry.pack(
+        {name: tensor for name, tensor in weights.tensors.items() if name not in _TENSORS},
+        model=info.model,
+        metric=info.metric,
+        qualities=info.qualities,
+        architecture={**info.architecture, "margin": 1},
+        provenance=info.provenance,
+    )
+    return registry.load(registry.store(content).path)
+
+
+def _has_margin(info: WeightsInfo) -> bool:
+    return bool(info.architecture.get("margin"))
 
 
 def _has_tables(weights: Weights) -> bool:

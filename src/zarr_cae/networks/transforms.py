@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zarr_cae.coder.frame import STRIDE
+
 
 class GDN(nn.Module):
     """Generalised divisive normalisation, `y = x / (beta + gamma |x|)`; the inverse multiplies (arXiv:1912.08771).
@@ -174,10 +176,23 @@ class Synthesis(nn.Module):
         return self.fine(self.coarse(y))
 
 
-class FactorizedAnalysis(nn.Sequential):
-    """`bmshj2018-factorized` analysis transform: (N, 3, H, W) in [0, 1] to (N, M, H/16, W/16)."""
+def _with_margin(x: Tensor, margin: int) -> Tensor:
+    """Continue (N, C, H, W) by reflection, by `margin` rows and columns on each side; also where H or W are smaller."""
+    for axis in (2, 3):
+        length = x.shape[axis]
+        place = torch.arange(-margin, length + margin, device=x.device) % max(2 * length - 2, 1)
+        x = x.index_select(axis, torch.minimum(place, 2 * length - 2 - place))
+    return x
 
-    def __init__(self, hidden: int, latent: int) -> None:
+
+class FactorizedAnalysis(nn.Sequential):
+    """`bmshj2018-factorized` analysis transform: (N, 3, H, W) in [0, 1] to (N, M, H/16, W/16).
+
+    With a `margin` the input is continued by reflection first, by so many latent positions on each side, and the
+    latents there are cut off. caecodec does so with a margin of 1.
+    """
+
+    def __init__(self, hidden: int, latent: int, margin: int = 0) -> None:
         def conv(inputs: int, outputs: int) -> nn.Module:
             return nn.Conv2d(inputs, outputs, 5, stride=2, padding=2)
 
@@ -185,12 +200,21 @@ class FactorizedAnalysis(nn.Sequential):
             conv(3, hidden), SquareGDN(hidden), conv(hidden, hidden), SquareGDN(hidden),
             conv(hidden, hidden), SquareGDN(hidden), conv(hidden, latent),
         )  # fmt: skip
+        self.margin = _checked_margin(margin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.margin
+        latents: Tensor = nn.Sequential.forward(self, _with_margin(x, STRIDE * m) if m else x)  # type: ignore[no-untyped-call]
+        return latents[..., m:-m, m:-m] if m else latents
 
 
 class FactorizedSynthesis(nn.Sequential):
-    """`bmshj2018-factorized` synthesis transform: (N, M, h, w) to (N, 3, 16 h, 16 w), nominally in [0, 1]."""
+    """`bmshj2018-factorized` synthesis transform: (N, M, h, w) to (N, 3, 16 h, 16 w), nominally in [0, 1].
 
-    def __init__(self, hidden: int, latent: int) -> None:
+    With a `margin` the latents are continued by reflection first, and the pixels there are cut off.
+    """
+
+    def __init__(self, hidden: int, latent: int, margin: int = 0) -> None:
         def deconv(inputs: int, outputs: int) -> nn.Module:
             return nn.ConvTranspose2d(inputs, outputs, 5, stride=2, padding=2, output_padding=1)
 
@@ -201,3 +225,15 @@ class FactorizedSynthesis(nn.Sequential):
             deconv(latent, hidden), igdn(), deconv(hidden, hidden), igdn(),
             deconv(hidden, hidden), igdn(), deconv(hidden, 3),
         )  # fmt: skip
+        self.margin = _checked_margin(margin)
+
+    def forward(self, y: Tensor) -> Tensor:
+        m = STRIDE * self.margin
+        planes: Tensor = nn.Sequential.forward(self, _with_margin(y, self.margin) if m else y)  # type: ignore[no-untyped-call]
+        return planes[..., m:-m, m:-m] if m else planes
+
+
+def _checked_margin(margin: int) -> int:
+    if type(margin) is not int or not 0 <= margin <= 2:  # what lies around a piece of a large plane must reach further
+        raise ValueError(f"margin must be 0, 1 or 2, got {margin!r}")
+    return margin

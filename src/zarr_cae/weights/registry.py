@@ -128,7 +128,8 @@ def default_digest(model: str, quality: int, metric: str) -> str:
     Raises WeightsNotFoundError if there are none on this machine.
     """
     for info in available():
-        if info.model == model and info.metric == metric and quality in info.qualities:
+        of_caecodec = info.architecture.get("margin")  # made for migrated arrays only
+        if info.model == model and info.metric == metric and quality in info.qualities and not of_caecodec:
             return info.digest
     how = (
         f"run `zarr-cae weights fetch --quality {quality} --metric {metric}` once on a machine with a network, or "
