@@ -278,23 +278,34 @@ def _arrays(node: zarr.Array[Any] | zarr.Group) -> dict[str, zarr.Array[Any]]:
 
 def _multiscales(folder: Path, arrays: Mapping[str, zarr.Array[Any]]) -> list[tuple[str, list[str], list[str] | None]]:
     """Return name, paths of levels and names of axes of each picture: OME-Zarr multiscales first, then other arrays."""
-    result, used = [], set()
-    parents = sorted({path.rpartition("/")[0] for path in arrays if path})
-    for parent in parents:
-        attributes = zarr.open_group(folder, path=parent, mode="r").attrs.asdict()
-        ome = attributes.get("ome", attributes)
-        for scale in ome.get("multiscales", []) if isinstance(ome, dict) else []:
-            try:
-                paths = [f"{parent}/{level['path']}".lstrip("/") for level in scale["datasets"]]
-                axes = [str(axis["name"]) for axis in scale["axes"]] if "axes" in scale else None
-            except (KeyError, TypeError):
-                continue  # not the multiscales of OME-Zarr: its arrays are shown one by one
-            paths = [path for path in paths if path in arrays and path not in used]
-            used |= set(paths)
-            if paths:
-                result.append((parent or str(scale.get("name") or folder.stem), paths, axes))
+    result: list[tuple[str, list[str], list[str] | None]] = []
+    used: set[str] = set()
+    groups = {"/".join(path.split("/")[:end]) for path in arrays if path for end in range(path.count("/") + 1)}
+    for group in sorted(groups):
+        attributes = zarr.open_group(folder, path=group, mode="r").attrs.asdict()
+        for paths, axes in _levels_of(attributes):
+            found = [f"{group}/{path}".lstrip("/") for path in paths]
+            found = [path for path in found if path in arrays and path not in used]
+            used |= set(found)
+            if found:
+                result.append((group or folder.stem, found, axes))
     result += [(path or folder.stem, [path], None) for path in arrays if path not in used]
     return result
+
+
+def _levels_of(attributes: Mapping[str, Any]) -> list[tuple[list[str], list[str] | None]]:
+    """Return paths of levels and names of axes for each of a group's OME-Zarr multiscales; none if malformed."""
+    try:
+        scales = attributes.get("ome", attributes).get("multiscales", [])
+        return [
+            (
+                [str(level["path"]) for level in scale["datasets"]],
+                [str(axis["name"]) for axis in scale["axes"]] if "axes" in scale else None,
+            )
+            for scale in scales
+        ]
+    except (AttributeError, KeyError, TypeError):
+        return []  # then the arrays are shown one by one
 
 
 def _level(path: str, array: zarr.Array[Any], view: BottleneckStore, names: list[str] | None) -> Level | None:
