@@ -56,7 +56,7 @@ class BottleneckStore(StoreView):
     def __str__(self) -> str:
         return f"bottleneck-{self._store}"
 
-    async def _makes(self, key: str) -> bool:
+    async def makes(self, key: str) -> bool:
         return is_metadata(key) or metadata_v2.is_metadata(key)
 
     async def _value(self, key: str) -> bytes | None:

@@ -53,12 +53,12 @@ class StoreView(WrapperStore[Store]):
         super().__init__(store)
 
     @abstractmethod
-    async def _makes(self, key: str) -> bool:
+    async def makes(self, key: str) -> bool:
         """Return whether the view makes the value of this key; otherwise the store beneath serves it."""
 
     @abstractmethod
     async def _value(self, key: str) -> bytes | None:
-        """Make the whole value of a key for which `_makes` is true; None if the key does not exist."""
+        """Make the whole value of a key for which `makes` is true; None if the key does not exist."""
 
     @abstractmethod
     def _refuse_writing(self) -> NoReturn:
@@ -93,7 +93,7 @@ class StoreView(WrapperStore[Store]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return the bytes of a key, or a range of them; None if the key does not exist."""
-        if not await self._makes(key):
+        if not await self.makes(key):
             return await self._store.get(key, prototype, byte_range)
         value = await self._value(key)
         return None if value is None else buffer_of(value, prototype, byte_range)
@@ -108,7 +108,7 @@ class StoreView(WrapperStore[Store]):
         self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **options: Any
     ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
         """Yield several ranges of one key. zarr 3.1.6 does not have this method yet."""
-        if await self._makes(key):
+        if await self.makes(key):
             groups = Store.get_ranges(self, key, byte_ranges, prototype=prototype)  # type: ignore[attr-defined,unused-ignore]
         else:
             chosen = {name: value for name, value in options.items() if value is not None}
@@ -126,7 +126,7 @@ class StoreView(WrapperStore[Store]):
 
     async def getsize(self, key: str) -> int:
         """Return the number of bytes of a value as the view serves it. Raise FileNotFoundError if there is none."""
-        if not await self._makes(key):
+        if not await self.makes(key):
             return await self._store.getsize(key)
         value = await self._value(key)
         if value is None:

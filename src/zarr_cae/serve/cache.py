@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -11,28 +10,24 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from zarr_cae.threads import hold_across_fork
+
+_LOCK = threading.Lock()
+"""Of all caches; it is held for a few operations on dictionaries only."""
+hold_across_fork(_LOCK)
+
 
 class ByteCache:
     """The values used last, of at most `limit` bytes together. Threads may share it."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._reset()
-
-    def _reset(self) -> None:
         self._values: OrderedDict[str, bytes] = OrderedDict()
         self._size = 0
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-
-    def _own_lock(self) -> threading.Lock:
-        if self._process != os.getpid():
-            self._reset()  # another thread may have held the lock when this process was forked
-        return self._lock
 
     def get(self, key: str) -> bytes | None:
         """Return the value of a key, or None."""
-        with self._own_lock():
+        with _LOCK:
             if key not in self._values:
                 return None
             self._values.move_to_end(key)
@@ -40,7 +35,7 @@ class ByteCache:
 
     def put(self, key: str, value: bytes) -> None:
         """Keep a value, and forget those used longest ago. A value above the limit is not kept."""
-        with self._own_lock():
+        with _LOCK:
             self._size += len(value) - len(self._values.pop(key, b""))
             self._values[key] = value
             while self._size > self.limit:
@@ -49,7 +44,7 @@ class ByteCache:
 
     def forget(self, prefix: str) -> None:
         """Forget the values of all keys with this prefix."""
-        with self._own_lock():
+        with _LOCK:
             for key in [key for key in self._values if key.startswith(prefix)]:
                 self._size -= len(self._values.pop(key))
 

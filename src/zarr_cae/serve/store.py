@@ -122,7 +122,7 @@ class DecodedStore(StoreView):
     def _refuse_writing(self) -> NoReturn:
         raise CAEConfigurationError("cae: DecodedStore is read only; write pixels to the array itself")
 
-    async def _makes(self, key: str) -> bool:
+    async def makes(self, key: str) -> bool:
         return is_metadata(key) or await self._find(key) is not None
 
     async def _value(self, key: str) -> bytes | None:
