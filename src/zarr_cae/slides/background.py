@@ -35,7 +35,7 @@ class WritingCodec(CAECodec):
     __init__ = CAECodec.__init__
 
     async def _encode_single(self, chunk_array: Any, chunk_spec: Any) -> Buffer | None:
-        key = self._colour(chunk_array, chunk_spec)
+        key = self._colour(chunk_array)
         known = _known(key)
         if known is None:
             known = await super()._encode_single(chunk_array, chunk_spec)
@@ -44,7 +44,7 @@ class WritingCodec(CAECodec):
         return known
 
     def _encode_sync(self, chunk_array: Any, chunk_spec: Any) -> Buffer:
-        key = self._colour(chunk_array, chunk_spec)
+        key = self._colour(chunk_array)
         known = _known(key)
         if known is None:
             known = super()._encode_sync(chunk_array, chunk_spec)
@@ -52,7 +52,7 @@ class WritingCodec(CAECodec):
         _count(chunk_spec)
         return known
 
-    def _colour(self, chunk_array: Any, spec: Any) -> tuple[Any, ...] | None:
+    def _colour(self, chunk_array: Any) -> tuple[Any, ...] | None:
         """Return a key that is equal for chunks of the same form and one colour; None for all other chunks."""
         pixels = np.asarray(chunk_array.as_numpy_array())
         corner = pixels[..., :1, :1]  # rows and columns are last in arrays that `convert` writes

@@ -150,7 +150,7 @@ class CachedRows:
         parts = []
         for start in range(rows.start // self._step * self._step, rows.stop, self._step):
             stop = min(start + self._step, self.shape[self._rows])
-            inside = list(slice(0, n) for n in window_lengths(window))
+            inside = [slice(0, n) for n in window_lengths(window)]
             inside[self._rows] = slice(max(rows.start, start) - start, min(rows.stop, stop) - start)
             inside[self._columns] = window[self._columns]
             parts.append(self._block(window, start, stop)[tuple(inside)])
@@ -195,7 +195,7 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         no such series or level. OSError if the file can't be read.
     """
     suffix = path.suffix.lower()
-    if path.is_dir() and suffix != ".mrxs" or any(part.endswith(".zarr") for part in path.parts):
+    if (path.is_dir() and suffix != ".mrxs") or any(part.endswith(".zarr") for part in path.parts):
         from zarr_cae.slides.arrays import open_zarr
 
         return open_zarr(path, level=level)

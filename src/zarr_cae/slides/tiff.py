@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.metadata import MICROMETRES_PER_INCH, SlideMetadata
-from zarr_cae.slides.sources import CachedRows, Slide, Sliceable, with_unit
+from zarr_cae.slides.sources import CachedRows, Sliceable, Slide, with_unit
 
 __all__ = ["EXTRA", "open_tiff"]
 
@@ -40,10 +40,7 @@ def open_tiff(path: Path, *, series: int | None = None, level: int = 0) -> Slide
         raise CAEConfigurationError(f"cae: {path} is not a TIFF file, or damaged: {error}") from error
     try:
         chosen, levels = _choose(path, found, series)
-        if not 0 <= level < len(levels):
-            sizes = ", ".join(f"{index}: {n[-1]} x {n[-2]}" for index, n in enumerate(map(_size, levels)))
-            raise CAEConfigurationError(f"cae: {path} has no level {level}; its levels are {sizes}")
-        one = levels[level]
+        one = _level(path, levels, level)
         page = one.keyframe
         stored, rgb = _axes(path, one.axes, one.shape, page)
         array: Sliceable
@@ -52,11 +49,11 @@ def open_tiff(path: Path, *, series: int | None = None, level: int = 0) -> Slide
             array = np.memmap(path, file.byteorder + page.dtype.char, "r", one.dataoffset, one.shape)
             by_rows = False
         else:
-            array = zarr.open_array(one.aszarr(), mode="r")
+            array = zarr.open_array(one.aszarr(level=0), mode="r")
             if by_rows:
                 rows = stored.index("y")
                 array = CachedRows(array, rows, stored.index("x"), array.chunks[rows])
-        metadata = _metadata(file, one, found.index(chosen), level)
+        metadata = _metadata(file, one, levels[0], found.index(chosen))
         orientation = page.tags.valueof("Orientation", 1)
     except BaseException:
         file.close()
@@ -83,10 +80,15 @@ def _choose(path: Path, found: Sequence[Any], series: int | None) -> tuple[Any, 
     copies = [first, *(other for other in rest if _is_copy(first, other))]
     others = [other for other in found if other not in copies and not _is_extra(other, first)]
     if others:
-        raise CAEConfigurationError(
-            f"cae: {path} holds several images; choose one with --series: {_listed(found)}"
-        )
+        raise CAEConfigurationError(f"cae: {path} holds several images; choose one with --series: {_listed(found)}")
     return first, sorted(copies, key=lambda item: -math.prod(item.shape))
+
+
+def _level(path: Path, levels: Sequence[Any], level: int) -> Any:
+    if 0 <= level < len(levels):
+        return levels[level]
+    sizes = ", ".join(f"{index}: {size[1]} x {size[0]}" for index, size in enumerate(map(_size, levels)))
+    raise CAEConfigurationError(f"cae: {path} has no level {level}; its levels are {sizes}")
 
 
 def _size(item: Any) -> tuple[int, int]:
@@ -137,40 +139,37 @@ def _axes(path: Path, axes: str, shape: Sequence[int], page: Any) -> tuple[str, 
     return "".join(stored), rgb
 
 
-def _metadata(file: Any, item: Any, series: int, level: int) -> SlideMetadata:
-    page = item.keyframe
+def _metadata(file: Any, item: Any, largest: Any, series: int) -> SlideMetadata:
+    page = largest.keyframe
+    dpi = _resolution(page)
     sizes: dict[str, tuple[float, str]] = {}
-    further: dict[str, Any] = {}
+    _from_resolution(dpi, sizes)
     names: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
     value_range = None
-    dpi = _resolution(page)
-    if dpi is not None:
-        across = MICROMETRES_PER_INCH / dpi[0], MICROMETRES_PER_INCH / dpi[1]
-        if max(across) <= _LARGEST_PIXEL:
-            sizes["x"], sizes["y"] = (across[0], "micrometer"), (across[1], "micrometer")
+    further = _geographic(page)
+    description = page.tags.valueof("ImageDescription", "")
     if file.is_ome and file.ome_metadata:
         names, colours, value_range = _from_ome(file.ome_metadata, series, sizes)
     elif file.is_imagej and file.imagej_metadata:
         _from_imagej(file.imagej_metadata, page, sizes)
-    elif file.is_svs:
-        found = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or file.pages[0].description)
-        if found:
-            with_unit(sizes, "x", found[1], "um")
-            with_unit(sizes, "y", found[1], "um")
-    if level:
-        largest = item.parent if getattr(item, "parent", None) is not None else None
-        for axis, name in (("x", "X"), ("y", "Y")):
-            if axis in sizes and largest is not None:
-                factor = largest.shape[largest.axes.index(name)] / item.shape[item.axes.index(name)]
-                sizes[axis] = sizes[axis][0] * factor, sizes[axis][1]
-    description = page.tags.valueof("ImageDescription", "")
-    if isinstance(description, str) and description and not file.is_ome and not file.is_imagej:
+    elif isinstance(description, str) and description and not file.is_shaped:
         further["description"] = description
+        found = re.search(r"\bMPP\s*=\s*([0-9.]+)", description) if file.is_svs else None
+        for axis in "xy" if found else "":
+            with_unit(sizes, axis, found[1] if found else "", "um")
+    for axis, factor in zip("yx", (a / b for a, b in zip(_size(largest), _size(item), strict=True)), strict=True):
+        if axis in sizes:
+            sizes[axis] = sizes[axis][0] * factor, sizes[axis][1]
     profile = page.tags.valueof("InterColorProfile", None)
-    return SlideMetadata(
-        sizes, names, colours, value_range, bytes(profile) if profile else None, dpi, {**further, **_geographic(page)}
-    )
+    return SlideMetadata(sizes, names, colours, value_range, bytes(profile) if profile else None, dpi, further)
+
+
+def _from_resolution(dpi: tuple[float, float] | None, sizes: dict[str, tuple[float, str]]) -> None:
+    """Take pixel sizes from the resolution, if it is one of a microscope."""
+    across = (0.0, 0.0) if dpi is None else (MICROMETRES_PER_INCH / dpi[0], MICROMETRES_PER_INCH / dpi[1])
+    if 0 < max(across) <= _LARGEST_PIXEL:
+        sizes["x"], sizes["y"] = (across[0], "micrometer"), (across[1], "micrometer")
 
 
 def _resolution(page: Any) -> tuple[float, float] | None:
@@ -208,8 +207,8 @@ def _from_ome(
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[float, float] | None]:
     """Read OME-XML: add pixel sizes to `sizes`; return names and colours of the channels, and the range of values."""
     try:
-        root = ElementTree.fromstring(text)  # noqa: S314 - the expat of supported Pythons limits the expansion
-    except ElementTree.ParseError:
+        root = ET.fromstring(text)  # noqa: S314 - the expat of supported Pythons limits the expansion
+    except ET.ParseError:
         return (), (), None
     images = [image for image in root if _tag(image) == "Image"]
     pixels = [child for image in images[series : series + 1] for child in image if _tag(child) == "Pixels"]
@@ -217,7 +216,9 @@ def _from_ome(
         return (), (), None
     one = pixels[0]
     for axis in "xyz":
-        with_unit(sizes, axis, one.get(f"PhysicalSize{axis.upper()}", ""), one.get(f"PhysicalSize{axis.upper()}Unit", "µm"))
+        with_unit(
+            sizes, axis, one.get(f"PhysicalSize{axis.upper()}", ""), one.get(f"PhysicalSize{axis.upper()}Unit", "µm")
+        )
     with_unit(sizes, "t", one.get("TimeIncrement", ""), one.get("TimeIncrementUnit", "s"))
     channels = [child for child in one if _tag(child) == "Channel"]
     names = tuple(channel.get("Name", f"channel {index}") for index, channel in enumerate(channels))
@@ -228,7 +229,7 @@ def _from_ome(
     return names, colours, value_range
 
 
-def _tag(element: ElementTree.Element) -> str:
+def _tag(element: ET.Element) -> str:
     return element.tag.rpartition("}")[2]
 
 
