@@ -16,7 +16,7 @@ from zarr_cae.slides.metadata import SlideMetadata, unit_name
 from zarr_cae.slides.ome import SOURCE
 from zarr_cae.slides.sources import Slide, guessed_axes
 
-__all__ = ["open_zarr"]
+__all__ = ["kept_metadata", "open_zarr"]
 
 _AXES = frozenset("tczyx")
 
@@ -44,7 +44,7 @@ def _array(path: Path, array: zarr.Array[Any], names: Any, attributes: Mapping[s
         rgb = stored.endswith("c") and array.shape[-1] == 3
     else:
         stored, rgb = guessed_axes(array.shape, path)
-    return Slide(path.stem, array, stored, rgb, _kept(attributes))
+    return Slide(path.stem, array, stored, rgb, kept_metadata(attributes))
 
 
 def _image(path: Path, group: zarr.Group, level: int) -> Slide:
@@ -92,7 +92,7 @@ def _size(array: Any, axes: list[str]) -> tuple[int, int]:
     return array.shape[axes.index("y")], array.shape[axes.index("x")]
 
 
-def _kept(attributes: Mapping[str, Any]) -> SlideMetadata:
+def kept_metadata(attributes: Mapping[str, Any]) -> SlideMetadata:
     """Return what an archive of this package keeps of the file that it was made from."""
     kept = attributes.get(SOURCE)
     if not isinstance(kept, dict):

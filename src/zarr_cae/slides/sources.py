@@ -31,7 +31,7 @@ __all__ = ["CachedRows", "Sliceable", "Slide", "open_slide"]
 
 Pixels = npt.NDArray[Any]
 _ORDER = "tczyx"
-_TIFF = {".tif", ".tiff", ".btf", ".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".gtiff", ".lsm", ".stk", ".flex"}
+_TIFF_MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 _OPENSLIDE = {".mrxs", ".vms", ".vmu", ".vsi", ".czi", ".svslide", ".zvi"}
 _CACHED_BYTES = 512 << 20
 _BLOCK_BYTES = 32 << 20
@@ -73,6 +73,8 @@ class Slide:
         Whether pixels are cheap to read only together with their whole row.
     orientation
         The orientation tag of TIFF and EXIF, 1 to 8; windows are those of the upright image.
+    plain
+        Whether samples are grey values or RGB as they stand; not indices of a palette, CMYK, bits or inverted.
     close
         Closes the file.
     """
@@ -85,6 +87,7 @@ class Slide:
     levels: tuple[tuple[int, int], ...] = ()
     by_rows: bool = False
     orientation: int = 1
+    plain: bool = True
     close: Callable[[], None] = lambda: None
 
     @property
@@ -207,9 +210,7 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         from zarr_cae.slides.openslides import open_with_openslide
 
         return open_with_openslide(path, level=level)
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if suffix in _TIFF or magic in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
+    if is_tiff(path):
         from zarr_cae.slides.tiff import open_tiff
 
         return open_tiff(path, series=series, level=level)
@@ -218,6 +219,12 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
     from zarr_cae.slides.pictures import open_picture
 
     return open_picture(path)
+
+
+def is_tiff(path: Path) -> bool:
+    """Return whether a file is a TIFF, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(4) in _TIFF_MAGIC
 
 
 def _open_npy(path: Path) -> Slide:

@@ -15,7 +15,7 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.metadata import MICROMETRES_PER_INCH, SlideMetadata
 from zarr_cae.slides.sources import CachedRows, Sliceable, Slide, with_unit
 
-__all__ = ["EXTRA", "open_tiff"]
+__all__ = ["EXTRA", "MissingLibraryError", "open_tiff"]
 
 EXTRA = "pip install 'zarr-cae[slides]'"
 _AXES = {"T": "t", "Z": "z", "C": "c", "Y": "y", "X": "x"}
@@ -23,7 +23,11 @@ _FREE = "tz"
 _LARGEST_PIXEL = 50.0
 """Micrometres: a resolution tag that says more is that of a print, not of a microscope."""
 _MINIMUM_LEVEL = 2
-_RGB, _YCBCR = 2, 6
+_GREY, _RGB, _YCBCR = 1, 2, 6
+
+
+class MissingLibraryError(CAEConfigurationError):
+    """tifffile is not installed."""
 
 
 def open_tiff(path: Path, *, series: int | None = None, level: int = 0) -> Slide:
@@ -32,7 +36,7 @@ def open_tiff(path: Path, *, series: int | None = None, level: int = 0) -> Slide
         import tifffile
         import zarr
     except ImportError as error:
-        raise CAEConfigurationError(f"cae: {path} is a TIFF file, which tifffile reads: {EXTRA}") from error
+        raise MissingLibraryError(f"cae: {path} is a TIFF file, which tifffile reads: {EXTRA}") from error
     try:
         file = tifffile.TiffFile(path)
         found = file.series
@@ -60,7 +64,8 @@ def open_tiff(path: Path, *, series: int | None = None, level: int = 0) -> Slide
         raise
     return Slide(
         path.stem.removesuffix(".ome"), array, stored, rgb, metadata, tuple(_size(item) for item in levels), by_rows,
-        int(orientation) if 1 <= int(orientation) <= 8 else 1, file.close,
+        int(orientation) if 1 <= int(orientation) <= 8 else 1,
+        page.photometric in {_GREY, _RGB, _YCBCR} and page.bitspersample in {8, 16, 32, 64}, file.close,
     )  # fmt: skip
 
 
@@ -80,7 +85,9 @@ def _choose(path: Path, found: Sequence[Any], series: int | None) -> tuple[Any, 
     copies = [first, *(other for other in rest if _is_copy(first, other))]
     others = [other for other in found if other not in copies and not _is_extra(other, first)]
     if others:
-        raise CAEConfigurationError(f"cae: {path} holds several images; choose one with --series: {_listed(found)}")
+        raise CAEConfigurationError(
+            f"cae: {path} holds images of several sizes or kinds; choose one with --series: {_listed(found)}"
+        )
     return first, sorted(copies, key=lambda item: -math.prod(item.shape))
 
 
