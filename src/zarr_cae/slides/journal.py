@@ -133,6 +133,9 @@ class Journal:
         try:
             known = json.loads(path.read_bytes())
         except (FileNotFoundError, ValueError):
+            known = None
+        # Without the output, the process was killed after it got its final name: that conversion is complete.
+        if known is None or not (self.out / "zarr.json").exists():
             self._clear()
             (self.folder / "reduced").mkdir()
             _write_whole(path, json.dumps(settings, indent=1).encode())
