@@ -26,7 +26,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.background import WritingCodec, counting
 from zarr_cae.slides.journal import Journal, read_reduced, remove_reduced, write_reduced
-from zarr_cae.slides.ome import attributes
+from zarr_cae.slides.ome import SOURCE, attributes
 from zarr_cae.slides.pyramid import Block, Downsample, Pyramid, level_sizes, reduced
 from zarr_cae.slides.sources import Slide, open_slide
 
@@ -259,7 +259,8 @@ def create(conversion: Conversion, out: Path) -> None:
     """Write the metadata of a pyramid: the group and the array of every level."""
     group = zarr.create_group(out, attributes=conversion.attributes, overwrite=True)
     for level in range(len(conversion.pyramid.sizes)):
-        group.create_array(str(level), **_array_options(conversion, level))
+        kept = {name: value for name, value in conversion.attributes.items() if name == SOURCE and level == 0}
+        group.create_array(str(level), attributes=kept, **_array_options(conversion, level))
 
 
 def _level_array(conversion: Conversion, out: Path, level: int) -> zarr.AsyncArray[Any]:
