@@ -59,6 +59,8 @@ def add(commands: Commands) -> None:
         "--value-range", type=value_range, metavar="LO,HI",
         help="values of the data, for dtypes other than uint8 (write --value-range=-1,1 for a negative one)",
     )  # fmt: skip
+    parser.add_argument("--series", type=int, metavar="N", help="which image of a TIFF file that holds several")
+    parser.add_argument("--level", type=int, default=0, metavar="N", help="which level of a pyramid; default 0, whole")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.zarr if it exists")
     parser = command(
         commands, "decode", decode,
@@ -89,9 +91,10 @@ def encode(arguments: argparse.Namespace) -> None:
         if names.count(name) > 1:
             others = ", ".join(str(other) for other in images if other.stem == name and other != path) or "itself again"
             refuse(f"{path} and {others} would both become array {name!r}; rename one")
+    chosen = {"series": arguments.series, "level": arguments.level}
     with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
-        arrays = (new_array(open_source(path), options) for path in images)
-        write(arrays, partial, sum(map(megapixels, images)), group=len(images) > 1)
+        arrays = (new_array(open_source(path, **chosen), options) for path in images)
+        write(arrays, partial, sum(megapixels(path, **chosen) for path in images), group=len(images) > 1)
     print("\n".join(_summary(array) for array in _arrays(out)))
 
 
@@ -115,6 +118,8 @@ def decode(arguments: argparse.Namespace) -> None:
             _read(array, target)
             cast("np.memmap[Any, Any]", target).flush()
         return
+    from zarr_cae.slides.arrays import kept_metadata
+
     stack, page = _picture_axes(array, pages=name in PAGES)
     shape = [array.shape[axis] for axis in page]
     picture(np.empty(shape, array.dtype), path)  # refuse before the work
@@ -123,7 +128,7 @@ def decode(arguments: argparse.Namespace) -> None:
     first, *further = (
         picture(np.ascontiguousarray(one), path) for one in pixels.transpose(*stack, *page).reshape(-1, *shape)
     )
-    save_picture(first, path, name, further=further)
+    save_picture(first, path, name, further=further, metadata=kept_metadata(array.attrs.asdict()))
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:

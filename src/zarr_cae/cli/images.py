@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,11 @@ from zarr_cae.cli.arguments import refuse
 from zarr_cae.cli.replacing import is_zarr, replacing
 from zarr_cae.errors import CAEError
 from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
+from zarr_cae.slides.metadata import SlideMetadata
+from zarr_cae.slides.ome import source_attributes
+from zarr_cae.slides.pictures import deep_pixels, metadata_of
+from zarr_cae.slides.sources import Sliceable, Slide, is_tiff
+from zarr_cae.slides.tiff import MissingLibraryError, open_tiff
 
 if TYPE_CHECKING:
     import zarr
@@ -61,10 +67,12 @@ class Source:
     """An image or array to encode; only slices of `array` are read."""
 
     name: str
-    array: Pixels | zarr.Array[Any]
+    array: Sliceable
     channel_axis: int | str | None
     """"auto" where the file does not say."""
     dimension_names: tuple[str | None, ...] | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Colour profile and resolution of the file, as `zarr_cae.slides.ome.source_attributes` keeps them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,32 +85,78 @@ class Source:
         return self.array.dtype
 
 
-def open_source(path: Path) -> Source:
-    """Open an image file, a `.npy` file or a zarr array. Raises CAEConfigurationError, OSError or zarr's errors."""
+def open_source(path: Path, *, series: int | None = None, level: int = 0) -> Source:
+    """Open an image file, a `.npy` file or a zarr array.
+
+    Raises CAEConfigurationError, OSError or zarr's errors. `series` and `level` are those of
+    `zarr_cae.slides.sources.open_slide`.
+    """
     if _is_array(path) and path.suffix.lower() != ".npy":
-        if path.is_dir() and path.suffix != ".zarr" and not is_zarr(path):
-            refuse(f"{path} is a folder and no zarr array; name the images in it, as {path / '*.png'} does")
-        array = open_array(path)
-        names = getattr(array.metadata, "dimension_names", None)
-        return Source(path.stem, array, "auto", None if names is None else tuple(names))
+        return _open_zarr_source(path, level)
     if path.suffix.lower() == ".npy":
         try:
             return Source(path.stem, np.lib.format.open_memmap(path, mode="r"), "auto")  # which takes no .npz
         except (ValueError, OverflowError, TypeError, TokenError) as error:
             refuse(f"{path} is not a .npy file of numbers: {error}")
-    pixels, names = read_pixels(path)
-    return Source(path.stem, pixels, None if names[-1] == "x" else len(names) - 1, names)
+    slide = _open_tiff_source(path, series, level)
+    if slide is not None:
+        names = tuple({"-": None}.get(axis, axis) for axis in slide.stored)
+        axis = names.index("c") if slide.rgb else None
+        return Source(path.stem, slide.array, axis, names, source_attributes(slide.metadata))
+    pixels, names = read_pixels(path, level=level)
+    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
+        attributes = source_attributes(metadata_of(image))
+    return Source(path.stem, pixels, None if names[-1] == "x" else len(names) - 1, names, attributes)
 
 
-def megapixels(path: Path) -> float:
-    """The size of a source, from its header alone."""
+def _open_zarr_source(path: Path, level: int) -> Source:
+    if path.is_dir() and path.suffix != ".zarr" and not is_zarr(path):
+        refuse(f"{path} is a folder and no zarr array; name the images in it, as {path / '*.png'} does")
+    array, members = arrays_at(path)
+    if array is None and len(members) > 1:
+        from zarr_cae.slides.arrays import open_zarr
+
+        slide = open_zarr(path, level=level)  # an OME-Zarr image
+        axis = slide.stored.index("c") if slide.rgb else None
+        return Source(path.stem, slide.array, axis, tuple(slide.stored), source_attributes(slide.metadata))
+    array = open_array(path)
+    names = getattr(array.metadata, "dimension_names", None)
+    return Source(path.stem, array, "auto", None if names is None else tuple(names))
+
+
+def _open_tiff_source(path: Path, series: int | None, level: int) -> Slide | None:
+    """Open a TIFF file through tifffile, window by window. Return None for what Pillow has to convert first."""
+    if not is_tiff(path):
+        return None
+    try:
+        slide = open_tiff(path, series=series, level=level)
+    except MissingLibraryError:
+        return None
+    samples = slide.array.shape[slide.stored.index("c")] if "c" in slide.stored else 1
+    plain = slide.array.dtype.kind in "uif" and (slide.rgb or samples != 4 or slide.array.dtype != np.uint8)
+    if slide.orientation == 1 and slide.plain and plain:
+        return slide
+    slide.close()
+    return None
+
+
+def megapixels(path: Path, *, series: int | None = None, level: int = 0) -> float:
+    """Return the size of a source, from its header alone."""
+    slide = None if _is_array(path) else _open_tiff_source(path, series, level)
+    if slide is not None:
+        slide.close()
+        return math.prod(slide.array.shape) / (3e6 if slide.rgb else 1e6)
+    if _is_array(path):
+        source = open_source(path, level=level)
+        return math.prod(source.shape) / (3e6 if 3 in source.shape else 1e6)
+    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
+        return len(_frame_numbers(path, image, level)) * image.width * image.height / 1e6
+
+
+def _image(path: Path) -> Image.Image:
     from PIL import Image
 
-    if _is_array(path):
-        source = open_source(path)
-        return math.prod(source.shape) / (3e6 if 3 in source.shape else 1e6)
-    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), Image.open(path) as image:
-        return _frames(image) * image.width * image.height / 1e6
+    return Image.open(path)
 
 
 def _is_array(path: Path) -> bool:
@@ -176,19 +230,22 @@ def read_image(path: Path) -> Pixels:
     return pixels
 
 
-def read_pixels(path: Path) -> tuple[Pixels, tuple[str, ...]]:
-    """All that an image file holds, upright, and the names of its axes: of "t", "y", "x", "c" those that there are.
+def read_pixels(path: Path, *, level: int = 0) -> tuple[Pixels, tuple[str, ...]]:
+    """Return all that an image file holds, upright, and the names of its axes: some of "t", "y", "x", "c".
 
-    As `read_image`, but of several frames (T, H, W[, C]), and with a last axis named `RGBA` if there are transparent
-    pixels. Raises CAEConfigurationError if frames are of different forms.
+    Several frames have the shape (T, H, W[, C]). If there are transparent pixels, the last axis is named `RGBA`. Of
+    frames that are smaller and smaller copies of one image, `level` chooses one.
+
+    Raises CAEConfigurationError if frames are of different forms, or have more bits than can be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     pages = []
-    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), Image.open(path) as image:
-        for frame in range(_frames(image)):
+    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
+        for frame in _frame_numbers(path, image, level):
             image.seek(frame)
-            pages.append(_pixels(ImageOps.exif_transpose(image)))
+            deep = deep_pixels(path, image)
+            pages.append(_pixels(ImageOps.exif_transpose(image)) if deep is None else deep)
     transparent = any(page.shape[2:] == (4,) for page in pages)
     if transparent:  # which in a film may come and go
         pages = [_with_alpha(page) if page.shape[2:] == (3,) else page for page in pages]
@@ -199,12 +256,31 @@ def read_pixels(path: Path) -> tuple[Pixels, tuple[str, ...]]:
     return (pages[0], names) if len(pages) == 1 else (np.stack(pages), ("t", *names))
 
 
-def _frames(image: Image.Image) -> int:
-    return getattr(image, "n_frames", 1) if image.format in _FRAMES_MATTER else 1
+def _frame_numbers(path: Path, image: Image.Image, level: int) -> Sequence[int]:
+    """Return which frames to read, from their sizes in the header: all, or one level of a pyramid."""
+    frames = getattr(image, "n_frames", 1) if image.format in _FRAMES_MATTER else 1
+    sizes = []
+    for frame in range(frames if image.format == "TIFF" else 1):
+        image.seek(frame)
+        sizes.append(image.size)
+    image.seek(0)
+    if len(set(sizes)) <= 1:
+        if level:
+            refuse(f"{path} is no pyramid, so it has no level {level}")
+        return range(frames)
+    copies = all(
+        2 * small[0] <= large[0] + 1 and abs(large[0] / small[0] - large[1] / small[1]) < large[0] / small[0] / 4
+        for large, small in itertools.pairwise(sizes)
+    )
+    if not copies:
+        refuse(f"{path} has frames of {len(set(sizes))} sizes; save them as separate images")
+    if not 0 <= level < len(sizes):
+        refuse(f"{path} has no level {level}; its levels are {', '.join(f'{w} x {h}' for w, h in sizes)}")
+    return [level]
 
 
 def _with_alpha(page: Pixels) -> Pixels:
-    return np.dstack([page, np.full(page.shape[:2], 255, np.uint8)])
+    return np.dstack([page, np.full(page.shape[:2], np.iinfo(page.dtype).max, page.dtype)])
 
 
 def _pixels(image: Image.Image) -> Pixels:
@@ -256,11 +332,23 @@ def picture(pixels: Pixels, path: Path) -> Image.Image:
 
 
 def save_picture(
-    image: Image.Image, path: Path, name: str | None = None, *, further: Sequence[Image.Image] = ()
+    image: Image.Image,
+    path: Path,
+    name: str | None = None,
+    *,
+    further: Sequence[Image.Image] = (),
+    metadata: SlideMetadata | None = None,
 ) -> None:
-    """Write an image file, whole or not at all; `further` are the other pages of a TIFF."""
+    """Write an image file, whole or not at all.
+
+    `further` are the other pages of a TIFF; the colour profile and the resolution of `metadata` are stored with it.
+    """
     name = picture_format(path) if name is None else name
-    pages = {"save_all": True, "append_images": further} if further else {}
+    pages: dict[str, Any] = {"save_all": True, "append_images": further} if further else {}
+    if metadata is not None and metadata.icc_profile is not None:
+        pages["icc_profile"] = metadata.icc_profile
+    if metadata is not None and metadata.dpi is not None:
+        pages["dpi"] = metadata.dpi
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         image.save(partial, name, **_SAVE_OPTIONS.get(name, {}), **pages)

@@ -168,6 +168,7 @@ async def _write(arrays: Iterable[NewArray], path: Path, advance: Callable[[floa
             compressors=None,
             fill_value=item.fill_value,
             dimension_names=item.dimension_names,
+            attributes=dict(item.source.attributes),
         )
         for window in slabs(source.shape, item.shards or item.chunks):
             with refusing_damage(source.name):

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import zarr
@@ -18,6 +21,7 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.latents import metadata_v2
 from zarr_cae.latents.codec import NAME, refuse_writing
 from zarr_cae.latents.metadata import has_codec, rewrite
+from zarr_cae.latents.multiscales import level_keys, rewrite_multiscales
 from zarr_cae.latents.view import StoreView, buffer_of, is_metadata, read_sync, rewritten
 
 
@@ -64,7 +68,13 @@ class BottleneckStore(StoreView):
             contents = await asyncio.gather(*(self._read_once(name) for name in metadata_v2.sources(key)))
             return await asyncio.to_thread(metadata_v2.make, key, contents)
         stored = await self._store.get(key, default_buffer_prototype())
-        return None if stored is None else await asyncio.to_thread(rewritten, stored.to_bytes(), rewrite)
+        if stored is None:
+            return None
+        content = stored.to_bytes()
+        names = level_keys(key, content)
+        found = await asyncio.gather(*(self._store.get(name, default_buffer_prototype()) for name in names.values()))
+        levels = {path: one.to_bytes() for path, one in zip(names, found, strict=True) if one is not None}
+        return await asyncio.to_thread(_rewritten, content, levels)
 
     async def _read_once(self, key: str) -> bytes | None:
         """Read a key of the store beneath; reads of the same key at the same time are one request."""
@@ -90,11 +100,23 @@ class BottleneckStore(StoreView):
         stored = read_sync(self._store, key, prototype)
         if stored is None:
             return None
-        content = rewritten(stored.to_bytes(), rewrite)
+        content = stored.to_bytes()
+        found = {path: read_sync(self._store, name, prototype) for path, name in level_keys(key, content).items()}
+        levels = {path: one.to_bytes() for path, one in found.items() if one is not None}
+        content = _rewritten(content, levels)
         return buffer_of(content, prototype or default_buffer_prototype(), byte_range)
 
     def _refuse_writing(self) -> NoReturn:
         refuse_writing()
+
+
+def _rewritten(content: bytes, levels: Mapping[str, bytes]) -> bytes:
+    """Return a `zarr.json` document for latents. `levels` holds those of the levels of an OME-Zarr image, by path."""
+    documents = {}
+    for path, level in levels.items():
+        with suppress(CAEConfigurationError, ValueError):  # of levels that raise it when they are opened themselves
+            documents[path] = json.loads(rewritten(level, rewrite))
+    return rewritten(content, lambda document: rewrite_multiscales(rewrite(document), documents))
 
 
 def open_bottleneck(

@@ -1,0 +1,110 @@
+"""zarr and OME-Zarr (0.4 and 0.5) arrays as slides."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.slides.metadata import SlideMetadata, unit_name
+from zarr_cae.slides.ome import SOURCE
+from zarr_cae.slides.sources import Slide, guessed_axes
+
+__all__ = ["kept_metadata", "open_zarr"]
+
+_AXES = frozenset("tczyx")
+
+
+def open_zarr(path: Path, *, level: int = 0) -> Slide:
+    """Open a zarr array, a level of an OME-Zarr image, or the only array of a group."""
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    try:
+        node = zarr.open(path, mode="r")
+    except FileNotFoundError as error:
+        raise CAEConfigurationError(f"cae: {path} holds no zarr array or group") from error
+    name = path.name.removesuffix(".zarr").removesuffix(".ome")
+    if isinstance(node, zarr.Group):
+        return replace(_image(path, node, level), name=name)
+    if level:
+        raise CAEConfigurationError(f"cae: {path} is one array, so it has no level {level}")
+    names = getattr(node.metadata, "dimension_names", None)
+    return replace(_array(path, node, names, node.attrs.asdict()), name=name)
+
+
+def _array(path: Path, array: zarr.Array[Any], names: Any, attributes: Mapping[str, Any]) -> Slide:
+    if names is not None and len(set(names)) == len(names) and set(names) <= _AXES and {"y", "x"} <= set(names):
+        stored = "".join(names)
+        rgb = stored.endswith("c") and array.shape[-1] == 3
+    else:
+        stored, rgb = guessed_axes(array.shape, path)
+    return Slide(path.stem, array, stored, rgb, kept_metadata(attributes))
+
+
+def _image(path: Path, group: zarr.Group, level: int) -> Slide:
+    attributes = group.attrs.asdict()
+    ome = attributes.get("ome", attributes)  # version 0.4 has the same fields at the top
+    found = ome.get("multiscales") if isinstance(ome, dict) else None
+    if not found:
+        members = [member for _, member in group.members(max_depth=None) if isinstance(member, zarr.Array)]
+        if len(members) != 1:
+            raise CAEConfigurationError(
+                f"cae: {path} is a group of {len(members)} arrays and no OME-Zarr image; name one array in it"
+            )
+        return _array(path, members[0], getattr(members[0].metadata, "dimension_names", None), attributes)
+    try:
+        datasets = found[0]["datasets"]
+        if not 0 <= level < len(datasets):
+            raise CAEConfigurationError(f"cae: {path} has levels 0 to {len(datasets) - 1}; got level {level}")
+        array = group[datasets[level]["path"]]
+        axes = [axis["name"] for axis in found[0]["axes"]]
+        assert isinstance(array, zarr.Array)
+        slide = _array(path, array, axes, attributes)
+        scales = [one["scale"] for one in datasets[level]["coordinateTransformations"] if one["type"] == "scale"]
+        sizes = {
+            axis["name"]: (float(size), str(unit_name(axis["unit"])))
+            for axis, size in zip(found[0]["axes"], scales[0], strict=True)
+            if axis.get("type") in {"space", "time"} and unit_name(str(axis.get("unit")))
+        }
+        channels = ome.get("omero", {}).get("channels", [])
+        metadata = replace(
+            slide.metadata,
+            pixel_size=sizes,
+            channel_names=tuple(str(one.get("label", "")) for one in channels),
+            channel_colours=tuple(str(one.get("color", "")) for one in channels),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if isinstance(error, CAEConfigurationError):
+            raise
+        raise CAEConfigurationError(f"cae: the OME-Zarr metadata of {path} are malformed: {error!r}") from error
+    colours = [colour.upper() for colour in metadata.channel_colours]
+    rgb = slide.rgb or ("c" in axes and colours == ["FF0000", "00FF00", "0000FF"] and array.dtype.kind == "u")
+    return replace(slide, metadata=metadata, rgb=rgb, levels=tuple(_size(group[one["path"]], axes) for one in datasets))
+
+
+def _size(array: Any, axes: list[str]) -> tuple[int, int]:
+    return array.shape[axes.index("y")], array.shape[axes.index("x")]
+
+
+def kept_metadata(attributes: Mapping[str, Any]) -> SlideMetadata:
+    """Return what an archive of this package keeps of the file that it was made from."""
+    kept = attributes.get(SOURCE)
+    if not isinstance(kept, dict):
+        return SlideMetadata()
+    further = {name: value for name, value in kept.items() if name not in {"icc_profile", "dpi"}}
+    profile, dpi = None, None
+    try:
+        if "icc_profile" in kept:
+            profile = base64.b64decode(kept["icc_profile"], validate=True)
+        if "dpi" in kept:
+            across, down = kept["dpi"]
+            dpi = float(across), float(down)
+    except (TypeError, ValueError, binascii.Error):
+        return SlideMetadata(further=further)
+    return SlideMetadata(icc_profile=profile, dpi=dpi, further=further)

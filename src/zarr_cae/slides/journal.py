@@ -1,0 +1,196 @@
+"""The journal of a conversion: what is done, so that it can be interrupted at any moment and go on.
+
+The journal is a folder beside the output, `.NAME.converting`, until all is done:
+
+    journal.json   source, settings and the version of the format; another source or setting is refused
+    done           one line for each block that is complete
+    reduced/       the exact reduced copies of blocks whose parent is not made yet, as .npy files
+    out/           the output, which gets its final name at the end
+
+A block is recorded only after its shard and its reduced copy are written, so a process that is killed loses at most
+the blocks in work. A lock keeps two processes from the same journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.slides.pyramid import Block
+
+__all__ = ["Journal", "read_reduced", "write_reduced"]
+
+_VERSION = 1
+
+
+class Journal:
+    """The journal beside an output.
+
+    Parameters
+    ----------
+    output
+        The final name of the output.
+    settings
+        Source and settings of the conversion, as JSON values. All of them must be the same to go on.
+    restart
+        Whether to remove a journal that is there and begin anew.
+
+    Attributes
+    ----------
+    folder
+        The journal's folder.
+    resumed
+        Whether there was a journal to go on with.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If there is a journal of another source or of other settings, or another process works on it.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.folder = journal_folder(output)
+        self._lock: IO[bytes] | None = None
+        self.folder.mkdir(exist_ok=True)
+        self._take_lock(output)
+        try:
+            if restart:
+                self._clear()
+            self.resumed = self._check(output, {"version": _VERSION, **settings})
+            self._done = set(self._complete_lines())
+            self._file = (self.folder / "done").open("ab")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def out(self) -> Path:
+        """The output under its temporary name."""
+        return self.folder / "out"
+
+    def __contains__(self, block: Block) -> bool:
+        return block.name in self._done
+
+    def record(self, block: Block) -> None:
+        """Record that a block and its reduced copy are written; return when that is on the disk."""
+        self._file.write(f"{block.name}\n".encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._done.add(block.name)
+
+    def close(self) -> None:
+        """Release the journal; it stays for the next run."""
+        if hasattr(self, "_file"):
+            self._file.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def remove(self) -> None:
+        """Remove the journal after all is done."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def _take_lock(self, output: Path) -> None:
+        self._lock = (self.folder / "lock").open("wb")
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise CAEConfigurationError(f"cae: another process is converting to {output}; wait for it") from error
+
+    def _clear(self) -> None:
+        for name in ("journal.json", "done"):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in ("reduced", "out"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _check(self, output: Path, settings: dict[str, Any]) -> bool:
+        """Return whether to go on with this journal; write its settings if it is new."""
+        path = self.folder / "journal.json"
+        settings = json.loads(json.dumps(settings))
+        try:
+            known = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            known = None
+        # Without the output, the process was killed after it got its final name: that conversion is complete.
+        if known is None or not (self.out / "zarr.json").exists():
+            self._clear()
+            (self.folder / "reduced").mkdir()
+            _write_whole(path, json.dumps(settings, indent=1).encode())
+            return False
+        if known != settings:
+            names = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
+            changes = "; ".join(f"{name} was {known.get(name)!r} and is {settings.get(name)!r}" for name in names)
+            raise CAEConfigurationError(
+                f"cae: an interrupted conversion to {output} had another source or other settings: {changes}. Give the "
+                "same ones to go on, or --restart to begin anew"
+            )
+        return True
+
+    def _complete_lines(self) -> Iterator[str]:
+        with contextlib.suppress(FileNotFoundError):
+            content = (self.folder / "done").read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):  # the process was killed within a line
+                with (self.folder / "done").open("r+b") as file:
+                    file.truncate(len(whole))
+            yield from whole.decode().split()
+
+
+def journal_folder(output: Path) -> Path:
+    """Return the folder of the journal of an output."""
+    return output.with_name(f".{output.name}.converting")
+
+
+def write_reduced(folder: Path, block: Block, pixels: npt.NDArray[Any]) -> None:
+    """Write the reduced copy of a block, whole or not at all."""
+    path = _reduced(folder, block)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with partial.open("wb") as file:
+        np.save(file, pixels, allow_pickle=False)
+    partial.replace(path)
+
+
+def read_reduced(folder: Path, block: Block) -> npt.NDArray[Any]:
+    """Read the reduced copy of a block."""
+    return np.asarray(np.load(_reduced(folder, block), allow_pickle=False))
+
+
+def remove_reduced(folder: Path, block: Block) -> None:
+    """Remove the reduced copy of a block, if there is one."""
+    _reduced(folder, block).unlink(missing_ok=True)
+
+
+def _reduced(folder: Path, block: Block) -> Path:
+    return folder / "reduced" / (block.name.replace("/", "-") + ".npy")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".new")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
