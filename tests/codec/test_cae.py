@@ -79,7 +79,7 @@ def test_sixteen_configurations(photograph, metric):
 def test_chains(photograph, pipeline, chain):
     transposed = chain.get("filters") == "transpose"
     if transposed:
-        chain = {**chain, "filters": [TransposeCodec(order=(2, 0, 1))], "codec": CAECodec(4, channel_axis=-3)}
+        chain = {**chain, "filters": [TransposeCodec(order=(2, 0, 1))], "codec": CAECodec(channel_axis=-3)}
     plain = create(photograph, chunks=(128, 128, 3))[:]
     array = create(photograph, chunks=(128, 128, 3), **chain)
     reopened = zarr.open_array(array.store, mode="r")
