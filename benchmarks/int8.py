@@ -27,7 +27,8 @@ from zarr_cae.networks.engine import Engine
 from zarr_cae.networks.transforms import HIGH_RATE, LOW_RATE, Residual
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS
 
 TILE = 512
 
@@ -121,16 +122,16 @@ def curve(engine: Engine, metric: str, images: list[np.ndarray]) -> Curve:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--metric", default="mse", choices=weights.METRICS)
+    parser.add_argument("--metric", default="mse", choices=METRICS)
     arguments = parser.parse_args()
     speeds()
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
     images = [np.asarray(Image.open(file).convert("RGB"))[:TILE, :TILE] for file in files]
     print(f"\n{len(images)} images, {arguments.metric}: BD-rate (PSNR) of residual branches at 8 bits")
     for quality in (1, 6):
-        digest = weights.default_digest(weights.DEFAULT_MODEL, quality, arguments.metric)
-        info = weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric=arguments.metric)
-        engine = Engine(weights.load(info.path), torch.device("cpu"))
+        digest = registry.default_digest(DEFAULT_MODEL, quality, arguments.metric)
+        info = registry.find(digest, model=DEFAULT_MODEL, quality=quality, metric=arguments.metric)
+        engine = Engine(registry.load(info.path), torch.device("cpu"))
         exact = curve(engine, "float32", images)
         for network in engine.networks:
             for module in network.modules():

@@ -33,7 +33,8 @@ from PIL import Image
 
 from zarr_cae.cli import main as zarr_cae
 from zarr_cae.evaluation.classical import RIVALS
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import DEFAULT_MODEL
 
 RUNS = {
     "image": ["--chunks", "image", "--against", ",".join(name for name in RIVALS if name != "jpegxl3")],
@@ -57,7 +58,7 @@ def fine_tune(folder: Path, length: list[str]) -> None:
     print(f"{len(rest)} pictures to train on, {len(held_out)} held out")
     with TemporaryDirectory() as temporary:
         os.environ["ZARR_CAE_WEIGHTS"], tuned = f"{temporary}/weights", f"{temporary}/tuned"
-        start = ["--range", "low", "--from", weights.default_digest(weights.DEFAULT_MODEL, 1, "mse")]
+        start = ["--range", "low", "--from", registry.default_digest(DEFAULT_MODEL, 1, "mse")]
         run(["train", *rest, "--out", tuned, *start, *length, "--threads", "1", "--bfloat16"], rest)
         (file,) = Path(tuned).glob("*.safetensors")
         run(["weights", "import", str(file)])

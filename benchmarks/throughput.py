@@ -42,7 +42,8 @@ from zarr_cae.evaluation.classical import RIVALS
 from zarr_cae.networks.engine import PASS_PIXELS, engine_for
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import ZOO_MODEL
 
 RIVAL_NAMES = ("jpegxl", "jpegxl3", "avif", "webp", "jpeg")
 Chunk = np.ndarray[Any, np.dtype[np.uint8]]
@@ -92,8 +93,8 @@ def through_zarr(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, floa
 
 def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, float]:
     """Seconds of the forward passes alone."""
-    info = weights.find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
-    engine = engine_for(weights.load(info.path), Settings())
+    info = registry.find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
+    engine = engine_for(registry.load(info.path), Settings())
     layout = Layout((edge, edge, 3), 2)
     batch = max(1, PASS_PIXELS[engine.device.type] // edge**2)
     planes = [to_planes(chunk, layout, (0, 255)) for chunk in cut(pixels, edge)]
@@ -146,7 +147,7 @@ def random_zoo(quality: int, folder: Path) -> str:
 
     path = folder / f"random-{quality}.pth.tar"
     torch.save(compressai_model(quality).state_dict(), path)
-    return weights.store(convert(path, quality=quality, metric="mse"), folder).digest
+    return registry.store(convert(path, quality=quality, metric="mse"), folder).digest
 
 
 def psnr(one: Chunk, other: Chunk) -> float:
@@ -178,7 +179,7 @@ def compare(pixels: Chunk, edge: int, quality: int, arguments: argparse.Namespac
     share = len(chunks) / len(sample)
     through_zarr(pixels[: 2 * edge, : 2 * edge], edge, codec)  # loads networks and coder
     times: dict[str, list[tuple[float, float]]] = {}
-    zoo = CAECodec(quality, model=weights.ZOO_MODEL, weights=random_zoo(quality, folder), channel_axis=2) if (
+    zoo = CAECodec(quality, model=ZOO_MODEL, weights=random_zoo(quality, folder), channel_axis=2) if (
         "compressai" in arguments.against
     ) else None  # fmt: skip
     model = compressai_model(quality) if zoo is not None else None
@@ -222,7 +223,7 @@ def main() -> None:
     pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
     print(f"{arguments.edge} x {arguments.edge} RGB, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[weights.CACHE_VARIABLE] = folder
+        os.environ[registry.CACHE_VARIABLE] = folder
         for edge in map(int, arguments.chunks.split(",")):
             for quality in map(int, arguments.quality.split(",")):
                 compare(pixels, edge, quality, arguments, Path(folder))

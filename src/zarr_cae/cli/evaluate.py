@@ -30,7 +30,8 @@ from zarr_cae.evaluation.measures import (
     to_curves,
     write_csv,
 )
-from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, available, check_digest
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES
+from zarr_cae.weights.registry import available, check_digest
 
 if TYPE_CHECKING:
     from zarr_cae.codec.cae import CAECodec
