@@ -26,7 +26,8 @@ from zarr_cae.networks.engine import Engine
 from zarr_cae.networks.transforms import HIGH_RATE, LOW_RATE, Residual
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, default_digest, find, load
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS
+from zarr_cae.weights.registry import default_digest, find, load
 
 TILE = 512
 

@@ -24,7 +24,8 @@ from zarr_cae.networks.engine import engine_for
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
 from zarr_cae.training.density import Density
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, Weights
 
 LARGEST = 2000
 """Symbols beyond are an IndexError; the largest on photographs are some hundreds."""
@@ -34,25 +35,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--quality", default="1,2,3,4,5,6,7,8")
-    parser.add_argument("--metric", default="mse", choices=weights.METRICS)
+    parser.add_argument("--metric", default="mse", choices=METRICS)
     arguments = parser.parse_args()
     files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
     images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     print(f"{len(images)} images, metric {arguments.metric}")
     print("quality  chunk   bpp      streams/tables  streams/density  frames/density  streams/blind")
     for quality in map(int, arguments.quality.split(",")):
-        digest = weights.default_digest(weights.DEFAULT_MODEL, quality, arguments.metric)
-        info = weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric=arguments.metric)
+        digest = registry.default_digest(DEFAULT_MODEL, quality, arguments.metric)
+        info = registry.find(digest, model=DEFAULT_MODEL, quality=quality, metric=arguments.metric)
         for edge in (256, None):
             pixels, bits = 0, np.zeros(4)
-            counts = np.zeros((weights.load(info.path).latent_channels, 2 * LARGEST + 1), np.int64)
+            counts = np.zeros((registry.load(info.path).latent_channels, 2 * LARGEST + 1), np.int64)
             for image in images:
                 step = (edge, edge) if edge else image.shape[:2]
                 for top in range(0, image.shape[0] - step[0] + 1, step[0]):
                     for left in range(0, image.shape[1] - step[1] + 1, step[1]):
                         chunk = image[top : top + step[0], left : left + step[1]]
                         pixels += chunk.shape[0] * chunk.shape[1]
-                        bits += measure(weights.load(info.path), quality, chunk, counts)
+                        bits += measure(registry.load(info.path), quality, chunk, counts)
             tables, density, streams, frames = bits
             print(
                 f"{quality:7d}  {edge or 'image':<6}  {frames / pixels:.4f}  {streams / tables:14.4f}  "
@@ -67,9 +68,7 @@ def blind(counts: np.ndarray) -> float:
     return float(-(counts * np.log2(shares, where=counts > 0, out=np.zeros(counts.shape))).sum())
 
 
-def measure(
-    loaded: weights.Weights, quality: int, chunk: np.ndarray, counts: np.ndarray
-) -> tuple[float, float, float, float]:
+def measure(loaded: Weights, quality: int, chunk: np.ndarray, counts: np.ndarray) -> tuple[float, float, float, float]:
     """Bits of one chunk (rows, columns, 3): ideal under the tables and the density, of the streams, of the frame.
 
     Counts its symbols in `counts` (M, 2 LARGEST + 1).

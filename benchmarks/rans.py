@@ -67,10 +67,11 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
     from zarr_cae.networks.engine import engine_for
     from zarr_cae.pixels.convert import to_planes
     from zarr_cae.pixels.layout import Layout
-    from zarr_cae.weights import registry as weights
+    from zarr_cae.weights import registry
+    from zarr_cae.weights.file import DEFAULT_MODEL
 
-    digest = weights.default_digest(weights.DEFAULT_MODEL, quality, "mse")
-    loaded = weights.load(weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric="mse").path)
+    digest = registry.default_digest(DEFAULT_MODEL, quality, "mse")
+    loaded = registry.load(registry.find(digest, model=DEFAULT_MODEL, quality=quality, metric="mse").path)
     settings, tiles = Settings(), []
     for file in files:
         pixels = np.asarray(Image.open(file).convert("RGB"))

@@ -33,7 +33,8 @@ from PIL import Image
 
 from zarr_cae.cli import main as zarr_cae
 from zarr_cae.evaluation.classical import CLASSICAL
-from zarr_cae.weights.registry import CACHE_VARIABLE, DEFAULT_MODEL, default_digest
+from zarr_cae.weights.file import DEFAULT_MODEL
+from zarr_cae.weights.registry import CACHE_VARIABLE, default_digest
 
 RUNS = {
     "image": ["--chunks", "image", "--against", ",".join(name for name in CLASSICAL if name != "jpegxl3")],

@@ -41,7 +41,8 @@ from zarr_cae.evaluation.measures import psnr
 from zarr_cae.networks.engine import PASS_PIXELS, engine_for
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights.registry import CACHE_VARIABLE, ZOO_MODEL, find, load, store
+from zarr_cae.weights.file import ZOO_MODEL
+from zarr_cae.weights.registry import CACHE_VARIABLE, find, load, store
 
 CODECS = ("jpegxl", "jpegxl3", "avif", "webp", "jpeg")
 Chunk = np.ndarray[Any, np.dtype[np.uint8]]

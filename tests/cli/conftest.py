@@ -12,7 +12,7 @@ import zarr
 
 from zarr_cae import CAECodec
 from zarr_cae.cli.demo import photograph
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def photo() -> np.ndarray:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "weights"))
+    monkeypatch.setenv(registry.CACHE_VARIABLE, str(tmp_path / "weights"))
     return tmp_path
 
 

@@ -17,7 +17,7 @@ from commands import on_a_terminal, refused, save
 from zarr_cae import CAECodec
 from zarr_cae.cli import main
 from zarr_cae.evaluation.measures import psnr
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
 
 
 def test_training_shows_loss_rate_and_distortion_on_a_terminal(here: Path, photo: np.ndarray) -> None:
@@ -60,7 +60,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     assert digest in capsys.readouterr().out
     assert main(["weights", "list"]) == 0
     assert re.search(rf"imported +{digest}", capsys.readouterr().out)
-    info = weights.find(digest, model="cae-v1", quality=3, metric="mse")
+    info = registry.find(digest, model="cae-v1", quality=3, metric="mse")
     assert info.provenance["steps"] == 6
     assert info.provenance["images"] == 3  # the fourth is held out
     assert info.provenance["recipe"]["seed"] == 7
@@ -71,7 +71,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
 
     assert main(["train", "images", "--out", "tuned", "--from", digest, "--steps", "1", *small]) == 0
     (third,) = Path("tuned").glob("*.safetensors")
-    tuned, old = (weights.load(weights.store(path.read_bytes()).path) for path in (third, second))
+    tuned, old = (registry.load(registry.store(path.read_bytes()).path) for path in (third, second))
     assert tuned.info.provenance["from"] == digest
     assert np.allclose(tuned.tensors["step"], old.tensors["step"], rtol=0.01)
     assert "range" in refused(capsys, "train", "images", "--out", "x", "--from", digest, "--range", "high", *small)
@@ -81,7 +81,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     lambdas = ["--lambdas", ",".join(map(str, own))]
     assert main(["train", "images", "--out", "density", "--from", "tuned/checkpoint.pt", *lambdas, *options]) == 0
     (fourth,) = Path("density").glob("*.safetensors")
-    density = weights.load(weights.store(fourth.read_bytes()).path)
+    density = registry.load(registry.store(fourth.read_bytes()).path)
     assert density.info.provenance["recipe"]["lambdas"] == list(own)
     np.testing.assert_array_equal(density.tensors["synthesis.conv2.weight"], tuned.tensors["synthesis.conv2.weight"])
     assert (density.tensors["gain"] != tuned.tensors["gain"]).any()

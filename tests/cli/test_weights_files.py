@@ -8,7 +8,7 @@ import pytest
 from commands import refused
 
 from zarr_cae.cli import main
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
 
 
 def test_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,7 +16,7 @@ def test_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{here / 'weights'}\n"
     assert main(["weights", "list"]) == 0
     out = capsys.readouterr().out
-    for info in weights.available():
+    for info in registry.available():
         assert info.digest in out
     assert "bundled" in out
     assert "imported" not in out

@@ -17,7 +17,8 @@ from zarr_cae.networks.engine import Engine, engine_for
 from zarr_cae.networks.pieces import HALO, LEAST_COLUMNS
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import Weights
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 RARE = {"cpu": 1e-4, "cuda": 5e-3}
@@ -25,8 +26,8 @@ RARE = {"cpu": 1e-4, "cuda": 5e-3}
 
 
 def bundled(quality, metric="mse"):
-    digest = weights.default_digest("cae-v1", quality, metric)
-    return weights.load(weights.find(digest, model="cae-v1", quality=quality, metric=metric).path)
+    digest = registry.default_digest("cae-v1", quality, metric)
+    return registry.load(registry.find(digest, model="cae-v1", quality=quality, metric=metric).path)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +281,7 @@ def test_a_child_of_a_process_that_used_a_gpu_has_none(two_gpus):
 def test_architectures_that_do_not_exist_are_refused(architecture):
     loaded = bundled(1)
     wrong = {**loaded.info.architecture, **architecture} if isinstance(architecture, dict) else architecture
-    broken = weights.Weights(replace(loaded.info, architecture=wrong), loaded.tensors, loaded.tables)
+    broken = Weights(replace(loaded.info, architecture=wrong), loaded.tensors, loaded.tables)
     with pytest.raises(CAEConfigurationError, match="architecture"):
         Engine(broken, torch.device("cpu"))
 
@@ -288,6 +289,6 @@ def test_architectures_that_do_not_exist_are_refused(architecture):
 def test_networks_that_do_not_fit_their_architecture_are_refused():
     loaded = bundled(1)
     tensors = {name: value for name, value in loaded.tensors.items() if name != "analysis.conv1.bias"}
-    broken = weights.Weights(loaded.info, tensors, loaded.tables)
+    broken = Weights(loaded.info, tensors, loaded.tables)
     with pytest.raises(CAEConfigurationError, match=r"analysis|conv1\.bias"):
         Engine(broken, torch.device("cpu"))

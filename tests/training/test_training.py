@@ -29,7 +29,7 @@ from zarr_cae.training.loop import DECODER_ONLY_FROM, Recipe, Trainer, learning_
 from zarr_cae.training.loss import border_bias, mean_squared_error, multiscale_dissimilarity, rate_distortion
 from zarr_cae.training.model import Coded, GainedAutoencoder, default_lambdas
 from zarr_cae.training.soap import Soap
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +549,7 @@ def test_starting_for_other_lambdas(trainer: Trainer, started: Trainer, folder: 
     trainer.save(tmp_path / "c.pt")
     provenance = {"recipe": {"lambdas": list(own)}}
     images = list(trainer.crops.tiles())
-    exported = weights.load(weights.store(export(trainer.averaged(), "mse", provenance, images), tmp_path).path)
+    exported = registry.load(registry.store(export(trainer.averaged(), "mse", provenance, images), tmp_path).path)
     wanted = copy.deepcopy(trainer.model)
     wanted.load_state_dict(trainer.average)
     wanted.move(own, RECIPE.lambdas)
@@ -601,8 +601,8 @@ def test_export_and_restore(started: Trainer, tmp_path: Path) -> None:
     model, images = started.averaged(), list(started.crops.tiles())
     content = export(model, "mse", {"seed": 0, "images": 6}, images)
     assert content == export(model, "mse", {"images": 6, "seed": 0}, images)  # the same network is the same file
-    info = weights.store(content, tmp_path)
-    loaded = weights.load(info.path)
+    info = registry.store(content, tmp_path)
+    loaded = registry.load(info.path)
     assert info.qualities == (1, 2, 3, 4, 5)
     assert info.provenance == {"seed": 0, "images": 6}
     assert len(loaded.tables) == 5

@@ -20,7 +20,8 @@ from zarr_cae.coder.tables import PRECISION
 from zarr_cae.config import Settings
 from zarr_cae.networks.engine import Engine
 from zarr_cae.weights import compressai as zoo
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import ZOO_MODEL
 
 N, M = 8, 12
 
@@ -69,8 +70,8 @@ def cache(tmp_path, monkeypatch):
 
 def converted(state, folder, quality=3, metric="ms-ssim"):
     torch.save(state, folder / "checkpoint.pth.tar")
-    info = weights.store(zoo.convert(folder / "checkpoint.pth.tar", quality=quality, metric=metric))
-    return weights.load(info.path)
+    info = registry.store(zoo.convert(folder / "checkpoint.pth.tar", quality=quality, metric=metric))
+    return registry.load(info.path)
 
 
 def test_the_same_file_from_the_same_checkpoint(cache):
@@ -279,8 +280,8 @@ def test_safetensors_and_parameters_give_the_same_network(cache):
     expected = converted(state_dict(), cache).tensors
     tensors = converted({key: torch.nn.Parameter(value) for key, value in state_dict().items() if value.numel()}, cache)
     save_file(state_dict(), cache / "x.safetensors")
-    info = weights.store(zoo.convert(cache / "x.safetensors", quality=3, metric="mse"))
-    for found in (tensors.tensors, weights.load(info.path).tensors):
+    info = registry.store(zoo.convert(cache / "x.safetensors", quality=3, metric="mse"))
+    for found in (tensors.tensors, registry.load(info.path).tensors):
         assert all((found[name] == value).all() for name, value in expected.items())
     (cache / "x.safetensors").write_bytes(b"junk of more than eight bytes")
     with pytest.raises(CAEConfigurationError, match=r"x\.safetensors is not a checkpoint"):
@@ -300,7 +301,7 @@ def zoo_of_files(cache, monkeypatch):
     urls[3] = (cache / "bmshj2018-factorized-prior-3-00000000.pth.tar").as_uri()
     for name in ("compressai", "compressai.zoo", "compressai.zoo.image"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["compressai.zoo.image"].model_urls = {weights.ZOO_MODEL: {"mse": urls}}
+    sys.modules["compressai.zoo.image"].model_urls = {ZOO_MODEL: {"mse": urls}}
     return cache
 
 
@@ -315,9 +316,9 @@ def test_fetch(zoo_of_files, monkeypatch, capfd):
     path = zoo.fetch(quality=1, metric="mse")
     assert len(asked) == 1
     assert capfd.readouterr() == ("", "")  # no progress bar where there is no terminal
-    (info,) = (info for info in weights.available() if info.path.parent == zoo_of_files / "cache")
-    assert (info.path, info.model, info.metric, info.qualities) == (path, weights.ZOO_MODEL, "mse", (1,))
-    assert CAECodec(1, model=weights.ZOO_MODEL).weights == info.digest
+    (info,) = (info for info in registry.available() if info.path.parent == zoo_of_files / "cache")
+    assert (info.path, info.model, info.metric, info.qualities) == (path, ZOO_MODEL, "mse", (1,))
+    assert CAECodec(1, model=ZOO_MODEL).weights == info.digest
     monkeypatch.setitem(sys.modules, "compressai", None)
     assert zoo.fetch(quality=1, metric="mse") == path
     assert len(asked) == 1  # nothing is downloaded again
@@ -339,7 +340,7 @@ def test_fetch_of_what_is_not_what_it_should_be(zoo_of_files, quality, message):
 def test_fetch_without_compressai_says_what_to_do(tmp_path):
     code = (
         "import sys; sys.modules['compressai'] = None\n"
-        "from zarr_cae import zoo, CAEConfigurationError\n"
+        "from zarr_cae import CAEConfigurationError; from zarr_cae.weights import compressai as zoo\n"
         "try: zoo.fetch(quality=1, metric='mse')\n"
         "except CAEConfigurationError as error: assert 'weights import' in str(error)\n"
         "else: raise SystemExit('no error')"

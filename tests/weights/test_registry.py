@@ -2,62 +2,28 @@
 
 import hashlib
 import json
+import os
 
-import numpy as np
 import pytest
-import safetensors.numpy
+from weights_files import contexts, tiny
 
 from zarr_cae import CAECodec, CAEConfigurationError, WeightsNotFoundError
-from zarr_cae.weights import registry as weights
-
-
-def tiny(**changes) -> bytes:
-    """A weights file for two qualities and three channels, without networks."""
-    row = np.array([1, 4000, 50, 45], np.uint16)
-    tensors = {name: np.ones((2, 3), np.float32) for name in ("gain", "shift", "step", "offset")}
-    tensors |= {
-        "tables.minimum": np.full((2, 3), -1, np.int32), "tables.length": np.full((2, 3), 4, np.int32),
-        "tables.frequency": np.tile(row, 6),
-    }  # fmt: skip
-    keywords = {"model": "cae-v1", "metric": "mse", "qualities": (1, 2), "architecture": {}, "provenance": {}}
-    for name, value in changes.items():
-        if name in keywords:
-            keywords[name] = value
-        elif value is None:
-            del tensors[name.replace("__", ".")]
-        else:
-            tensors[name.replace("__", ".")] = value
-    return weights.pack(tensors, **keywords)
-
-
-def contexts(**changes):
-    """The tensors of contexts with two sources and one class, for `tiny`."""
-    arrays = {
-        "source": np.array([[[-1, -1], [0, -1], [0, 1]]] * 2, np.int16), "weight": np.full((2, 3, 2), 100, np.uint8),
-        "threshold": np.empty((2, 3, 0), np.uint16), "predicted": np.array([[1, 0, 0]] * 2, np.uint8),
-        "zero": np.full((2, 3), 4000, np.uint16),
-    }  # fmt: skip
-    return {f"contexts__{name}": value for name, value in {**arrays, **changes}.items()}
-
-
-def with_metadata(metadata):
-    """A file whose header's `__metadata__` is of another kind."""
-    header = json.dumps({"__metadata__": metadata, "a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
-    return len(header).to_bytes(8, "little") + header
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import FORMAT, METRICS
 
 
 def test_contexts_are_read(cache):
-    info = weights.store(tiny(**contexts()))
-    for table in weights.load(info.path).tables:
+    info = registry.store(tiny(**contexts()))
+    for table in registry.load(info.path).tables:
         assert table.contexts is not None
         assert table.contexts.predicted.tolist() == [True, False, False]
         assert table.frame_version == 2
 
 
 def test_a_damaged_file_does_not_hide_the_others(cache, caplog):
-    info = weights.store(tiny())
+    info = registry.store(tiny())
     (cache / f"{'0' * 64}.safetensors").write_bytes(b"junk")
-    assert info in list(weights.available())
+    assert info in list(registry.available())
     assert "0000" in caplog.text
 
 
@@ -70,19 +36,19 @@ def cache(tmp_path, monkeypatch):
 def test_all_sixteen_configurations_are_bundled_once():
     found = [
         (info.metric, quality)
-        for info in weights.available()
-        if info.path.parent == weights.bundled_folder()
+        for info in registry.available()
+        if info.path.parent == registry.bundled_folder()
         for quality in info.qualities
     ]
-    assert sorted(found) == sorted((metric, quality) for metric in weights.METRICS for quality in range(1, 9))
+    assert sorted(found) == sorted((metric, quality) for metric in METRICS for quality in range(1, 9))
 
 
 def test_bundled_files_are_what_their_names_say_and_fit_the_wheel():
-    files = sorted(weights.bundled_folder().glob("*.safetensors"))
+    files = sorted(registry.bundled_folder().glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) < 40e6
     for file in files:
         assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
-        loaded = weights.load(file)
+        loaded = registry.load(file)
         assert len(loaded.tables) == len(loaded.info.qualities)
         assert all(table.channels == loaded.latent_channels for table in loaded.tables)
         assert loaded.info.provenance
@@ -90,78 +56,85 @@ def test_bundled_files_are_what_their_names_say_and_fit_the_wheel():
 
 def test_stored_by_digest_and_found_again(cache):
     content = tiny()
-    info = weights.store(content)
+    info = registry.store(content)
     assert info.digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
     assert [path.name for path in cache.iterdir()] == [f"{info.digest[7:]}.safetensors"]
-    assert weights.store(content) == info
-    assert weights.find(info.digest, model="cae-v1", quality=2, metric="mse") == info
-    loaded = weights.load(info.path)
+    assert registry.store(content) == info
+    assert registry.find(info.digest, model="cae-v1", quality=2, metric="mse") == info
+    loaded = registry.load(info.path)
     assert loaded.row(2) == 1
     assert loaded.latent_channels == 3
 
 
 def test_the_bundled_weights_are_the_default_even_beside_imported_ones(cache):
     before = CAECodec(quality=1).weights
-    weights.store(tiny())
+    registry.store(tiny())
     assert CAECodec(quality=1).weights == before
 
 
 def test_the_same_content_gives_the_same_bytes():
     assert tiny() == tiny()
     size = int.from_bytes(tiny()[:8], "little")
-    assert json.loads(tiny()[8 : 8 + size])["__metadata__"]["format"] == weights.FORMAT
+    assert json.loads(tiny()[8 : 8 + size])["__metadata__"]["format"] == FORMAT
 
 
 def test_missing_weights_are_named(cache):
     digest = "sha256:" + "ab" * 32
     with pytest.raises(WeightsNotFoundError, match=f"{digest}.*'cae-v1', quality 3, metric 'mse'.*weights import"):
-        weights.find(digest, model="cae-v1", quality=3, metric="mse")
+        registry.find(digest, model="cae-v1", quality=3, metric="mse")
     with pytest.raises(WeightsNotFoundError, match="weights fetch --quality 3 --metric mse"):
-        weights.default_digest("bmshj2018-factorized", 3, "mse")
+        registry.default_digest("bmshj2018-factorized", 3, "mse")
 
 
 @pytest.mark.parametrize("wrong", [{"quality": 3}, {"metric": "ms-ssim"}, {"model": "bmshj2018-factorized"}])
 def test_weights_of_another_configuration_are_refused(cache, wrong):
-    info = weights.store(tiny())
+    info = registry.store(tiny())
     with pytest.raises(CAEConfigurationError, match="are for model 'cae-v1', metric 'mse', qualities"):
-        weights.find(info.digest, **{"model": "cae-v1", "quality": 1, "metric": "mse", **wrong})
+        registry.find(info.digest, **{"model": "cae-v1", "quality": 1, "metric": "mse", **wrong})
 
 
 def test_a_damaged_file_is_refused(cache):
-    info = weights.store(tiny())
+    info = registry.store(tiny())
     content = bytearray(info.path.read_bytes())
     content[-1] ^= 1
     info.path.write_bytes(content)
     with pytest.raises(CAEConfigurationError, match="is damaged"):
-        weights.load(info.path)
+        registry.load(info.path)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "truncated"), (b"\xff" * 64, "truncated"), (b"\x08" + bytes(7) + b"not json", "not a safetensors"),
-        (tiny()[:200], "truncated"), (tiny()[:-1], "not a safetensors"),
-        (safetensors.numpy.save({"a": np.zeros(1)}), "format None"), (tiny(qualities=()), "does not know"),
-        (tiny(qualities=(9,)), "does not know"), (tiny(metric="psnr"), "does not know"),
-        (tiny(model="cae-v9"), "does not know"), (tiny(gain=None), "expected gain"),
-        (tiny(shift=np.ones((2, 3), np.float64)), "expected shift"), (tiny(step=np.ones((1, 3), np.float32)), "step"),
-        (tiny(tables__length=np.full((2, 3), 5, np.int32)), "expected 30"),
-        (tiny(tables__length=np.full((2, 3), 1, np.int32)), "tables.frequency"),
-        (tiny(tables__frequency=None), "has 0 entries"), (tiny(qualities=[[1], [2]]), "does not know"),
-        (tiny(qualities=(1, 1)), "does not know"), (tiny(qualities=(1.0, 2.0)), "does not know"),
-        (with_metadata([1]), "format None"), (with_metadata(None), "format None"),
-        (tiny(gain=np.full((2, 3), np.nan, np.float32)), "gain must be finite"),
-        (tiny(step=np.zeros((2, 3), np.float32)), "step not 0"),
-        (tiny(tables__frequency=np.tile(np.array([1, 4000, 50, 45]), 6)), "tables.frequency as uint16"),
-        (tiny(contexts__source=np.zeros((2, 3, 1), np.int16)), "expected contexts"),
-        (tiny(**contexts(weight=np.full((2, 3, 2), 200, np.uint8))), "channel 0 need earlier channels"),
-        (tiny(**contexts(threshold=np.ones((2, 3, 2), np.uint16))), "3 channels in 3 classes"),
-        (tiny(**contexts(zero=np.ones((1, 3), np.uint16))), "expected contexts"),
-        (tiny(tables__frequency=np.tile(np.array([0, 4000, 50, 46], np.uint16), 6)), "frequenc"),
-        (tiny(tables__frequency=np.tile(np.array([1, 4000, 50, 46], np.uint16), 6)), "frequenc"),
-    ],
-)  # fmt: skip
-def test_malformed_files_are_refused_and_leave_nothing(cache, content, message):
-    with pytest.raises(CAEConfigurationError, match=message):
-        weights.store(content)
-    assert not cache.exists() or not list(cache.iterdir())
+def test_odd_entries_of_the_folder_hide_nothing(cache):
+    info = registry.store(tiny())
+    folder, link, pipe = (cache / f"{digit * 64}.safetensors" for digit in "012")
+    folder.mkdir()
+    link.symlink_to("/nowhere/at/all")
+    os.mkfifo(pipe)
+    deep = b"[" * 100_000 + b"]" * 100_000
+    (cache / f"{'3' * 64}.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    listed = list(registry.available())
+    assert info in listed
+    assert len([one for one in listed if one.path.parent == cache]) == 1
+    assert CAECodec(quality=4).weights == registry.default_digest("cae-v1", 4, "mse")
+    with pytest.raises(WeightsNotFoundError, match="weights fetch"):
+        registry.default_digest("bmshj2018-factorized", 3, "mse")
+
+
+def test_a_name_stands_for_the_digest(cache):
+    info = registry.store(tiny(name="histology"))
+    assert info.name == "histology"
+    assert registry.resolve("histology", model="cae-v1", quality=2, metric="mse") == info.digest
+    default = registry.default_digest("cae-v1", 2, "mse")
+    for weights in (None, "photographs", default):
+        assert registry.resolve(weights, model="cae-v1", quality=2, metric="mse") == default
+    with pytest.raises(WeightsNotFoundError, match=r"histology.*quality 3.*known names are histology, photographs"):
+        registry.resolve("histology", model="cae-v1", quality=3, metric="mse")
+    for wrong in ("../histology", "sha256:0", 7):
+        with pytest.raises(CAEConfigurationError, match="sha256"):
+            registry.resolve(wrong, model="cae-v1", quality=2, metric="mse")
+
+
+def test_files_of_added_folders_are_found(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_added_folders", [])
+    info = registry.store(tiny(), tmp_path / "other")
+    assert registry.find_digest(info.digest) is None
+    registry.add_folder(tmp_path / "other")
+    assert registry.find_digest(info.digest) == info

@@ -28,7 +28,8 @@ from zarr_cae.cli.replacing import create_npy, replacing, replacing_zarr
 from zarr_cae.cli.writing import BAR, Options, many_chunks_at_once, new_array, slabs, stored_bytes, write
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
-from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS, find
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
+from zarr_cae.weights.registry import find
 
 if TYPE_CHECKING:
     import zarr

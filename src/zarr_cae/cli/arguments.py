@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.weights.registry import QUALITIES
+from zarr_cae.weights.file import QUALITIES
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -8,7 +8,7 @@ from pathlib import Path
 from zarr_cae.cli.arguments import Commands, command, note, pair, progress, quality, refuse, several, value_range
 from zarr_cae.cli.replacing import refuse_existing, take_place
 from zarr_cae.cli.writing import BAR
-from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
 
 
 def add(commands: Commands) -> None:

@@ -33,7 +33,8 @@ from zarr_cae.evaluation.curves import (
 from zarr_cae.evaluation.extra import import_extra
 from zarr_cae.evaluation.measures import SMALLEST_MS_SSIM
 from zarr_cae.evaluation.plot import plot
-from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, available, check_digest
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES
+from zarr_cae.weights.registry import available, check_digest
 
 if TYPE_CHECKING:
     from zarr_cae.codec.cae import CAECodec

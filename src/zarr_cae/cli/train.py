@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zarr_cae.cli.arguments import Commands, command, note, progress, refuse
 from zarr_cae.cli.weights_files import described
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, WeightsInfo
 
 if TYPE_CHECKING:
     from zarr_cae.training.data import Crops
@@ -40,7 +41,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("paths", nargs="*", metavar="IMAGES", help="image files, folders or tar files")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--range", choices=("low", "high"), help="qualities 1 to 5 (default) or 6 to 8")
-    parser.add_argument("--metric", choices=weights.METRICS, help="what to train for; default mse")
+    parser.add_argument("--metric", choices=METRICS, help="what to train for; default mse")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_positive(int), help="length of the schedule; default 20000")
     length.add_argument("--minutes", type=_positive(float), help="length of the schedule in minutes of training")
@@ -174,32 +175,32 @@ class _Start:
     rates: str
     metric: str
     lambdas: tuple[float, ...]
-    exported: weights.WeightsInfo | None
+    exported: WeightsInfo | None
     checkpoint: Path | None
 
     @classmethod
     def find(cls, text: str) -> _Start:
         from zarr_cae.training.loop import Recipe, read_checkpoint, trained_lambdas
-        from zarr_cae.training.model import QUALITIES
+        from zarr_cae.training.model import RANGES
 
         if not text.startswith("sha256:"):
             if not Path(text).is_file():
                 refuse(f"{text} is neither sha256:<digest> nor a checkpoint file")
             recipe = Recipe(**read_checkpoint(Path(text))["recipe"])
             return cls(Path(text).name, recipe.rates, recipe.metric, recipe.lambdas, None, Path(text))
-        weights.check_digest(text)
-        info = next((info for info in weights.available() if info.digest == text), None)
+        registry.check_digest(text)
+        info = next((info for info in registry.available() if info.digest == text), None)
         if info is None:
             refuse(f"weights {text} are not on this machine; see `zarr-cae weights list`")
-        rates = next((name for name, qualities in QUALITIES.items() if qualities == info.qualities), None)
-        if rates is None or info.model != weights.DEFAULT_MODEL:
-            refuse(f"weights {text} are of {info.model!r}; only {weights.DEFAULT_MODEL!r} can be trained")
+        rates = next((name for name, qualities in RANGES.items() if qualities == info.qualities), None)
+        if rates is None or info.model != DEFAULT_MODEL:
+            refuse(f"weights {text} are of {info.model!r}; only {DEFAULT_MODEL!r} can be trained")
         return cls(info.digest, rates, info.metric, trained_lambdas(info), info, None)
 
     def put_into(self, trainer: Trainer) -> None:
         """Give the trainer's network these weights."""
         if self.exported is not None:
-            trainer.start_from(weights.load(self.exported.path))
+            trainer.start_from(registry.load(self.exported.path))
         elif self.checkpoint is not None:
             trainer.start_from_checkpoint(self.checkpoint)
 
@@ -238,7 +239,7 @@ def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | Non
     return Recipe(**{**chosen, **given, **length})
 
 
-def _export(folder: Path, checkpoint: Path, crops: Crops) -> weights.WeightsInfo:
+def _export(folder: Path, checkpoint: Path, crops: Crops) -> WeightsInfo:
     """The averaged network of a checkpoint as a weights file, its tables fitted to the images."""
     from zarr_cae.training.export import export
     from zarr_cae.training.loop import Recipe, read_checkpoint
@@ -254,7 +255,7 @@ def _export(folder: Path, checkpoint: Path, crops: Crops) -> weights.WeightsInfo
         "recipe": asdict(recipe), "steps": state["step"], "minutes": round(state["seconds"] / 60, 1),
         **(json.loads(run.read_text("utf-8")) if run.is_file() else {}),
     }  # fmt: skip
-    return weights.store(export(model, recipe.metric, provenance, crops.tiles()), folder)
+    return registry.store(export(model, recipe.metric, provenance, crops.tiles()), folder)
 
 
 class _Display:

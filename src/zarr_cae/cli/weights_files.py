@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from zarr_cae.cli.arguments import Commands, command, quality, refuse, table
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, ZOO_MODEL, WeightsInfo
 
 
 def add(commands: Commands) -> None:
@@ -16,21 +17,21 @@ def add(commands: Commands) -> None:
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     command(actions, "list", list_weights, "List the weights files on this machine.")
-    command(actions, "path", show_path, f"Show the folder of imported weights; ${weights.CACHE_VARIABLE} changes it.")
+    command(actions, "path", show_path, f"Show the folder of imported weights; ${registry.CACHE_VARIABLE} changes it.")
     importing = command(
         actions, "import", import_file,
         "Make a weights file known by its digest. FILE is what `zarr-cae train` exported (.safetensors), or a "
-        f"CompressAI checkpoint of {weights.ZOO_MODEL} (.pth.tar, .pt), which needs --quality and --metric.",
+        f"CompressAI checkpoint of {ZOO_MODEL} (.pth.tar, .pt), which needs --quality and --metric.",
     )  # fmt: skip
     importing.add_argument("file", type=Path, metavar="FILE")
     importing.add_argument("--quality", type=quality, help="of a CompressAI checkpoint")
-    importing.add_argument("--metric", choices=weights.METRICS, help="of a CompressAI checkpoint")
+    importing.add_argument("--metric", choices=METRICS, help="of a CompressAI checkpoint")
     fetching = command(
         actions, "fetch", fetch,
-        f"Download CompressAI's weights of {weights.ZOO_MODEL}. Needs compressai and a network.",
+        f"Download CompressAI's weights of {ZOO_MODEL}. Needs compressai and a network.",
     )  # fmt: skip
     fetching.add_argument("--quality", type=quality, required=True)
-    fetching.add_argument("--metric", choices=weights.METRICS, required=True)
+    fetching.add_argument("--metric", choices=METRICS, required=True)
 
 
 def list_weights(_: argparse.Namespace) -> None:
@@ -38,16 +39,16 @@ def list_weights(_: argparse.Namespace) -> None:
     rows = [
         [
             info.model, info.metric, ",".join(map(str, info.qualities)), f"{info.path.stat().st_size / 1e6:.1f} MB",
-            "bundled" if info.path.parent == weights.bundled_folder() else "imported", info.digest,
+            "bundled" if info.path.parent == registry.bundled_folder() else "imported", info.digest,
         ]
-        for info in weights.available()
+        for info in registry.available()
     ]  # fmt: skip
     print(table(["model", "metric", "qualities", "size", "from", "digest"], rows))
 
 
 def show_path(_: argparse.Namespace) -> None:
     """`zarr-cae weights path`."""
-    print(weights.cache_folder())
+    print(registry.cache_folder())
 
 
 def import_file(arguments: argparse.Namespace) -> None:
@@ -63,7 +64,7 @@ def import_file(arguments: argparse.Namespace) -> None:
         from zarr_cae.weights.compressai import convert
 
         content = convert(path, quality=arguments.quality, metric=arguments.metric)
-    print(described(weights.store(content)))
+    print(described(registry.store(content)))
 
 
 def fetch(arguments: argparse.Namespace) -> None:
@@ -71,13 +72,13 @@ def fetch(arguments: argparse.Namespace) -> None:
     from zarr_cae.weights.compressai import fetch
 
     path = fetch(quality=arguments.quality, metric=arguments.metric)
-    print(described(next(info for info in weights.available() if info.path == path)))
+    print(described(next(info for info in registry.available() if info.path == path)))
 
 
-def described(info: weights.WeightsInfo) -> str:
+def described(info: WeightsInfo) -> str:
     """What to do with a weights file, and the codec that uses it."""
     qualities = ", ".join(map(str, info.qualities))
-    model = "" if info.model == weights.DEFAULT_MODEL else f"model={info.model!r}, "
+    model = "" if info.model == DEFAULT_MODEL else f"model={info.model!r}, "
     metric = "" if info.metric == "mse" else f"metric={info.metric!r}, "
     return (
         f"{info.digest}\n  {info.path}\n  {info.model}, {info.metric}, quality {qualities}: "

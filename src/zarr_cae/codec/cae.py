@@ -31,19 +31,8 @@ from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.convert import resolve_value_range
 from zarr_cae.pixels.layout import RGB, Layout, ValueRange, resolve_channel_axis
-from zarr_cae.weights.registry import (
-    DEFAULT_MODEL,
-    METRICS,
-    MODELS,
-    QUALITIES,
-    Metric,
-    Weights,
-    WeightsInfo,
-    check_digest,
-    default_digest,
-    find,
-    load,
-)
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
+from zarr_cae.weights.registry import check_digest, default_digest, find, load
 
 NAME = "cae"
 ChannelAxis = int | Literal["auto"] | None

@@ -37,7 +37,7 @@ from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.convert import to_chunk, to_planes
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange
-from zarr_cae.weights.registry import Weights
+from zarr_cae.weights.file import Weights
 
 if TYPE_CHECKING:
     from zarr_cae.networks.engine import Engine

@@ -15,7 +15,7 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.latents.codec import NAME as LATENTS_NAME
 from zarr_cae.latents.metadata import rewrite
 from zarr_cae.pixels.layout import RGB
-from zarr_cae.weights.registry import ZOO_MODEL
+from zarr_cae.weights.file import ZOO_MODEL
 
 __all__ = ["has_compressor", "is_metadata", "make", "sources"]
 

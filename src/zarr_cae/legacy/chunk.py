@@ -24,7 +24,7 @@ from zarr_cae.errors import CAEConfigurationError, FrameError
 from zarr_cae.legacy.stream import CumulativeTables, decode
 from zarr_cae.pixels.convert import to_chunk
 from zarr_cae.pixels.layout import RGB, Layout
-from zarr_cae.weights.registry import Weights
+from zarr_cae.weights.file import Weights
 
 __all__ = ["Header", "parse", "symbols", "synthesise"]
 

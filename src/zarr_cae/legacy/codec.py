@@ -23,7 +23,7 @@ from zarr_cae.legacy import weights as legacy_weights
 from zarr_cae.pixels.convert import to_chunk, to_planes
 from zarr_cae.pixels.layout import RGB, Layout
 from zarr_cae.weights import registry
-from zarr_cae.weights.registry import METRICS, QUALITIES, Weights
+from zarr_cae.weights.file import METRICS, QUALITIES, Weights
 
 __all__ = ["ConvolutionalAutoencoder"]
 

@@ -33,7 +33,7 @@ from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.legacy.codec import ConvolutionalAutoencoder
 from zarr_cae.legacy.weights import with_margin
 from zarr_cae.pixels.layout import RGB
-from zarr_cae.weights.registry import ZOO_MODEL, Weights
+from zarr_cae.weights.file import ZOO_MODEL, Weights
 
 __all__ = ["Migrated", "migrate"]
 

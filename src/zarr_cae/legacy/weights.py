@@ -8,7 +8,7 @@ from pathlib import Path
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.legacy.stream import CumulativeTables
 from zarr_cae.weights import registry
-from zarr_cae.weights.registry import ZOO_MODEL, Weights, WeightsInfo
+from zarr_cae.weights.file import ZOO_MODEL, Weights, WeightsInfo
 
 __all__ = ["cumulative_tables", "find", "with_margin"]
 

@@ -34,7 +34,7 @@ from zarr_cae.pixels import device as on_device
 from zarr_cae.pixels.convert import to_chunk, to_planes
 from zarr_cae.pixels.layout import PixelFormat, Planes
 from zarr_cae.threads import call_in_child, hold_across_fork
-from zarr_cae.weights.registry import DEFAULT_MODEL, Weights
+from zarr_cae.weights.file import DEFAULT_MODEL, Weights
 
 Array = npt.NDArray[Any]
 

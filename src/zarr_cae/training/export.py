@@ -14,16 +14,14 @@ from torch import Tensor
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.training.fitting import fit
 from zarr_cae.training.model import GainedAutoencoder
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights.file import DEFAULT_MODEL, Metric, Weights, pack
 
 _LARGEST_SYMBOL = 32767
 
 
 @torch.no_grad()
-def export(
-    model: GainedAutoencoder, metric: weights.Metric, provenance: Mapping[str, Any], images: Iterable[Tensor]
-) -> bytes:
-    """The bytes of a weights file of a trained network; put them in place with `weights.store`.
+def export(model: GainedAutoencoder, metric: Metric, provenance: Mapping[str, Any], images: Iterable[Tensor]) -> bytes:
+    """The bytes of a weights file of a trained network; put them in place with `weights.registry.store`.
 
     The contexts and integer tables are fitted to the symbols of `images`, some hundreds or more, each float32
     (1, 3, H, W) in [0, 1], sides multiples of 16 and at most 512, so that it is one tile.
@@ -52,9 +50,9 @@ def export(
         tensors[f"contexts.{name}"] = stacked.astype(np.uint8) if stacked.dtype == np.bool_ else stacked
     for name, value in model.density.state_dict().items():
         tensors[f"density.{name}"] = value.numpy().astype(np.float16)
-    return weights.pack(
+    return pack(
         tensors,
-        model=weights.DEFAULT_MODEL,
+        model=DEFAULT_MODEL,
         metric=metric,
         qualities=model.qualities,
         architecture=asdict(model.widths),
@@ -63,13 +61,13 @@ def export(
 
 
 @torch.no_grad()
-def restore(model: GainedAutoencoder, exported: weights.Weights) -> None:
+def restore(model: GainedAutoencoder, exported: Weights) -> None:
     """Load the network that `export` wrote, to train it on. Raises CAEConfigurationError if it is of another form."""
     info = exported.info
-    if info.model != weights.DEFAULT_MODEL or info.qualities != model.qualities:
+    if info.model != DEFAULT_MODEL or info.qualities != model.qualities:
         raise CAEConfigurationError(
             f"cae: weights {info.digest} are of {info.model!r} for qualities {list(info.qualities)}; training goes on "
-            f"from {weights.DEFAULT_MODEL!r} for qualities {list(model.qualities)}"
+            f"from {DEFAULT_MODEL!r} for qualities {list(model.qualities)}"
         )
     tensors = {name: torch.from_numpy(value.astype(np.float32)) for name, value in exported.tensors.items()}
     state = {name: value for name, value in tensors.items() if name.startswith(("analysis.", "synthesis.", "density."))}

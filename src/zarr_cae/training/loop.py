@@ -18,9 +18,9 @@ from zarr_cae.training.data import Crops
 from zarr_cae.training.export import restore
 from zarr_cae.training.klt import start_from_klt
 from zarr_cae.training.loss import SMALLEST_CROP, mean_squared_error, multiscale_dissimilarity, rate_distortion
-from zarr_cae.training.model import QUALITIES, GainedAutoencoder, Metric, Range, default_lambdas
+from zarr_cae.training.model import RANGES, GainedAutoencoder, Range, default_lambdas
 from zarr_cae.training.soap import Soap
-from zarr_cae.weights.registry import Weights, WeightsInfo
+from zarr_cae.weights.file import Metric, Weights, WeightsInfo
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 < self.holdout <= 0.5:
             raise CAEConfigurationError(f"cae: holdout must be a share of at most 0.5, got {self.holdout}")
-        qualities = QUALITIES[self.rates]
+        qualities = RANGES[self.rates]
         object.__setattr__(self, "lambdas", tuple(self.lambdas) or default_lambdas(self.metric, self.rates))
         ascending = all(low < high for low, high in pairwise((0.0, *self.lambdas, math.inf)))
         if len(self.lambdas) != len(qualities) or not ascending:
@@ -245,7 +245,7 @@ def trained_lambdas(info: WeightsInfo) -> tuple[float, ...]:
     """
     recipe = info.provenance.get("recipe")
     found = recipe.get("lambdas") if isinstance(recipe, Mapping) else None
-    rates = next(name for name, qualities in QUALITIES.items() if qualities == info.qualities)
+    rates = next(name for name, qualities in RANGES.items() if qualities == info.qualities)
     return Recipe(rates, info.metric, lambdas=tuple(found) if isinstance(found, list) else ()).lambdas
 
 

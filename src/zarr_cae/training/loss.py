@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, from_numpy, nn
 
-from zarr_cae.training.model import Coded, Metric
+from zarr_cae.training.model import Coded
+from zarr_cae.weights.file import Metric
 
 _SEAMS = 0.25
 """Weight of the bias along borders beside the squared error."""

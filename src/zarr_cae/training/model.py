@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from zarr_cae.networks.transforms import GDN, HIGH_RATE, LOW_RATE, Analysis, Synthesis, Widths
 from zarr_cae.training.density import Density
+from zarr_cae.weights.file import Metric
 
-Metric = Literal["mse", "ms-ssim"]
 Range = Literal["low", "high"]
 
 LAMBDAS: dict[Metric, tuple[float, ...]] = {
@@ -23,13 +23,14 @@ LAMBDAS: dict[Metric, tuple[float, ...]] = {
 CompressAI's at qualities 2 to 5. With its others the rate at 1 would exceed CompressAI's, and from 5 to 6, which are of
 two networks, it would nearly double.
 """
-QUALITIES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7, 8)}
+RANGES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7, 8)}
+"""The qualities that one network serves."""
 WIDTHS: dict[Range, Widths] = {"low": LOW_RATE, "high": HIGH_RATE}
 
 
 def default_lambdas(metric: Metric, rates: Range) -> tuple[float, ...]:
     """`LAMBDAS` of the qualities of one range."""
-    return tuple(LAMBDAS[metric][quality - 1] for quality in QUALITIES[rates])
+    return tuple(LAMBDAS[metric][quality - 1] for quality in RANGES[rates])
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class GainedAutoencoder(nn.Module):
         super().__init__()
         self.low_precision = False
         """Multiply in bfloat16 where the transforms say that it does little harm."""
-        self.qualities, self.widths = QUALITIES[rates], WIDTHS[rates]
+        self.qualities, self.widths = RANGES[rates], WIDTHS[rates]
         count, latent = len(self.qualities), self.widths.latent
         self.analysis, self.synthesis = Analysis(self.widths), Synthesis(self.widths)
         self.log_gain = nn.Parameter(torch.zeros(count, latent))

@@ -21,7 +21,9 @@ import numpy.typing as npt
 
 from zarr_cae.coder.frequencies import trimmed_frequencies
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights import registry
+from zarr_cae.weights.architecture import LARGEST_WIDTH, parameter_shapes
+from zarr_cae.weights.file import ZOO_MODEL, pack
 
 Array = npt.NDArray[Any]
 _PEDESTAL = 2.0**-36
@@ -31,7 +33,8 @@ _ENTROPY_KEY = re.compile(r"entropy_bottleneck\._?(matri|bias|factor)(?:ces|x|es
 _CONVOLUTION_KEY = re.compile(r"(g_[as])\.(\d+)\.(weight|bias|beta|gamma)$")
 _KINDS = {"matri": "matrix", "bias": "bias", "factor": "factor"}
 _PARTS = {"g_a": "analysis", "g_s": "synthesis"}
-_ROOMS = (*_PARTS, "entropy_bottleneck")
+_KEYS = {part: key for key, part in _PARTS.items()}
+_MODULES = (*_PARTS, "entropy_bottleneck")
 _DENSITY_WIDTHS = (1, 3, 3, 3, 3, 1)
 _CDF, _CDF_LENGTH, _OFFSET = (f"entropy_bottleneck.{name}" for name in ("_quantized_cdf", "_cdf_length", "_offset"))
 CODER_TABLES = {"compressai.cumulative": _CDF, "compressai.length": _CDF_LENGTH, "compressai.offset": _OFFSET}
@@ -45,8 +48,8 @@ def fetch(*, quality: int, metric: str) -> Path:
     downloaded if such weights are on this machine already. Returns the weights file. Raises CAEConfigurationError if
     compressai cannot be imported or the download fails.
     """
-    for info in weights.available():
-        if (info.model, info.metric) == (weights.ZOO_MODEL, metric) and quality in info.qualities:
+    for info in registry.available():
+        if (info.model, info.metric) == (ZOO_MODEL, metric) and quality in info.qualities:
             return info.path
     try:
         from compressai.zoo.image import model_urls
@@ -58,7 +61,7 @@ def fetch(*, quality: int, metric: str) -> Path:
         ) from error
     import torch
 
-    url: str = model_urls[weights.ZOO_MODEL][metric][quality]
+    url: str = model_urls[ZOO_MODEL][metric][quality]
     prefix = Path(url).name.split(".")[0].rsplit("-", 1)[1]
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / Path(url).name
@@ -66,7 +69,7 @@ def fetch(*, quality: int, metric: str) -> Path:
             torch.hub.download_url_to_file(url, str(checkpoint), hash_prefix=prefix, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise CAEConfigurationError(f"cae: {url} could not be fetched: {error}") from error
-        return weights.store(convert(checkpoint, quality=quality, metric=metric)).path
+        return registry.store(convert(checkpoint, quality=quality, metric=metric)).path
 
 
 def convert(checkpoint: Path, *, quality: int, metric: str) -> bytes:
@@ -91,9 +94,9 @@ def convert(checkpoint: Path, *, quality: int, metric: str) -> bytes:
         tensors |= {name: state[key].astype(np.int32) for name, key in CODER_TABLES.items()}
     ones = np.ones_like(medians)
     tensors |= {"gain": ones, "shift": medians, "step": ones, "offset": medians}
-    return weights.pack(
+    return pack(
         tensors,
-        model=weights.ZOO_MODEL,
+        model=ZOO_MODEL,
         metric=metric,
         qualities=(quality,),
         architecture={"hidden": hidden, "latent": latent},
@@ -102,7 +105,7 @@ def convert(checkpoint: Path, *, quality: int, metric: str) -> bytes:
 
 
 def _refuse(checkpoint: Path, what: str) -> NoReturn:
-    raise CAEConfigurationError(f"cae: {checkpoint} is not a {weights.ZOO_MODEL} state dict: {what}")
+    raise CAEConfigurationError(f"cae: {checkpoint} is not a {ZOO_MODEL} state dict: {what}")
 
 
 def _read(checkpoint: Path) -> Mapping[str, Array]:
@@ -144,20 +147,17 @@ def _outputs(state: Mapping[str, Array], key: str, checkpoint: Path) -> int:
     if key not in state:
         _refuse(checkpoint, f"it has no {key}")
     shape = state[key].shape
-    if len(shape) != 4 or not shape[0]:
-        _refuse(checkpoint, f"expected {key} of shape (channels, channels, 5, 5), got {shape}")
+    if len(shape) != 4 or not 1 <= shape[0] <= LARGEST_WIDTH:
+        _refuse(checkpoint, f"expected {key} of shape (1 to {LARGEST_WIDTH}, channels, 5, 5), got {shape}")
     return int(shape[0])
 
 
 def _shapes(hidden: int, latent: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of CompressAI's `FactorizedPrior(hidden, latent)`."""
+    """Return the parameters of CompressAI's `FactorizedPrior(hidden, latent)`."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for part, sizes in (("g_a", (3, hidden, hidden, hidden, latent)), ("g_s", (latent, hidden, hidden, hidden, 3))):
-        for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-            ends = (outputs, inputs) if part == "g_a" else (inputs, outputs)
-            shapes |= {f"{part}.{2 * layer}.weight": (*ends, 5, 5), f"{part}.{2 * layer}.bias": (outputs,)}
-        for layer in (1, 3, 5):
-            shapes |= {f"{part}.{layer}.beta": (hidden,), f"{part}.{layer}.gamma": (hidden, hidden)}
+    for name, shape in parameter_shapes(ZOO_MODEL, {"hidden": hidden, "latent": latent}).items():
+        part, _, parameter = name.partition(".")
+        shapes[f"{_KEYS[part]}.{parameter}"] = shape
     for layer, (inputs, outputs) in enumerate(itertools.pairwise(_DENSITY_WIDTHS)):
         shapes[f"entropy_bottleneck._matrix{layer}"] = (latent, outputs, inputs)
         shapes[f"entropy_bottleneck._bias{layer}"] = (latent, outputs, 1)
@@ -178,7 +178,7 @@ def _check(state: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], ch
             _refuse(checkpoint, f"{key} holds values that are not finite")
     for key in state:
         unknown = _CONVOLUTION_KEY.fullmatch(key) and key not in shapes
-        if unknown or key.partition(".")[0] not in _ROOMS:
+        if unknown or key.partition(".")[0] not in _MODULES:
             _refuse(checkpoint, f"it has {key}, which that model has not")
 
 
