@@ -3,11 +3,11 @@
     python benchmarks/bottleneck.py [--images FOLDER] [--size 4096] [--qualities 1,4,8] [--chunks 256,512]
                                     [--pipeline batched,fused] [--repeats 5]
 
-The array is size x size x 3 in chunks of 256 x 256 and 512 x 512, in memory, made of the images in FOLDER (by default
-the photograph that the package holds), each mirrored in turn. Pipelines are zarr's: the default one, and the fused one
-of zarr >= 3.3. Times are seconds of wall clock and, less disturbed by other programs, of CPU over all threads, the best
-of the repeats each; ratios are to the latents. All three start from the same stored bytes or the same symbols, and take
-turns, so that other programs disturb them alike:
+The array is size x size x 3 in chunks of 256 x 256 and 512 x 512, in memory. It is made of the images in FOLDER (by
+default the photograph in the package) and their mirror images. The pipelines are zarr's: the default one, and the fused
+one of zarr >= 3.3. Times are seconds of wall clock, and of CPU over all threads, which other programs disturb less: the
+least of the repeats each. Ratios are to the time for latents. All three start from the same stored bytes or the same
+symbols. They take turns, so that other programs disturb them alike:
 
 latents     `open_bottleneck(store)[...]`: float32 latents of the whole array, all cores
 compressai  what `EntropyBottleneck.decompress` does, one chunk at a time as caecodec did: argument lists from arrays,
@@ -52,7 +52,7 @@ def images(folder: Path | None) -> Iterator[np.ndarray]:
 
 
 def mosaic(folder: Path | None, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: the images in rows, cut where they stick out."""
+    """Return (size, size, 3) uint8: the images in rows, cut at the borders."""
     result = np.empty((size, size, 3), np.uint8)
     source, top = images(folder), 0
     while top < size:
@@ -68,7 +68,7 @@ def mosaic(folder: Path | None, size: int) -> np.ndarray:
 
 
 def best(works: list[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
-    """Least wall-clock and least CPU seconds of each, run in turns."""
+    """Return the least wall-clock and the least CPU seconds of each, run in turns."""
     seconds = np.full((2, len(works)), np.inf)
     for _ in range(repeats):
         for i, work in enumerate(works):
@@ -80,7 +80,7 @@ def best(works: list[Callable[[], Any]], repeats: int) -> list[tuple[float, floa
 
 
 class CompressAI:
-    """The same symbols in CompressAI's streams, one a chunk."""
+    """The same symbols in CompressAI's streams, one for each chunk."""
 
     def __init__(self, ans: Any, symbols: list[np.ndarray], tables: Tables, step: np.ndarray, offset: np.ndarray):
         self.step, self.offset, self.shape = step[:, None, None], offset[:, None, None], symbols[0].shape
@@ -108,7 +108,7 @@ class CompressAI:
 
 
 def blocks(latents: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-    """(M, h, w) of each chunk."""
+    """Yield the latents (M, h, w) of each chunk."""
     edge = chunk // 16
     for row in range(0, latents.shape[0], edge):
         for column in range(0, latents.shape[1], edge):
@@ -116,7 +116,7 @@ def blocks(latents: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
 
 
 def compressai(ans: Any, codec: CAECodec, latents: np.ndarray, chunk: int) -> CompressAI:
-    """What decodes the same latents; exits if they differ."""
+    """Return a decoder of the same latents; exit if they differ."""
     weights = loaded(codec)
     row = weights.row(codec.quality)
     step, offset = weights.tensors["step"][row], weights.tensors["offset"][row]
@@ -131,7 +131,7 @@ def compressai(ans: Any, codec: CAECodec, latents: np.ndarray, chunk: int) -> Co
 
 
 def compared(theirs: tuple[float, float] | None, ours: tuple[float, float]) -> str:
-    """Wall, CPU, and both divided by ours."""
+    """Return wall-clock and CPU seconds, and both divided by ours, as columns."""
     if theirs is None:
         return f"{'-':>9}{'-':>8}{'-':>13}"
     ratios = f"{theirs[0] / ours[0]:.1f}, {theirs[1] / ours[1]:.1f}"
@@ -139,7 +139,7 @@ def compared(theirs: tuple[float, float] | None, ours: tuple[float, float]) -> s
 
 
 def opened(store: Any, pipeline: str) -> tuple[Any, Any]:
-    """The pixels and the latents of the array in `store`, warmed up."""
+    """Return the array in `store` as pixels and as latents, each after a first read."""
     with zarr.config.set({"codec_pipeline.path": f"zarr.core.codec_pipeline.{PIPELINES[pipeline]}"}):
         array, view = zarr.open_array(store, mode="r"), open_bottleneck(store)
         array[:256, :256], view[:16, :16]
@@ -147,13 +147,14 @@ def opened(store: Any, pipeline: str) -> tuple[Any, Any]:
 
 
 def measure(pixels: np.ndarray, chunk: int, quality: int, pipelines: list[str], repeats: int) -> Iterator[str]:
-    """A line for each pipeline."""
-    codec, store, ans = CAECodec(quality=quality, channel_axis=2), zarr.storage.MemoryStore(), compressai_ans()
+    """Yield a line of results for each pipeline."""
+    stored: dict[str, Any] = {}
+    codec, store, ans = CAECodec(quality=quality, channel_axis=2), zarr.storage.MemoryStore(stored), compressai_ans()
     zarr.create_array(
         store, shape=pixels.shape, chunks=(chunk, chunk, 3), dtype="uint8", serializer=codec, compressors=None
     )[...] = pixels
     megapixels = pixels.size / 3e6
-    bits = 8e-6 * sum(len(value) for key, value in store._store_dict.items() if "zarr" not in key) / megapixels  # noqa: SLF001
+    bits = 8e-6 * sum(len(value) for key, value in stored.items() if "zarr" not in key) / megapixels
     nodes = [opened(store, pipeline) for pipeline in pipelines]
     theirs = None if ans is None else compressai(ans, codec, nodes[0][1][...], chunk)
     works: list[Callable[[], Any]] = [lambda view=view: view[...] for _, view in nodes]  # type: ignore[misc]

@@ -2,10 +2,10 @@
 
     python benchmarks/classify.py [IMAGE...] [--quality 4] [--patch 64] [--epochs 30] [--limit 60]
 
-The question: which photograph is a patch from? Without images, of which quarter of the photograph that the package
-holds. Patches of `patch` x `patch` pixels, no two of them overlapping, are written once as an array (n, patch, patch,
-3), a chunk each; half of each class trains, the other half tests. Both runs read the same archive for every batch of
-every epoch, as a data set larger than memory would be read.
+The classifier tells from which photograph a patch is (without images: from which quarter of the photograph in the
+package). Patches of `patch` x `patch` pixels that do not overlap are written once as an array (n, patch, patch, 3), one
+chunk for each patch. Half of each class is for training, the other half for the test. Both runs read the same archive
+for every batch of every epoch, as one reads a data set larger than memory.
 
 Network, the same for both: 1 x 1 convolution to 64 channels, ReLU, mean over positions, linear. Its input has one
 position for 16 x 16 pixels: M latents, or the 768 values of the decoded pixels there. Inputs are standardised by the
@@ -66,7 +66,7 @@ def patches(pixels: np.ndarray, edge: int) -> np.ndarray:
 
 
 def run(data: Any, train: list[int], test: list[int], count: int, epochs: int) -> tuple[float, float, float]:
-    """Accuracy on the test half, patches per second of reading alone, and of training."""
+    """Return the accuracy on the test half, and patches a second of reading alone and of training."""
     torch.manual_seed(0)
     begin = time.perf_counter()
     first = torch.cat([batch for batch, _ in DataLoader(Subset(data, train), batch_size=64)])

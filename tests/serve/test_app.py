@@ -46,6 +46,8 @@ def archive(tmp_path_factory, small):
     consolidate(folder)
     (folder.parent / "secret").write_text("secret")
     (folder / "link").symlink_to(folder.parent / "secret")
+    (folder / "linked").mkdir()
+    (folder / "linked" / "zarr.json").symlink_to(folder.parent / "secret")
     return folder
 
 
@@ -134,7 +136,8 @@ def test_one_site_may_read(archive):
 @pytest.mark.parametrize("path", [
     "/zarr/../secret", "/zarr/%2e%2e/secret", "/zarr/..%2fsecret", "/zarr/%2e%2e%2fsecret", "/zarr//etc/passwd",
     "/zarr/%2fetc/passwd", "/zarr/photo/../../secret", "/zarr/..%5csecret", "/zarr/photo%00/zarr.json", "/zarr/.",
-    "/zarr/c:/secret", "/zarr/link", "/zarr/photo", "/zarr/", "/zarr", "/zarr/" + "a/" * 2000 + "0", "/%2e%2e/secret",
+    "/zarr/c:/secret", "/zarr/link",
+    "/zarr/linked/zarr.json", "/zarr/photo", "/zarr/", "/zarr", "/zarr/" + "a/" * 2000 + "0", "/%2e%2e/secret",
     "/..%2fapp.py", "/viewer.js/..%2fapp.py", "/zarr/none/zarr.json", "/zarr/photo/c/9/9/9", "/latents/../secret",
     "/tiles/0/pixels/99/0/0.png", "/tiles/0/pixels/0/99/0.png", "/tiles/99/pixels/0/0/0.png", "/tiles/0/x/0/0/0.png",
     "/tiles/0/latents/0/0/0.png?at=99999", "/tiles/0/latents/0/0/0.png", "/tiles/0/latents/0/0/0.png?at=a",

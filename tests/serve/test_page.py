@@ -20,6 +20,7 @@ pytest.importorskip("uvicorn")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # Chromium is slow to start on a busy machine
     pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium or chromedriver is not installed"),
 ]
 FLAGS = [
@@ -87,7 +88,7 @@ class Page:
                          "return all.map(entry => entry.name)")  # fmt: skip
         return [name.partition("/tiles/")[2] for name in names if "/tiles/" in name]
 
-    def wait(self, condition, seconds=60):
+    def wait(self, condition, seconds=200):
         end = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < end, "the page did not get there in time"

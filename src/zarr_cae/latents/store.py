@@ -101,8 +101,8 @@ class BottleneckStore(StoreView):
         if stored is None:
             return None
         content = stored.to_bytes()
-        found = {path: read_sync(self._store, name, prototype) for path, name in level_keys(key, content).items()}
-        levels = {path: one.to_bytes() for path, one in found.items() if one is not None}
+        stored_levels = {path: read_sync(self._store, one, prototype) for path, one in level_keys(key, content).items()}
+        levels = {path: one.to_bytes() for path, one in stored_levels.items() if one is not None}
         content = _rewritten(content, levels)
         return buffer_of(content, prototype or default_buffer_prototype(), byte_range)
 

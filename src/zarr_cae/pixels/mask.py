@@ -19,7 +19,8 @@ def find_mask(chunk: Chunk, nodata: float) -> Mask:
     """Return a boolean array, true where a chunk has the nodata value. NaN is equal to NaN here."""
     if math.isnan(nodata):
         return np.isnan(chunk) if chunk.dtype.kind == "f" else np.zeros(chunk.shape, bool)
-    return np.equal(chunk, chunk.dtype.type(nodata))
+    found: Mask = np.equal(chunk, chunk.dtype.type(nodata))
+    return found
 
 
 def fill(planes: Planes, mask: Mask) -> None:

@@ -110,12 +110,14 @@ def _values(folder: Path, store: DecodedStore) -> Endpoint:
         key = request.path_params["key"]
         if not _is_key(key):
             return _missing()
+        file = await run_in_threadpool((root / key).resolve)
+        if not file.is_relative_to(root):  # a link out of the folder
+            return _missing()
         if await store.makes(key):
             value = await store.get(key, default_buffer_prototype())
             kind = "application/json" if is_metadata(key) else "application/octet-stream"
             return _missing() if value is None else respond(request, value.to_bytes(), kind)
-        file = await run_in_threadpool((root / key).resolve)
-        if not file.is_relative_to(root) or not await run_in_threadpool(file.is_file):
+        if not await run_in_threadpool(file.is_file):
             return _missing()
         return await respond_file(request, file)
 

@@ -51,7 +51,7 @@ class DecodedStore(StoreView):
     when it is read. Chunks that are read at the same time go through the networks in batches. Shards are undone: each
     of their inner chunks is a chunk of its own. Arrays of latents in a `BottleneckStore` appear as float32 arrays in
     the same way, so `DecodedStore(BottleneckStore(...))` shows latents to any reader. All other keys are served as
-    they are stored.
+    they are stored; so are arrays of zarr format 2, which `zarr-cae migrate` brings to format 3.
 
     The archive must not change while it is read through the view: chunks and metadata that were read may be kept.
 
