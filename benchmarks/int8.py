@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zarr_cae.coder.tables import ideal_bits
-from zarr_cae.evaluation.measures import Curve
+from zarr_cae.evaluation.curves import Curve
 from zarr_cae.networks.engine import Engine
 from zarr_cae.networks.transforms import HIGH_RATE, LOW_RATE, Residual
 from zarr_cae.pixels.convert import to_planes

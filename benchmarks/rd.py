@@ -32,11 +32,11 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from zarr_cae.cli import main as zarr_cae
-from zarr_cae.evaluation.classical import RIVALS
+from zarr_cae.evaluation.classical import CLASSICAL
 from zarr_cae.weights import registry as weights
 
 RUNS = {
-    "image": ["--chunks", "image", "--against", ",".join(name for name in RIVALS if name != "jpegxl3")],
+    "image": ["--chunks", "image", "--against", ",".join(name for name in CLASSICAL if name != "jpegxl3")],
     "chunks-256": ["--chunks", "256"],
     "grey": ["--chunks", "image", "--grey", "--against", "jpeg"],
 }

@@ -38,7 +38,7 @@ from zarr.storage import MemoryStore
 
 from zarr_cae import CAECodec
 from zarr_cae.config import Settings
-from zarr_cae.evaluation.classical import RIVALS
+from zarr_cae.evaluation.classical import CLASSICAL
 from zarr_cae.networks.engine import PASS_PIXELS, engine_for
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
@@ -155,7 +155,7 @@ def psnr(one: Chunk, other: Chunk) -> float:
 
 def matched(name: str, sample: list[Chunk], wanted: float) -> tuple[float, float, float, float]:
     """Setting, bits per pixel and seconds of a rival at the setting whose PSNR on the sample is nearest."""
-    rival, best = RIVALS[name], (np.inf, 0.0, 0.0, 0.0, 0.0)
+    rival, best = CLASSICAL[name], (np.inf, 0.0, 0.0, 0.0, 0.0)
     for setting in rival.settings:
         written, coded = timed(lambda s=setting: [rival.encode(chunk, s) for chunk in sample])
         read, decoded = timed(lambda c=coded: [rival.decode(data) for data in c])

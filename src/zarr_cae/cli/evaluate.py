@@ -1,4 +1,4 @@
-"""`evaluate`: rate, distortion and time on the user's own images, beside other codecs and published curves."""
+"""`zarr-cae evaluate`: rate, distortion and time on images, beside other codecs and published curves."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from zarr_cae.cli.images import Pixels, read_image
 from zarr_cae.cli.replacing import replacing
 from zarr_cae.cli.writing import stored_bytes
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.evaluation.classical import RIVALS, evaluate_rival
-from zarr_cae.evaluation.measures import (
+from zarr_cae.evaluation.classical import CLASSICAL, evaluate_classical, spread
+from zarr_cae.evaluation.curves import (
+    Coded,
     Curve,
-    Metric,
+    Measure,
     Point,
     average,
     load_published,
     measure,
-    plot,
     read_csv,
     to_curves,
     write_csv,
 )
+from zarr_cae.evaluation.extra import import_extra
+from zarr_cae.evaluation.measures import SMALLEST_MS_SSIM
+from zarr_cae.evaluation.plot import plot
 from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, available, check_digest
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("paths", nargs="+", metavar="IMAGE", help="images, or folders of images")
     parser.add_argument("--quality", type=several(quality), metavar="1,4,8", help="default: all of the weights")
     parser.add_argument(
-        "--metric", type=several(_one_of("metric", METRICS)), metavar="mse,ms-ssim",
+        "--metric", type=several(one_of("metric", METRICS)), metavar="mse,ms-ssim",
         help="what the networks were trained for, one or both; default mse, or that of --weights",
     )  # fmt: skip
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
@@ -56,9 +59,12 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--grey", action="store_true", help="convert the images to grey and code one plane")
     parser.add_argument(
-        "--against", type=several(_one_of("rival", tuple(RIVALS))), default=[], metavar=",".join(RIVALS),
+        "--against", type=several(one_of("codec", tuple(CLASSICAL))), default=[], metavar=",".join(CLASSICAL),
         help="other codecs to measure on the same images",
     )  # fmt: skip
+    parser.add_argument(
+        "--points", type=int, metavar="N", help="measure other codecs at N settings only, spread over their range"
+    )
     parser.add_argument(
         "--published", type=Path, metavar="JSON|CSV", help="published curves, or what --csv wrote, to compare with"
     )
@@ -66,18 +72,20 @@ def add(commands: Commands) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves; .png, .pdf or .svg")
 
 
-def _one_of(what: str, choices: tuple[str, ...]) -> Any:
+def one_of(name: str, choices: tuple[str, ...]) -> Any:
+    """Return the type of an argument that is one of the choices; `name` says in errors what they are."""
+
     def parse(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {what}; there are {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}; choose from {', '.join(choices)}")
         return text
 
-    parse.__name__ = what
+    parse.__name__ = name
     return parse
 
 
 def _chunks(text: str) -> int | None:
-    """The edge of a chunk; None is the whole image."""
+    """Parse the edge of a chunk; None is the whole image."""
     if text == "image":
         return None
     if int(text) < 1:
@@ -86,10 +94,11 @@ def _chunks(text: str) -> int | None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """`zarr-cae evaluate`."""
+    """Run `zarr-cae evaluate`."""
     from zarr_cae.codec.cae import CAECodec
 
-    files = _files([Path(path) for path in arguments.paths])
+    check_libraries(arguments.against, plots=arguments.plot is not None)
+    files = image_files([Path(path) for path in arguments.paths])
     published = [] if arguments.published is None else _curves(arguments.published)
     for path in (arguments.csv, arguments.plot):
         if path is not None and not path.parent.is_dir():
@@ -97,32 +106,44 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None and arguments.plot.suffix.lower() not in {".png", ".pdf", ".svg"}:
         refuse(f"{arguments.plot}: plots are .png, .pdf or .svg")
     model, configurations = _configurations(arguments)
-    rivals = list(dict.fromkeys(arguments.against))
+    others = list(dict.fromkeys(arguments.against))
     points: list[Point] = []
-    with progress(len(files) * (len(configurations) + len(rivals)), "coding", "evaluate") as bar:
+    with progress(len(files) * (len(configurations) + len(others)), "coding", "evaluate") as bar:
         for index, path in enumerate(files):
             pixels = _eight_bits(path, grey=arguments.grey)
             for metric, level in configurations:
                 axis = None if pixels.ndim == 2 else 2
                 codec = CAECodec(level, metric=metric, model=model, weights=arguments.weights or "", channel_axis=axis)
                 if not index:
-                    _measure(path, pixels[:64, :64], codec, 64)  # loads networks and coder: no part of the times
-                points.append(_measure(path, pixels, codec, arguments.chunks))
+                    code(pixels[:64, :64], codec, 64)  # loads networks and coder: not part of the times
+                coded = code(pixels, codec, arguments.chunks)
+                points.append(measure(f"{codec.model}-{codec.metric}", codec.quality, str(path), pixels, coded))
                 bar.update()
-            colours = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
-            for rival in rivals:
-                points += evaluate_rival(rival, [(str(path), colours)])
+            for name in others:
+                settings = spread(CLASSICAL[name].settings, arguments.points)
+                points += evaluate_classical(name, [(str(path), pixels)], settings)
                 bar.update()
     _report(points, published, files, arguments)
     if arguments.csv is not None:
         with replacing(arguments.csv) as partial:
             write_csv(points, partial)
     if arguments.plot is not None:
-        _plot([*to_curves(points).values(), *published], arguments.plot)
+        measured = [replace(curve, name=_title(curve.name)) for curve in to_curves(points).values()]
+        _plot([*measured, *published], arguments.plot, _images(len(files), arguments))
+
+
+def check_libraries(codecs: Iterable[str], *, plots: bool = False) -> None:
+    """Raise CAEConfigurationError if a library is missing, before any work."""
+    for library in ("skimage", "pytorch_msssim", "scipy"):
+        import_extra(library, "measures of quality")
+    if any(name in {"avif", "jpegxl", "jpegxl3"} for name in codecs):
+        import_extra("imagecodecs", "AVIF and JPEG XL")
+    if plots:
+        import_extra("matplotlib", "plots")
 
 
 def _curves(path: Path) -> list[Curve]:
-    """Published curves, or those of an earlier run."""
+    """Read published curves, or those of an earlier run."""
     if path.suffix.lower() == ".csv":
         found, origin = to_curves(read_csv(path)), path.name
     else:
@@ -131,7 +152,7 @@ def _curves(path: Path) -> list[Curve]:
 
 
 def _configurations(arguments: argparse.Namespace) -> tuple[str, list[tuple[Any, int]]]:
-    """The model, and each metric with each quality; what was not given comes from the weights."""
+    """Return the model, and each metric with each quality. The weights say those that were not given."""
     model, metrics, qualities = arguments.model, ["mse"], list(QUALITIES)
     if arguments.weights is not None:
         check_digest(arguments.weights)
@@ -142,8 +163,8 @@ def _configurations(arguments: argparse.Namespace) -> tuple[str, list[tuple[Any,
     return model, list(itertools.product(*map(dict.fromkeys, chosen)))
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are, and the images in folders."""
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files among the paths, and the images in the folders among them, each once."""
     from PIL import Image
 
     suffixes = Image.registered_extensions()
@@ -166,13 +187,16 @@ def _eight_bits(path: Path, *, grey: bool) -> Pixels:
     pixels = read_image(path)
     if pixels.dtype != np.uint8:
         refuse(f"{path} is {pixels.dtype}; only 8-bit images can be evaluated")
-    if min(pixels.shape[:2]) <= 160:
-        note(f"{path} is {pixels.shape[1]} x {pixels.shape[0]}: MS-SSIM needs more than 160 px, so its mean is nan")
+    if min(pixels.shape[:2]) < SMALLEST_MS_SSIM:
+        note(
+            f"{path} is {pixels.shape[1]} x {pixels.shape[0]}: MS-SSIM needs {SMALLEST_MS_SSIM} px a side, "
+            "so its mean is nan"
+        )
     return np.asarray(Image.fromarray(pixels).convert("L")) if grey else pixels
 
 
-def _measure(path: Path, pixels: Pixels, codec: CAECodec, edge: int | None) -> Point:
-    """Write and read an image in memory."""
+def code(pixels: Pixels, codec: CAECodec, edge: int | None) -> Coded:
+    """Write and read an image through zarr, in memory, in chunks of `edge` pixels or (None) as one chunk."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -184,28 +208,33 @@ def _measure(path: Path, pixels: Pixels, codec: CAECodec, edge: int | None) -> P
     array[...] = pixels
     written = time.perf_counter()
     decoded = np.asarray(array[...])
-    end = time.perf_counter()
-    return measure(
-        f"{codec.model}-{codec.metric}", codec.quality, str(path), pixels, decoded, nbytes=stored_bytes(array),
-        encode_seconds=written - start, decode_seconds=end - written,
-    )  # fmt: skip
+    return Coded(decoded, stored_bytes(array), written - start, time.perf_counter() - written)
+
+
+def _images(count: int, arguments: argparse.Namespace) -> str:
+    """Describe the images, for instance "24 images, chunks of 256 px"."""
+    chunks = "one chunk an image" if arguments.chunks is None else f"chunks of {arguments.chunks} px"
+    return f"{count} {'grey ' if arguments.grey else ''}image{'s' if count > 1 else ''}, {chunks}"
+
+
+def _title(name: str) -> str:
+    return CLASSICAL[name].title if name in CLASSICAL else name
 
 
 def _report(points: list[Point], published: list[Curve], files: list[Path], arguments: argparse.Namespace) -> None:
-    chunks = "one chunk an image" if arguments.chunks is None else f"chunks of {arguments.chunks} px"
-    images = f"{len(files)} {'grey ' if arguments.grey else ''}image{'s' if len(files) > 1 else ''}"
-    print(f"Means over {images}, {chunks}; seconds an image\n")
+    print(f"Means over {_images(len(files), arguments)}; seconds an image\n")
     rows = [
         [
-            point.codec, f"{point.setting:g}", f"{point.bpp:.4f}", f"{point.psnr:.3f}", f"{point.ms_ssim:.5f}",
-            f"{point.delta_e:.3f}", f"{point.encode_seconds:.3f}", f"{point.decode_seconds:.3f}",
+            point.codec, f"{point.setting:g}", f"{point.bpp:.4f}", f"{point.psnr:.3f}", f"{point.ssim:.5f}",
+            f"{point.ms_ssim:.5f}", f"{point.delta_e:.3f}", f"{point.encode_seconds:.3f}",
+            f"{point.decode_seconds:.3f}",
         ]
         for point in average(points)
     ]  # fmt: skip
-    print(table(["codec", "setting", "bpp", "PSNR dB", "MS-SSIM", "CIE76", "encode s", "decode s"], rows))
+    print(table(["codec", "setting", "bpp", "PSNR dB", "SSIM", "MS-SSIM", "CIE76", "encode s", "decode s"], rows))
     measured = to_curves(points)
-    ours = [curve for name, curve in measured.items() if name not in RIVALS]
-    others = [*(curve for name, curve in measured.items() if name in RIVALS), *published]
+    ours = [curve for name, curve in measured.items() if name not in CLASSICAL]
+    others = [*(curve for name, curve in measured.items() if name in CLASSICAL), *published]
     if others:
         rows = [
             [curve.name, other.name, _bd_rate(curve, other, "psnr"), _bd_rate(curve, other, "ms_ssim")]
@@ -216,18 +245,18 @@ def _report(points: list[Point], published: list[Curve], files: list[Path], argu
         print(table(["codec", "against", "PSNR", "MS-SSIM"], rows))
 
 
-def _bd_rate(curve: Curve, other: Curve, metric: Metric) -> str:
+def _bd_rate(curve: Curve, other: Curve, by: Measure) -> str:
     try:
-        return f"{curve.bd_rate(other, metric):+.1f} %"
+        return f"{curve.bd_rate(other, by):+.1f} %"
     except CAEConfigurationError:  # too few points, no common range of quality, or not monotone
         return "-"
 
 
-def _plot(curves: list[Curve], path: Path) -> None:
+def _plot(curves: list[Curve], path: Path, title: str) -> None:
     with replacing(path) as partial:
         named = partial.with_name(partial.name + path.suffix)  # matplotlib takes the format from the suffix
         try:
-            plot(curves, named)
+            plot(curves, named, title)
             named.replace(partial)
         finally:
             named.unlink(missing_ok=True)
