@@ -20,14 +20,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
-from PIL import Image
+from images import image_files, mosaic
+from measuring import timed
 
 from zarr_cae import CAECodec
 
@@ -47,17 +45,6 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def pixels(files: list[Path], edge: int) -> np.ndarray:
-    """(edge, edge, 3) uint8: the images, cut or repeated to squares of 512, side by side over and over."""
-    squares = [np.resize(np.asarray(Image.open(file).convert("RGB"))[:512, :512], (512, 512, 3)) for file in files]
-    result = np.empty((edge, edge, 3), np.uint8)
-    for row in range(0, edge, 512):
-        for column in range(0, edge, 512):
-            part = result[row : row + 512, column : column + 512]
-            part[...] = squares[(row // 512 * 7 + column // 512) % len(squares)][: part.shape[0], : part.shape[1]]
-    return result
-
-
 def create(folder: str, edge: int, chunk: int, codec: CAECodec | None) -> zarr.Array[Any]:
     serializer = "auto" if codec is None else codec
     shape, chunks = (edge, edge, 3), (chunk, chunk, 3)
@@ -69,28 +56,22 @@ def one(edge: int, chunk: int, quality: int, files: list[Path], missing: str | N
     codec = CAECodec(quality=quality, channel_axis=2)
     with tempfile.TemporaryDirectory() as folder:
         warm = create(f"{folder}/warm", 256, 256, codec)
-        warm[...] = pixels(files, 256)
+        warm[...] = mosaic(files, 256)
         _ = warm[...]
         array = create(f"{folder}/array", edge, chunk, codec)
         before = resident()
         if missing:
             absent = array if missing == "cae" else create(f"{folder}/plain", edge, chunk, None)
-            return {"read": seconds(lambda: absent[...]), "memory": peak() - before - absent.nbytes}
-        source = pixels(files, edge)
-        written = seconds(lambda: array.__setitem__(..., source))
+            return {"read": timed(lambda: absent[...])[0], "memory": peak() - before - absent.nbytes}
+        source = mosaic(files, edge)
+        written = timed(lambda: array.__setitem__(..., source))[0]
         after_write = peak()
-        read = seconds(lambda: array[...])
+        read = timed(lambda: array[...])[0]
         after_read = peak()
     return {
         "write": written, "read": read, "write_memory": after_write - before - source.nbytes,
         "read_memory": after_read - before - 2 * source.nbytes,
     }  # fmt: skip
-
-
-def seconds(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def measured(edge: int, chunk: int, arguments: argparse.Namespace, *flags: str) -> dict[str, float]:
@@ -110,7 +91,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--missing", choices=("cae", "uncompressed"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    files = arguments.images or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
+    files = image_files(arguments.images)
     if arguments.one:
         print(json.dumps(one(*arguments.one, arguments.quality, files, arguments.missing)))
         return

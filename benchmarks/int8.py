@@ -11,14 +11,13 @@ activations with the scale of their own largest magnitude in each image, which n
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from images import image_files, read_rgb
+from measuring import least_seconds
 from torch import Tensor, nn
 
 from zarr_cae.coder.tables import ideal_bits
@@ -27,19 +26,9 @@ from zarr_cae.networks.engine import Engine
 from zarr_cae.networks.transforms import HIGH_RATE, LOW_RATE, Residual
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights.registry import DEFAULT_MODEL, METRICS, default_digest, find, load
 
 TILE = 512
-
-
-def seconds(work: Callable[[], Any], repeats: int = 20) -> float:
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def rounded(values: Tensor, largest: Tensor) -> Tensor:
@@ -91,8 +80,9 @@ def speeds() -> None:
 
             x_integers = integers(x)
             found = (
-                seconds(lambda c=conv, x=x: c(x)), seconds(lambda c=half, x=x_half: c(x)),
-                seconds(lambda q=quantised, x=x_integers: q(x)), seconds(lambda q=quantised, x=x: q(integers(x))),
+                least_seconds(lambda c=conv, x=x: c(x), 20), least_seconds(lambda c=half, x=x_half: c(x), 20),
+                least_seconds(lambda q=quantised, x=x_integers: q(x), 20),
+                least_seconds(lambda q=quantised, x=x: q(integers(x)), 20),
             )  # fmt: skip
         line = "".join(f"{1e3 * value:{width}.3f}" for value, width in zip(found, (9, 10, 8, 24), strict=True))
         print(f"{f'{inputs} to {hidden} at 1/{scale}':28}{line}")
@@ -121,16 +111,15 @@ def curve(engine: Engine, metric: str, images: list[np.ndarray]) -> Curve:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--metric", default="mse", choices=weights.METRICS)
+    parser.add_argument("--metric", default="mse", choices=METRICS)
     arguments = parser.parse_args()
     speeds()
-    files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    images = [np.asarray(Image.open(file).convert("RGB"))[:TILE, :TILE] for file in files]
+    images = [read_rgb(file)[:TILE, :TILE] for file in image_files(arguments.images)]
     print(f"\n{len(images)} images, {arguments.metric}: BD-rate (PSNR) of residual branches at 8 bits")
     for quality in (1, 6):
-        digest = weights.default_digest(weights.DEFAULT_MODEL, quality, arguments.metric)
-        info = weights.find(digest, model=weights.DEFAULT_MODEL, quality=quality, metric=arguments.metric)
-        engine = Engine(weights.load(info.path), torch.device("cpu"))
+        digest = default_digest(DEFAULT_MODEL, quality, arguments.metric)
+        info = find(digest, model=DEFAULT_MODEL, quality=quality, metric=arguments.metric)
+        engine = Engine(load(info.path), torch.device("cpu"))
         exact = curve(engine, "float32", images)
         for network in engine.networks:
             for module in network.modules():

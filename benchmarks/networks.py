@@ -14,11 +14,11 @@ inference in float32 and, for `cae-v1`, in the precisions of `cae.precision` (`a
 
 import argparse
 import copy
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from measuring import least_seconds, timed
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -65,15 +65,9 @@ def multiplications(network: nn.Module, example: torch.Tensor) -> int:
 
 
 def seconds(network: nn.Module, example: torch.Tensor) -> float:
-    """The best of five forward passes."""
+    """Return the least seconds of five forward passes."""
     with torch.inference_mode():
-        network(example)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            network(example)
-            times.append(time.perf_counter() - start)
-    return min(times)
+        return least_seconds(lambda: network(example), 5)
 
 
 @contextmanager
@@ -117,11 +111,10 @@ def shares(network: nn.Module, example: torch.Tensor, passes: int = 5) -> dict[s
 def compiled(network: nn.Module, example: torch.Tensor) -> tuple[float, float]:
     """Seconds of compiling and of a forward pass after it."""
     torch.compiler.reset()
-    begin = time.perf_counter()
     faster = torch.compile(network)
     with torch.inference_mode():
-        faster(example)
-    return time.perf_counter() - begin, seconds(faster, example)
+        took, _ = timed(lambda: faster(example))
+    return took, seconds(faster, example)
 
 
 def report_more(arguments: argparse.Namespace) -> None:

@@ -19,7 +19,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -27,7 +26,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import zarr
-from throughput import picture
+from images import image_files, mosaic
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore
 
@@ -135,8 +134,7 @@ def main() -> None:
     parser.add_argument("--quality", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
+    pixels = mosaic(image_files(arguments.images), arguments.edge)
     print(f"{arguments.edge} x {arguments.edge} RGB in chunks of {arguments.chunk}, quality {arguments.quality}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Every rate-distortion figure of the README: both families, both chunk sizes, grey images, rivals, a plot.
+"""Every rate-distortion figure of the README: both families, both chunk sizes, grey images, classical codecs, a plot.
 
     python benchmarks/rd.py IMAGES --published kodak_rd.json [--out FOLDER]
 
@@ -33,7 +33,7 @@ from PIL import Image
 
 from zarr_cae.cli import main as zarr_cae
 from zarr_cae.evaluation.classical import CLASSICAL
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights.registry import CACHE_VARIABLE, DEFAULT_MODEL, default_digest
 
 RUNS = {
     "image": ["--chunks", "image", "--against", ",".join(name for name in CLASSICAL if name != "jpegxl3")],
@@ -56,8 +56,8 @@ def fine_tune(folder: Path, length: list[str]) -> None:
     rest = [str(path) for path in pictures if str(path) not in held_out]
     print(f"{len(rest)} pictures to train on, {len(held_out)} held out")
     with TemporaryDirectory() as temporary:
-        os.environ["ZARR_CAE_WEIGHTS"], tuned = f"{temporary}/weights", f"{temporary}/tuned"
-        start = ["--range", "low", "--from", weights.default_digest(weights.DEFAULT_MODEL, 1, "mse")]
+        os.environ[CACHE_VARIABLE], tuned = f"{temporary}/weights", f"{temporary}/tuned"
+        start = ["--range", "low", "--from", default_digest(DEFAULT_MODEL, 1, "mse")]
         run(["train", *rest, "--out", tuned, *start, *length, "--threads", "1", "--bfloat16"], rest)
         (file,) = Path(tuned).glob("*.safetensors")
         run(["weights", "import", str(file)])

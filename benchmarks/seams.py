@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from PIL import Image
+from images import image_files, read_rgb
 
 from zarr_cae import CAECodec
 
@@ -24,7 +24,7 @@ DISTANCES = (0, 1, 2, 3, 4, 6, 8, 16, 32, 64, 127)
 
 def errors(file: Path, codec: CAECodec) -> np.ndarray:
     """(chunks, 256, 256, 3) of an image: decoded less original."""
-    pixels = np.asarray(Image.open(file).convert("RGB"))
+    pixels = read_rgb(file)
     rows, columns = (side // CHUNK for side in pixels.shape[:2])
     pixels = pixels[: rows * CHUNK, : columns * CHUNK]
     array = zarr.create_array(
@@ -42,12 +42,13 @@ def main() -> None:
     parser.add_argument("--metric", default="mse", choices=("mse", "ms-ssim"))
     parser.add_argument("--weights", metavar="DIGEST", help="other weights than the bundled ones")
     arguments = parser.parse_args()
+    files = image_files(arguments.images)
     distance = np.minimum(np.arange(CHUNK), CHUNK - 1 - np.arange(CHUNK))
-    print(f"{len(arguments.images)} images, {arguments.metric}\n{'px from the border':20}", end="")
+    print(f"{len(files)} images, {arguments.metric}\n{'px from the border':20}", end="")
     print("".join(f"{value:7d}" for value in DISTANCES))
     for quality in map(int, arguments.quality.split(",")):
-        codec = CAECodec(quality, arguments.metric, weights=arguments.weights, channel_axis=2)
-        every = np.concatenate([errors(file, codec) for file in arguments.images])[:, :, SIDE : CHUNK - SIDE]
+        codec = CAECodec(quality, metric=arguments.metric, weights=arguments.weights, channel_axis=2)
+        every = np.concatenate([errors(file, codec) for file in files])[:, :, SIDE : CHUNK - SIDE]
         means = every.reshape(*every.shape[:2], -1, RUN, 3).mean(3)
         for name, values in (("error", every), ("means along it", means)):
             line = [np.square(values[:, distance == value]).mean() for value in DISTANCES]

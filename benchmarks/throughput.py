@@ -24,62 +24,33 @@ import argparse
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import zarr
-from PIL import Image
+from images import cut, image_files, mosaic
+from measuring import timed
 from zarr.storage import MemoryStore
 
 from zarr_cae import CAECodec
 from zarr_cae.config import Settings
 from zarr_cae.evaluation.classical import CLASSICAL
+from zarr_cae.evaluation.measures import psnr
 from zarr_cae.networks.engine import PASS_PIXELS, engine_for
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry as weights
+from zarr_cae.weights.registry import CACHE_VARIABLE, ZOO_MODEL, find, load, store
 
-RIVAL_NAMES = ("jpegxl", "jpegxl3", "avif", "webp", "jpeg")
+CODECS = ("jpegxl", "jpegxl3", "avif", "webp", "jpeg")
 Chunk = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def picture(files: list[Path], edge: int) -> Chunk:
-    """Edge x edge x 3: the images side by side, each mirrored to fill a square of its own."""
-    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-    count = int(np.ceil(len(images) ** 0.5))
-    side = -(-edge // count)
-    rows = []
-    for row in range(count):
-        cells = [images[(row * count + column) % len(images)] for column in range(count)]
-        padded = [
-            np.pad(cell[:side, :side], [(0, max(0, side - n)) for n in cell.shape[:2]] + [(0, 0)], mode="symmetric")
-            for cell in cells
-        ]
-        rows.append(np.concatenate(padded, 1))
-    return np.ascontiguousarray(np.concatenate(rows)[:edge, :edge])
-
-
-def cut(pixels: Chunk, edge: int) -> Iterator[Chunk]:
-    for top in range(0, pixels.shape[0], edge):
-        for left in range(0, pixels.shape[1], edge):
-            yield pixels[top : top + edge, left : left + edge]
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
-
-
 def through_zarr(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, float, int, Chunk]:
-    store = MemoryStore()
+    memory = MemoryStore()
     array: zarr.Array[Any] = zarr.create_array(
-        store, shape=pixels.shape, chunks=(edge, edge, 3), dtype="uint8", serializer=codec, compressors=None
+        memory, shape=pixels.shape, chunks=(edge, edge, 3), dtype="uint8", serializer=codec, compressors=None
     )
 
     def write() -> None:
@@ -92,8 +63,8 @@ def through_zarr(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, floa
 
 def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, float]:
     """Seconds of the forward passes alone."""
-    info = weights.find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
-    engine = engine_for(weights.load(info.path), Settings())
+    info = find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
+    engine = engine_for(load(info.path), Settings())
     layout = Layout((edge, edge, 3), 2)
     batch = max(1, PASS_PIXELS[engine.device.type] // edge**2)
     planes = [to_planes(chunk, layout, (0, 255)) for chunk in cut(pixels, edge)]
@@ -146,19 +117,15 @@ def random_zoo(quality: int, folder: Path) -> str:
 
     path = folder / f"random-{quality}.pth.tar"
     torch.save(compressai_model(quality).state_dict(), path)
-    return weights.store(convert(path, quality=quality, metric="mse"), folder).digest
-
-
-def psnr(one: Chunk, other: Chunk) -> float:
-    return float(10 * np.log10(255**2 / np.mean((one.astype(np.float32) - other) ** 2)))
+    return store(convert(path, quality=quality, metric="mse"), folder).digest
 
 
 def matched(name: str, sample: list[Chunk], wanted: float) -> tuple[float, float, float, float]:
-    """Setting, bits per pixel and seconds of a rival at the setting whose PSNR on the sample is nearest."""
-    rival, best = CLASSICAL[name], (np.inf, 0.0, 0.0, 0.0, 0.0)
-    for setting in rival.settings:
-        written, coded = timed(lambda s=setting: [rival.encode(chunk, s) for chunk in sample])
-        read, decoded = timed(lambda c=coded: [rival.decode(data) for data in c])
+    """Setting, bits per pixel and seconds of a classical codec at the setting whose PSNR on the sample is nearest."""
+    codec, best = CLASSICAL[name], (np.inf, 0.0, 0.0, 0.0, 0.0)
+    for setting in codec.settings:
+        written, coded = timed(lambda s=setting: [codec.encode(chunk, s) for chunk in sample])
+        read, decoded = timed(lambda c=coded: [codec.decode(data, False) for data in c])
         off = abs(psnr(np.stack(sample), np.stack(decoded)) - wanted)
         bits = 8 * sum(map(len, coded)) / sum(chunk.shape[0] * chunk.shape[1] for chunk in sample)
         best = min(best, (off, setting, bits, written, read))
@@ -178,7 +145,7 @@ def compare(pixels: Chunk, edge: int, quality: int, arguments: argparse.Namespac
     share = len(chunks) / len(sample)
     through_zarr(pixels[: 2 * edge, : 2 * edge], edge, codec)  # loads networks and coder
     times: dict[str, list[tuple[float, float]]] = {}
-    zoo = CAECodec(quality, model=weights.ZOO_MODEL, weights=random_zoo(quality, folder), channel_axis=2) if (
+    zoo = CAECodec(quality, model=ZOO_MODEL, weights=random_zoo(quality, folder), channel_axis=2) if (
         "compressai" in arguments.against
     ) else None  # fmt: skip
     model = compressai_model(quality) if zoo is not None else None
@@ -198,7 +165,7 @@ def compare(pixels: Chunk, edge: int, quality: int, arguments: argparse.Namespac
     first = least["cae-v1 through zarr"]
     for name, seconds in least.items():
         row(name, megapixels, seconds, first)
-    for name in RIVAL_NAMES:
+    for name in CODECS:
         if name in arguments.against:
             setting, bits, written, read = matched(name, sample, quality_db)
             row(name, megapixels, (written * share, read * share), first, f"setting {setting:g}, {bits:.3f} bit/px")
@@ -211,18 +178,19 @@ def main() -> None:
     parser.add_argument("--chunks", default="256,512")
     parser.add_argument("--quality", default="4,8")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sample", type=float, default=0.1, help="share of the chunks for CompressAI and the rivals")
-    parser.add_argument("--against", default=f"compressai,networks,{','.join(RIVAL_NAMES)}")
+    parser.add_argument(
+        "--sample", type=float, default=0.1, help="share of the chunks for other codecs"
+    )
+    parser.add_argument("--against", default=f"compressai,networks,{','.join(CODECS)}")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     arguments.against = arguments.against.split(",")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    pixels = picture(files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))], arguments.edge)
+    pixels = mosaic(image_files(arguments.images), arguments.edge)
     print(f"{arguments.edge} x {arguments.edge} RGB, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[weights.CACHE_VARIABLE] = folder
+        os.environ[CACHE_VARIABLE] = folder
         for edge in map(int, arguments.chunks.split(",")):
             for quality in map(int, arguments.quality.split(",")):
                 compare(pixels, edge, quality, arguments, Path(folder))

@@ -1,8 +1,8 @@
 """Windows and partial writes of one large chunk, against reading and rewriting it whole; one run.
 
-    python benchmarks/windows.py [IMAGE] [--size 4096] [--window 256] [--quality 4] [--repeats 5] [--threads N]
+    python benchmarks/windows.py [IMAGE ...] [--size 4096] [--window 256] [--quality 4] [--repeats 5] [--threads N]
 
-One chunk of size x size pixels, filled with the image (default: the photograph that the package holds) and its mirror
+One chunk of size x size pixels, filled with the images (default: the photograph in the package) and their mirror
 images, in memory. `read` is a window at places all over the chunk, `write` puts other pixels there. Whole: the chunk as
 zarr reads it; and, for the write, what zarr does without partial encoding (decode, merge, encode), which is what codecs
 after ours (here crc32c) make it do. Bytes are those that the store hands out. Seconds are wall clock through zarr, the
@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from PIL import Image
+from images import image_files, mosaic
+from measuring import timed
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
@@ -39,16 +38,6 @@ class CountingStore(MemoryStore):
         return found
 
 
-def mosaic(file: Path, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: the image and its mirror images, without seams."""
-    with Image.open(file) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    for axis in (0, 1):
-        pair = np.concatenate([pixels, np.flip(pixels, axis)], axis)
-        pixels = np.concatenate([pair] * -(-size // pair.shape[axis]), axis)
-    return np.ascontiguousarray(pixels[:size, :size])
-
-
 def create(pixels: np.ndarray, quality: int, compressor: Any = None) -> Any:
     array = zarr.create_array(
         CountingStore(), shape=pixels.shape, chunks=pixels.shape, dtype="uint8",
@@ -63,17 +52,14 @@ def measured(array: Any, work: Callable[[int], Any], repeats: int) -> tuple[floa
     seconds, read = [], []
     for n in range(repeats):
         array.store.handed_out = 0
-        begin = time.perf_counter()
-        work(n)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(timed(lambda n=n: work(n))[0])
         read.append(array.store.handed_out)
     return statistics.median(seconds), max(read)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    photograph = Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))
-    parser.add_argument("image", nargs="?", type=Path, default=photograph)
+    parser.add_argument("images", nargs="*", type=Path)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--quality", type=int, default=4)
@@ -81,7 +67,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of the network")
     arguments = parser.parse_args()
     size, side = arguments.size, arguments.window
-    pixels = mosaic(arguments.image, size)
+    pixels = mosaic(image_files(arguments.images), size)
     rng = np.random.default_rng(1)
     places = rng.integers(0, size - side + 1, (arguments.repeats, 2))
     windows = [np.s_[y : y + side, x : x + side] for y, x in places]
