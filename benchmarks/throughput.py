@@ -178,9 +178,7 @@ def main() -> None:
     parser.add_argument("--chunks", default="256,512")
     parser.add_argument("--quality", default="4,8")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--sample", type=float, default=0.1, help="share of the chunks for other codecs"
-    )
+    parser.add_argument("--sample", type=float, default=0.1, help="share of the chunks for other codecs")
     parser.add_argument("--against", default=f"compressai,networks,{','.join(CODECS)}")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()

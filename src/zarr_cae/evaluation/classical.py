@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.evaluation.curves import Coded, Point, measure
 from zarr_cae.evaluation.extra import import_extra
+from zarr_cae.evaluation.measures import psnr
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -52,6 +53,11 @@ class ClassicalCodec:
     settings: tuple[float, ...]
     encode: Callable[[Pixels, float], bytes]
     decode: Callable[[bytes, bool], Pixels]
+
+    @property
+    def integers(self) -> bool:
+        """Whether settings are whole numbers."""
+        return all(setting == int(setting) for setting in self.settings)
 
 
 def _encode_pillow(pixels: Pixels, file_format: str, **options: object) -> bytes:
@@ -174,6 +180,46 @@ def code_classical(codec: ClassicalCodec, pixels: Pixels, setting: float) -> Cod
     encoded = time.perf_counter()
     decoded = codec.decode(data, grey)
     return Coded(decoded, len(data), encoded - start, time.perf_counter() - encoded)
+
+
+def match(codec: ClassicalCodec, pixels: Pixels, by: Literal["bytes", "psnr"], target: float) -> tuple[float, Coded]:
+    """Find the setting at which a codec comes nearest to a number of bytes or to a PSNR.
+
+    Parameters
+    ----------
+    codec : ClassicalCodec
+        Its rate and PSNR are taken to rise from each setting to the next.
+    pixels : ndarray
+        (H, W, 3) RGB or (H, W) grey, uint8.
+    by : {"bytes", "psnr"}
+        What to match.
+    target : float
+        In bytes, or in dB.
+
+    Returns
+    -------
+    setting : float
+    coded : Coded
+    """
+    first, last = codec.settings[0], codec.settings[-1]
+    if codec.integers:
+        grid = np.arange(codec.limits[0], codec.limits[1] + 1)
+    else:  # distances fall and rates rise along the grid
+        least, greatest = codec.limits
+        grid = np.geomspace(*((greatest, least) if first > last else (least, greatest)), 128)
+    tried: dict[int, tuple[float, Coded]] = {}
+
+    def value(index: int) -> float:
+        coded = code_classical(codec, pixels, float(grid[index]))
+        tried[index] = (float(coded.nbytes) if by == "bytes" else psnr(pixels, coded.pixels)), coded
+        return tried[index][0]
+
+    low, high = -1, len(grid)  # the target lies between them
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if value(middle) <= target else (low, middle)
+    nearest = min(tried, key=lambda index: abs(tried[index][0] - target))
+    return float(grid[nearest]), tried[nearest][1]
 
 
 def evaluate_classical(
