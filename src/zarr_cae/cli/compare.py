@@ -19,7 +19,7 @@ from zarr_cae.cli.images import Pixels, read_image
 from zarr_cae.cli.replacing import replacing
 from zarr_cae.evaluation.classical import CLASSICAL, match
 from zarr_cae.evaluation.curves import Coded, Point, measure
-from zarr_cae.weights.file import METRICS
+from zarr_cae.weights.registry import METRICS
 
 if TYPE_CHECKING:
     from zarr_cae.codec.cae import CAECodec
