@@ -4,7 +4,7 @@
                                     [--pipeline batched,fused] [--repeats 5]
 
 The array is size x size x 3 in chunks of 256 x 256 and 512 x 512, in memory, made of the images in FOLDER (by default
-the photograph that the package holds), each mirrored in turn. Pipelines are zarr's: the default one, and the fused one
+the photograph in the package), each mirrored in turn. Pipelines are zarr's: the default one, and the fused one
 of zarr >= 3.3. Times are seconds of wall clock and, less disturbed by other programs, of CPU over all threads, the best
 of the repeats each; ratios are to the latents. All three start from the same stored bytes or the same symbols, and take
 turns, so that other programs disturb them alike:
