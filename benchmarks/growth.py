@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py [IMAGE ...] [--quality 4] [--largest 268]
 
-Each line is a process of its own: an RGB array made of the images (default: the photograph that the package holds),
+Each line is a process of its own: an RGB array made of the images (default: the photograph in the package),
 repeated, is written to and read from a folder. Seconds are those of one write and one read of the whole array after a
 first chunk has warmed up the networks. Memory is the highest resident size of the process, less what it had before
 plus the array of pixels itself (twice for reading: the second is the result). `--largest` limits the megapixels.

@@ -3,7 +3,7 @@
     python benchmarks/throughput.py [IMAGE ...] [--edge 4096] [--chunks 256,512] [--quality 4,8] [--repeats 3]
         [--against compressai,networks,jpegxl,jpegxl3,avif,webp,jpeg] [--threads N]
 
-The picture is made of the images (default: the photograph that the package holds), mirrored at the seams, edge x edge
+The picture is made of the images (default: the photograph in the package), mirrored at the seams, edge x edge
 RGB, and is written to and read from a memory store with `zarr.create_array`. In the same process, in turn with each
 repeat, on the same picture:
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.evaluation.classical import CLASSICAL, evaluate_classical, spread
+from zarr_cae.evaluation.classical import CLASSICAL, evaluate_classical, match, spread
 from zarr_cae.evaluation.measures import psnr
 
 IMAGECODECS = {"avif", "jpegxl", "jpegxl3"}
@@ -142,3 +142,21 @@ def test_missing_imagecodecs_names_the_extra(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     with pytest.raises(CAEConfigurationError, match=r"^cae: .*zarr-cae\[compare\]"):
         evaluate_classical(name, [("a", picture())])
+
+
+@pytest.mark.parametrize("name", ["jpeg", "webp", "jpeg2000"])
+def test_match_comes_near_to_the_target(name):
+    image = picture()
+    codec = CLASSICAL[name]
+    setting, coded = match(codec, image, "bytes", 4000)
+    assert coded.nbytes == len(codec.encode(image, setting))
+    assert coded.nbytes == pytest.approx(4000, rel=0.1)
+    _, coded = match(codec, image, "psnr", 33.0)
+    assert psnr(image, coded.pixels) == pytest.approx(33.0, abs=0.6)
+
+
+def test_match_out_of_reach_gives_the_nearest_end():
+    setting, coded = match(CLASSICAL["jpeg"], picture(), "bytes", 1)
+    assert setting == 1
+    assert coded.nbytes == len(CLASSICAL["jpeg"].encode(picture(), 1))
+    assert match(CLASSICAL["jpeg"], picture(), "psnr", 99)[0] == 95
