@@ -84,9 +84,8 @@ def watch(process: subprocess.Popen[bytes]) -> list[tuple[float, float]]:
             lines = status.read_text().splitlines()
         except OSError:
             break
-        for line in lines:
-            if line.startswith("VmRSS:"):
-                seen.append((time.perf_counter() - started, int(line.split()[1]) / 1000))
+        now = time.perf_counter() - started
+        seen.extend((now, int(line.split()[1]) / 1000) for line in lines if line.startswith("VmRSS:"))
         time.sleep(0.5)
     process.wait()
     return seen

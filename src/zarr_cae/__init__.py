@@ -1,21 +1,30 @@
-"""Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder."""
+"""Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder.
 
+Public names are imported when they are first used, so that the command line starts quickly, and an interrupt while zarr
+is imported ends it as any other does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from zarr_cae.codec.cae import CAECodec
-from zarr_cae.config import configure
-from zarr_cae.errors import (
-    CAEConfigurationError,
-    CAEDataError,
-    CAEError,
-    FrameError,
-    StreamError,
-    WeightsNotFoundError,
-)
-from zarr_cae.latents.codec import CAEBottleneckCodec
-from zarr_cae.latents.dataset import LatentPatches, as_torch_dataset
-from zarr_cae.latents.store import BottleneckStore, open_bottleneck
-from zarr_cae.serve.store import DecodedStore
+if TYPE_CHECKING:
+    from zarr_cae.codec.cae import CAECodec
+    from zarr_cae.config import configure
+    from zarr_cae.errors import (
+        CAEConfigurationError,
+        CAEDataError,
+        CAEError,
+        FrameError,
+        StreamError,
+        WeightsNotFoundError,
+    )
+    from zarr_cae.latents.codec import CAEBottleneckCodec
+    from zarr_cae.latents.dataset import LatentPatches, as_torch_dataset
+    from zarr_cae.latents.store import BottleneckStore, open_bottleneck
+    from zarr_cae.serve.store import DecodedStore
 
 __all__ = [
     "BottleneckStore",
@@ -36,3 +45,32 @@ __all__ = [
 ]
 
 __version__ = version("zarr-cae")
+
+_MODULES = {
+    "BottleneckStore": "latents.store",
+    "CAEBottleneckCodec": "latents.codec",
+    "CAECodec": "codec.cae",
+    "CAEConfigurationError": "errors",
+    "CAEDataError": "errors",
+    "CAEError": "errors",
+    "DecodedStore": "serve.store",
+    "FrameError": "errors",
+    "LatentPatches": "latents.dataset",
+    "StreamError": "errors",
+    "WeightsNotFoundError": "errors",
+    "as_torch_dataset": "latents.dataset",
+    "configure": "config",
+    "open_bottleneck": "latents.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -77,3 +77,31 @@ def test_npy_on_a_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"):
         replacing.create_npy(tmp_path / "b.npy", np.dtype("u2"), (300, 50))
+
+
+def test_interrupt_while_packages_are_imported() -> None:
+    code = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "zarr_cae.cli.archive":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+from zarr_cae.cli import main
+assert "zarr" not in sys.modules and "numpy" not in sys.modules
+sys.exit(main(["--help"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "zarr-cae: interrupted\n")
+
+
+def test_all_public_names_are_there() -> None:
+    import zarr_cae
+
+    assert {"CAECodec", "configure", "__version__"} <= set(dir(zarr_cae))
+    for name in zarr_cae.__all__:
+        assert getattr(zarr_cae, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        zarr_cae.nothing  # noqa: B018

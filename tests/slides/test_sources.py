@@ -133,7 +133,7 @@ def test_images_of_several_sizes_are_a_choice(tmp_path: Path, tissue: np.ndarray
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(tissue, photometric="rgb")
         file.write(tissue[:100, :390], photometric="rgb")
-    with pytest.raises(CAEConfigurationError, match="--series: 0: 300 x 420 x 3.*1: 100 x 390 x 3"):
+    with pytest.raises(CAEConfigurationError, match=r"--series: 0: 300 x 420 x 3.*1: 100 x 390 x 3"):
         open_slide(tmp_path / "a.tif")
     slide = open_slide(tmp_path / "a.tif", series=1)
     np.testing.assert_array_equal(whole(slide), tissue[:100, :390].transpose(2, 0, 1))

@@ -73,6 +73,7 @@ class Source:
     dimension_names: tuple[str | None, ...] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Colour profile and resolution of the file, as `zarr_cae.slides.ome.source_attributes` keeps them."""
+    close: Callable[[], None] = lambda: None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,7 +103,7 @@ def open_source(path: Path, *, series: int | None = None, level: int = 0) -> Sou
     if slide is not None:
         names = tuple({"-": None}.get(axis, axis) for axis in slide.stored)
         axis = names.index("c") if slide.rgb else None
-        return Source(path.stem, slide.array, axis, names, source_attributes(slide.metadata))
+        return Source(path.stem, slide.array, axis, names, source_attributes(slide.metadata), slide.close)
     pixels, names = read_pixels(path, level=level)
     with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
         attributes = source_attributes(metadata_of(image))

@@ -155,26 +155,35 @@ async def _write(arrays: Iterable[NewArray], path: Path, advance: Callable[[floa
     if group:
         await zarr.api.asynchronous.create_group(store=path)
     for item in arrays:
-        source = item.source
-        array = await zarr.api.asynchronous.create_array(
-            store=path,
-            name=source.name if group else None,
-            shape=source.shape,
-            dtype=source.dtype,
-            chunks=item.chunks,
-            shards=item.shards,
-            serializer=item.codec,
-            filters=None,
-            compressors=None,
-            fill_value=item.fill_value,
-            dimension_names=item.dimension_names,
-            attributes=dict(item.source.attributes),
-        )
-        for window in slabs(source.shape, item.shards or item.chunks):
-            with refusing_damage(source.name):
-                pixels = np.asarray(source.array[window])
-            await array.setitem(window, pixels)
-            advance(item.megapixels * pixels.size / math.prod(source.shape))
+        try:
+            await _write_one(item, path, advance, group=group)
+        finally:
+            item.source.close()
+
+
+async def _write_one(item: NewArray, path: Path, advance: Callable[[float], object], *, group: bool) -> None:
+    import zarr.api.asynchronous
+
+    source = item.source
+    array = await zarr.api.asynchronous.create_array(
+        store=path,
+        name=source.name if group else None,
+        shape=source.shape,
+        dtype=source.dtype,
+        chunks=item.chunks,
+        shards=item.shards,
+        serializer=item.codec,
+        filters=None,
+        compressors=None,
+        fill_value=item.fill_value,
+        dimension_names=item.dimension_names,
+        attributes=dict(item.source.attributes),
+    )
+    for window in slabs(source.shape, item.shards or item.chunks):
+        with refusing_damage(source.name):
+            pixels = np.asarray(source.array[window])
+        await array.setitem(window, pixels)
+        advance(item.megapixels * pixels.size / math.prod(source.shape))
 
 
 def stored_bytes(array: zarr.Array[Any]) -> int:

@@ -131,7 +131,17 @@ class LatentPatches:
         if not -len(self) <= index < len(self):
             raise IndexError(f"cae: patch {index} of {len(self)}")
         *batch, row, column = (int(number) for number in np.unravel_index(index % len(self), self._grid))
-        item = self._read(batch, row * self.step[0], column * self.step[1])
+        item = self._checked(self._read(batch, row * self.step[0], column * self.step[1]), index)
+        return item if self.labels is None else (item, self.labels[index])
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many patches lie along rows and columns."""
+        rows, columns = self._grid[-2:]
+        return rows, columns
+
+    def _checked(self, item: npt.NDArray[np.float32], index: int) -> npt.NDArray[np.float32]:
+        """Replace latents that were never written by `missing`, or raise CAEDataError."""
         absent = np.isnan(item)
         if absent.any():
             if self.missing is None:
@@ -141,7 +151,7 @@ class LatentPatches:
                     "config={'write_empty_chunks': True}"
                 )
             item[absent] = self.missing
-        return item if self.labels is None else (item, self.labels[index])
+        return item
 
     def _read(self, batch: Sequence[int], row: int, column: int) -> npt.NDArray[np.float32]:
         """Return the patch (K, rows, columns) at a position of the batch axes and a first row and column."""

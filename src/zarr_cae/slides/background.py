@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
@@ -15,13 +17,21 @@ from zarr.buffer import default_buffer_prototype
 
 from zarr_cae.codec import CAECodec
 
-__all__ = ["WritingCodec", "counting"]
+__all__ = ["WritingCodec", "begin"]
 
-counting: ContextVar[Callable[[int], None] | None] = ContextVar("counting", default=None)
+_counting: ContextVar[Callable[[int], None] | None] = ContextVar("counting", default=None)
 """Called with the number of samples of each chunk that was coded."""
-_LARGEST = 1024
+_coding: ContextVar[dict[tuple[Any, ...], asyncio.Lock]] = ContextVar("coding")
+"""A lock for each colour, so that of equal chunks that are coded at the same time one is coded. For one event loop."""
+_MOST = 1024
 _colours: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
 _lock = Lock()
+
+
+def begin(count: Callable[[int], None]) -> None:
+    """Prepare an asyncio task to write with `WritingCodec`; `count` gets the samples of each chunk that was coded."""
+    _counting.set(count)
+    _coding.set({})
 
 
 @dataclass(frozen=True)
@@ -35,22 +45,37 @@ class WritingCodec(CAECodec):
     __init__ = CAECodec.__init__
 
     async def _encode_single(self, chunk_array: Any, chunk_spec: Any) -> Buffer | None:
-        key = self._colour(chunk_array)
-        known = _known(key)
-        if known is None:
-            known = await super()._encode_single(chunk_array, chunk_spec)
-            _keep(key, known)
+        colour = self._colour(chunk_array)
+        content = _known(colour)
+        if content is None:
+            async with _coding.get({}).setdefault(colour, asyncio.Lock()) if colour else nullcontext():
+                content = _known(colour) or _keep(colour, await super()._encode_single(chunk_array, chunk_spec))
         _count(chunk_spec)
-        return known
+        return content
 
-    def _encode_sync(self, chunk_array: Any, chunk_spec: Any) -> Buffer:
-        key = self._colour(chunk_array)
-        known = _known(key)
-        if known is None:
-            known = super()._encode_sync(chunk_array, chunk_spec)
-            _keep(key, known)
+    def _encode_sync(self, chunk_array: Any, chunk_spec: Any) -> Buffer | None:
+        colour = self._colour(chunk_array)
+        content = _known(colour) or _keep(colour, super()._encode_sync(chunk_array, chunk_spec))
         _count(chunk_spec)
-        return known
+        return content
+
+    async def _encode_partial_single(self, byte_setter: Any, chunk_array: Any, selection: Any, chunk_spec: Any) -> None:
+        if not _whole(chunk_array, chunk_spec):
+            await super()._encode_partial_single(byte_setter, chunk_array, selection, chunk_spec)
+            _count(chunk_spec)
+        elif _is_fill(chunk_array, chunk_spec):
+            await byte_setter.delete()
+        else:
+            await byte_setter.set(await self._encode_single(chunk_array, chunk_spec))
+
+    def _encode_partial_sync(self, byte_setter: Any, chunk_array: Any, selection: Any, chunk_spec: Any) -> None:
+        if not _whole(chunk_array, chunk_spec):
+            super()._encode_partial_sync(byte_setter, chunk_array, selection, chunk_spec)
+            _count(chunk_spec)
+        elif _is_fill(chunk_array, chunk_spec):
+            byte_setter.delete_sync()
+        else:
+            byte_setter.set_sync(self._encode_sync(chunk_array, chunk_spec))
 
     def _colour(self, chunk_array: Any) -> tuple[Any, ...] | None:
         """Return a key that is equal for chunks of the same form and one colour; None for all other chunks."""
@@ -68,16 +93,25 @@ def _known(key: tuple[Any, ...] | None) -> Buffer | None:
     return None if content is None else default_buffer_prototype().buffer.from_bytes(content)
 
 
-def _keep(key: tuple[Any, ...] | None, content: Buffer | None) -> None:
-    if key is None or content is None:
-        return
-    with _lock:
-        _colours[key] = content.to_bytes()
-        while len(_colours) > _LARGEST:
-            _colours.popitem(last=False)
+def _keep(key: tuple[Any, ...] | None, content: Buffer | None) -> Buffer | None:
+    if key is not None and content is not None:
+        with _lock:
+            _colours[key] = content.to_bytes()
+            while len(_colours) > _MOST:
+                _colours.popitem(last=False)
+    return content
+
+
+def _whole(chunk_array: Any, spec: Any) -> bool:
+    return tuple(chunk_array.shape) == tuple(spec.shape)
+
+
+def _is_fill(chunk_array: Any, spec: Any) -> bool:
+    """Whether zarr keeps no chunk of these pixels: all have the fill value."""
+    return not spec.config.write_empty_chunks and bool((chunk_array.as_numpy_array() == spec.fill_value).all())
 
 
 def _count(spec: Any) -> None:
-    called = counting.get()
+    called = _counting.get()
     if called is not None:
         called(int(np.prod(spec.shape)))

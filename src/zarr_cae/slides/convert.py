@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.slides.background import WritingCodec, counting
+from zarr_cae.slides.background import WritingCodec, begin
 from zarr_cae.slides.journal import Journal, read_reduced, remove_reduced, write_reduced
 from zarr_cae.slides.ome import SOURCE, attributes
 from zarr_cae.slides.pyramid import Block, Downsample, Pyramid, level_sizes, reduced
@@ -270,17 +269,30 @@ def _level_array(conversion: Conversion, out: Path, level: int) -> zarr.AsyncArr
     return zarr.AsyncArray(model.metadata, where, config={"write_empty_chunks": False})
 
 
-@lru_cache(maxsize=1)
-def _opened(source: Path, series: int | None, level: int, modified: int) -> Slide:  # noqa: ARG001 - a part of the key
-    return open_slide(source, series=series, level=level)
+_opened: dict[tuple[Any, ...], Slide] = {}
+"""The slide that this process reads from; one at most."""
+
+
+def _slide(conversion: Conversion) -> Slide:
+    """Return the open slide of a conversion."""
+    source, choices = conversion.source, conversion.choices
+    key = source, choices.series, choices.level, source.stat().st_mtime_ns
+    if key not in _opened:
+        close_slide()
+        _opened[key] = open_slide(source, series=choices.series, level=choices.level)
+    return _opened[key]
+
+
+def close_slide() -> None:
+    """Close the slide that this process reads from, if there is one."""
+    while _opened:
+        _opened.popitem()[1].close()
 
 
 def read_block(conversion: Conversion, folder: Path, block: Block) -> Pixels:
     """Return the pixels of a block: from the source, or from the reduced copies of its children."""
     if block.level == 0:
-        source, choices = conversion.source, conversion.choices
-        slide = _opened(source, choices.series, choices.level, source.stat().st_mtime_ns)
-        return slide.read(conversion.window(block))
+        return _slide(conversion).read(conversion.window(block))
     window = conversion.window(block)
     pixels = np.empty([part.stop - part.start for part in window], conversion.dtype)
     for child in conversion.pyramid.children(block):
@@ -324,7 +336,7 @@ def convert_block(
             advance(samples / conversion.channels / 1e6)
 
     async def write() -> None:
-        counting.set(count)
+        begin(count)
         array = _level_array(conversion, folder / "out", block.level)
         for key in _keys(conversion, block, array):  # of an interrupted run: they would be read and merged
             await array.store_path.store.delete(f"{array.store_path.path}/{key}")
@@ -349,26 +361,28 @@ def _keys(conversion: Conversion, block: Block, array: zarr.AsyncArray[Any]) -> 
 
 def convert_here(conversion: Conversion, journal: Journal, advance: Advance) -> None:
     """Convert all blocks that are not done yet in this process; the next block is read while one is coded."""
-    waiting: Future[Pixels] | None = None
     blocks = [block for block in conversion.pyramid.blocks(by_rows=conversion.by_rows) if block not in journal]
     leaves = iter([block for block in blocks if block.level == 0])
     with ThreadPoolExecutor(1, thread_name_prefix="cae-slide") as reader:
 
-        def begin() -> Future[Pixels] | None:
+        def read_next() -> Future[Pixels] | None:
             following = next(leaves, None)
             return None if following is None else reader.submit(read_block, conversion, journal.folder, following)
 
-        waiting = begin()
-        for block in blocks:
-            pixels = None
-            if block.level == 0:
-                assert waiting is not None
-                pixels = waiting.result()
-                waiting = begin()
-            convert_block(conversion, journal.folder, block, pixels, advance)
-            journal.record(block)
-            for child in conversion.pyramid.children(block):
-                remove_reduced(journal.folder, child)
+        try:
+            waiting = read_next()
+            for block in blocks:
+                pixels = None
+                if block.level == 0:
+                    assert waiting is not None
+                    pixels, waiting = waiting.result(), read_next()
+                convert_block(conversion, journal.folder, block, pixels, advance)
+                journal.record(block)
+                for child in conversion.pyramid.children(block):
+                    remove_reduced(journal.folder, child)
+        finally:
+            reader.shutdown(cancel_futures=True)
+            close_slide()
 
 
 def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, address: str) -> None:
