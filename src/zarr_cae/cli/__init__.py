@@ -41,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # Imported here, so that an interrupt meanwhile ends as any other does.
-    from zarr_cae.cli import archive, bottleneck, convert, demo, evaluate, migrate, serve, train, weights_files
+    from zarr_cae.cli import archive, bottleneck, convert, demo, evaluate, migrate, serve, train, verify, weights_files
 
     parser = argparse.ArgumentParser(
         prog="zarr-cae", description="Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder."
     )
     parser.add_argument("--version", action="version", version=f"zarr-cae {version('zarr-cae')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (archive, convert, bottleneck, migrate, demo, weights_files, train, evaluate, serve):
+    for group in (archive, verify, convert, bottleneck, migrate, demo, weights_files, train, evaluate, serve):
         group.add(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and hasattr(arguments, "paths") and not any(word.startswith("-") for word in rest):
