@@ -57,7 +57,7 @@ def test_versions_are_matched_and_their_figures_are_those_of_their_pixels(
         assert number(row["bit/px"]) == pytest.approx(8 * number(row["bytes"]) / (176 * 164), abs=6e-4)
         assert 0 < number(row["SSIM"]) < 1
         assert 0 < number(row["MS-SSIM"]) < 1
-        assert number(row["encode s"]) > 0
+        assert number(row["encode ms"]) >= 0 <= number(row["decode ms"])
     for ours, jpeg in (figures[:2], figures[2:]):
         if match == "bytes":
             assert number(jpeg["bytes"]) == pytest.approx(number(ours["bytes"]), rel=0.1)
@@ -140,7 +140,8 @@ def test_page_in_a_browser(here: Path, photo: np.ndarray, tmp_path: Path) -> Non
         change("mode", "difference")
         shown = (
             "const c = document.getElementById('difference'); if (c.width !== 300) return -1;"
-            "return Math.max(...c.getContext('2d').getImageData(0, 0, 300, 300).data.filter((_, i) => i % 4 < 3))"
+            "const data = c.getContext('2d').getImageData(0, 0, 300, 300).data;"
+            "return data.reduce((most, value, i) => (i % 4 < 3 ? Math.max(most, value) : most), 0)"
         )
         for _ in range(50):
             if js(shown) > 0:
