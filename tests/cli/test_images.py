@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,38 @@ def test_images_over_the_limit_of_pillow(here: Path, photo: np.ndarray, monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert main(["encode", "a.png", "a.zarr"]) == 0
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["tifffile", "Pillow alone"])
+def test_levels_of_a_tiff(
+    library: bool, here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setitem(sys.modules, "tifffile", None)
+    pages = [Image.fromarray(np.ascontiguousarray(photo[:96:step, :128:step])) for step in (1, 2, 4)]
+    pages[0].save("a.tif", save_all=True, append_images=pages[1:])
+    assert open_source(Path("a.tif")).shape == (96, 128, 3)
+    source = open_source(Path("a.tif"), level=1)
+    np.testing.assert_array_equal(np.asarray(source.array[:48, :64, :3]), photo[:96:2, :128:2])
+    assert source.dimension_names == ("y", "x", "c")
+    source.close()
+    capsys.readouterr()
+    assert main(["encode", "a.tif", "a.zarr", "--level", "3"]) == 1
+    assert "no level 3" in capsys.readouterr().err
+    assert main(["encode", "a.tif", "a.zarr", "--level", "2", "-q", "1"]) == 0
+    assert zarr.open_array("a.zarr", mode="r").shape == (24, 32, 3)
+
+
+def test_sixteen_bit_colour_is_kept_or_refused(
+    here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    deep = photo[:48, :64].astype(np.uint16) * 256
+    Path("a.png").write_bytes(imagecodecs.png_encode(deep))
+    source = open_source(Path("a.png"))
+    assert source.dtype == np.uint16
+    np.testing.assert_array_equal(source.array, deep)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert main(["encode", "a.png", "a.zarr"]) == 1
+    assert "16 bits a colour" in capsys.readouterr().err
+    assert not Path("a.zarr").exists()

@@ -21,7 +21,8 @@ from zarr_cae.cli import main
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.evaluation.measures import psnr
 from zarr_cae.slides import background
-from zarr_cae.slides.convert import Choices, convert_here, create, prepare
+from zarr_cae.slides.conversion import Choices, create, prepare
+from zarr_cae.slides.convert import convert_here
 from zarr_cae.slides.journal import Journal, journal_folder
 from zarr_cae.slides.pyramid import reduced
 

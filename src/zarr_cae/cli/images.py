@@ -252,7 +252,7 @@ def read_pixels(path: Path, *, level: int = 0) -> tuple[Pixels, tuple[str, ...]]
         pages = [_with_alpha(page) if page.shape[2:] == (3,) else page for page in pages]
     forms = {(page.shape, page.dtype) for page in pages}
     if len(forms) > 1:
-        refuse(f"{path} has frames of {len(forms)} sizes or modes; save them as separate images")
+        refuse(f"{path} has frames of several sizes or modes ({len(forms)}); save them as separate images")
     names = ("y", "x", RGBA if transparent else "c")[: pages[0].ndim]
     return (pages[0], names) if len(pages) == 1 else (np.stack(pages), ("t", *names))
 
@@ -274,7 +274,7 @@ def _frame_numbers(path: Path, image: Image.Image, level: int) -> Sequence[int]:
         for large, small in itertools.pairwise(sizes)
     )
     if not copies:
-        refuse(f"{path} has frames of {len(set(sizes))} sizes; save them as separate images")
+        refuse(f"{path} has frames of several sizes ({len(set(sizes))}); save them as separate images")
     if not 0 <= level < len(sizes):
         refuse(f"{path} has no level {level}; its levels are {', '.join(f'{w} x {h}' for w, h in sizes)}")
     return [level]
