@@ -25,7 +25,7 @@ from zarr_cae.slides.journal import Journal, read_reduced, remove_reduced, write
 from zarr_cae.slides.pyramid import Block, reduced
 from zarr_cae.slides.sources import Slide, open_slide
 
-__all__ = ["Advance", "convert_block", "convert_here"]
+__all__ = ["Advance", "close_slide", "convert_block", "convert_here"]
 
 Pixels = npt.NDArray[Any]
 Advance = Callable[[float], object]
