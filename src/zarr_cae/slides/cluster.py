@@ -9,7 +9,7 @@ from typing import Any
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.slides.conversion import Conversion
 from zarr_cae.slides.convert import Advance, close_slide, convert_block
-from zarr_cae.slides.journal import Journal, remove_reduced
+from zarr_cae.slides.journal import Journal, is_recorded, remove_reduced
 from zarr_cae.slides.pyramid import Block
 
 __all__ = ["convert_on_dask"]
@@ -68,4 +68,7 @@ def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, 
 
 
 def _task(conversion: Conversion, folder: Path, block: Block, children: object) -> None:  # noqa: ARG001 - waits for them
-    convert_block(conversion, folder, block)
+    # dask repeats a task whose result was on a worker that died. If the block was recorded before that, the reduced
+    # copies of its children may be gone.
+    if not is_recorded(folder, block):
+        convert_block(conversion, folder, block)
