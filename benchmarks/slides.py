@@ -89,7 +89,8 @@ def watch(process: subprocess.Popen[bytes]) -> list[tuple[float, float]]:
         now = time.perf_counter() - started
         seen.extend((now, int(line.split()[1]) / 1000) for line in lines if line.startswith("VmRSS:"))
         time.sleep(0.5)
-    process.wait()
+    if process.wait():
+        raise SystemExit("the conversion failed")
     return seen
 
 

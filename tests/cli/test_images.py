@@ -87,7 +87,9 @@ def test_levels_of_a_tiff(
         monkeypatch.setitem(sys.modules, "tifffile", None)
     pages = [Image.fromarray(np.ascontiguousarray(photo[:96:step, :128:step])) for step in (1, 2, 4)]
     pages[0].save("a.tif", save_all=True, append_images=pages[1:])
-    assert open_source(Path("a.tif")).shape == (96, 128, 3)
+    source = open_source(Path("a.tif"))
+    assert source.shape == (96, 128, 3)
+    source.close()
     source = open_source(Path("a.tif"), level=1)
     np.testing.assert_array_equal(np.asarray(source.array[:48, :64, :3]), photo[:96:2, :128:2])
     assert source.dimension_names == ("y", "x", "c")

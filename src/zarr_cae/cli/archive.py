@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--shards", type=pair, metavar="ROWS,COLS", help="files of many chunks; a multiple of --chunks")
     parser.add_argument(
         "--channel-axis", type=channel_axis, default="auto", metavar="N|none|auto",
-        help="axis of the colour channels in .npy and .zarr arrays; auto: the only axis of length 3",
+        help="axis of the colour channels in .npy and .zarr arrays; auto: the last axis, if its length is 3",
     )  # fmt: skip
     parser.add_argument(
         "--value-range", type=value_range, metavar="LO,HI",

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.slides.conversion import Conversion
-from zarr_cae.slides.convert import Advance, convert_block
-from zarr_cae.slides.journal import Journal, remove_reduced
+from zarr_cae.slides.convert import Advance, close_slide, convert_block
+from zarr_cae.slides.journal import Journal, is_recorded, remove_reduced
 from zarr_cae.slides.pyramid import Block
 
 __all__ = ["convert_on_dask"]
@@ -35,7 +35,7 @@ def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, 
         If dask.distributed is not installed; OSError if the scheduler does not answer.
     """
     try:
-        from distributed import Client, as_completed
+        from distributed import Client, KilledWorker, as_completed
     except ImportError as error:
         raise CAEConfigurationError("cae: --dask needs dask.distributed: pip install 'zarr-cae[dask]'") from error
     absolute = replace(conversion, source=conversion.source.absolute())
@@ -47,18 +47,28 @@ def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, 
             children = [tasks[child] for child in conversion.pyramid.children(block) if child in tasks]
             tasks[block] = client.submit(
                 _task, absolute, folder, block, children, pure=False, priority=-number, retries=2,
-                key=f"cae-{block.name}-{journal.folder.name}",
+                key=f"cae-{block.name}-{folder}",
             )  # fmt: skip
         places = {future: block for block, future in tasks.items()}
         for future in as_completed(list(places)):
-            future.result()
             block = places[future]
+            try:
+                future.result()
+            except KilledWorker as error:
+                raise CAEDataError(
+                    f"cae: the workers that converted block {block.name} died, one after the other; "
+                    "is their memory enough? Give the same command again to go on"
+                ) from error
             journal.record(block)
             for child in conversion.pyramid.children(block):
                 remove_reduced(journal.folder, child)
             rows, columns = conversion.pyramid.window(block)
             advance((rows.stop - rows.start) * (columns.stop - columns.start) / 1e6)
+        client.run(close_slide, on_error="ignore")
 
 
 def _task(conversion: Conversion, folder: Path, block: Block, children: object) -> None:  # noqa: ARG001 - waits for them
-    convert_block(conversion, folder, block)
+    # dask repeats a task whose result was on a worker that died. If the block was recorded before that, the reduced
+    # copies of its children may be gone.
+    if not is_recorded(folder, block):
+        convert_block(conversion, folder, block)

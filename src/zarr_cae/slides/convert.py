@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +26,7 @@ from zarr_cae.slides.journal import Journal, read_reduced, remove_reduced, write
 from zarr_cae.slides.pyramid import Block, reduced
 from zarr_cae.slides.sources import Slide, open_slide
 
-__all__ = ["Advance", "convert_block", "convert_here"]
+__all__ = ["Advance", "close_slide", "convert_block", "convert_here"]
 
 Pixels = npt.NDArray[Any]
 Advance = Callable[[float], object]
@@ -42,22 +43,26 @@ def _level_array(conversion: Conversion, out: Path, level: int) -> zarr.AsyncArr
 
 _opened: dict[tuple[Any, ...], Slide] = {}
 """The slide that this process reads from; one at most."""
+_lock = Lock()
 
 
 def _slide(conversion: Conversion) -> Slide:
     """Return the open slide of a conversion."""
     source, choices = conversion.source, conversion.choices
     key = source, choices.series, choices.level, source.stat().st_mtime_ns
-    if key not in _opened:
-        close_slide()
-        _opened[key] = open_slide(source, series=choices.series, level=choices.level)
-    return _opened[key]
+    with _lock:
+        if key not in _opened:
+            while _opened:
+                _opened.popitem()[1].close()
+            _opened[key] = open_slide(source, series=choices.series, level=choices.level)
+        return _opened[key]
 
 
 def close_slide() -> None:
     """Close the slide that this process reads from, if there is one."""
-    while _opened:
-        _opened.popitem()[1].close()
+    with _lock:
+        while _opened:
+            _opened.popitem()[1].close()
 
 
 def read_block(conversion: Conversion, folder: Path, block: Block) -> Pixels:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.pyramid import Block
 
-__all__ = ["Journal", "read_reduced", "write_reduced"]
+__all__ = ["Journal", "is_recorded", "journal_folder", "read_reduced", "remove_reduced", "write_reduced"]
 
 _VERSION = 1
 
@@ -162,6 +162,14 @@ class Journal:
 def journal_folder(output: Path) -> Path:
     """Return the folder of the journal of an output."""
     return output.with_name(f".{output.name}.converting")
+
+
+def is_recorded(folder: Path, block: Block) -> bool:
+    """Return whether a journal that another process writes records a block as complete."""
+    try:
+        return block.name.encode() in (folder / "done").read_bytes().split()
+    except FileNotFoundError:
+        return False
 
 
 def write_reduced(folder: Path, block: Block, pixels: npt.NDArray[Any]) -> None:

@@ -149,7 +149,7 @@ def _axes(path: Path, axes: str, shape: Sequence[int], page: Any) -> tuple[str, 
         elif axis in _AXES and not (axis == "C" and samples_are_channels):
             stored.append(_AXES[axis])
         elif free:
-            stored.append(free.pop(-1))  # stacks whose axis has no name are taken as z
+            stored.append(free.pop(0))  # a stack whose axis has no name is taken as t
         else:
             raise CAEConfigurationError(
                 f"cae: {path} has axes {axes} of {tuple(shape)}; at most time, channel, z, rows and columns can be kept"
