@@ -1,0 +1,468 @@
+"""Attack the decoders with seeded mutants, truncations, kills and a store that lies.
+
+    python benchmarks/attack.py [--target frame,stream,codec,store,kill] [--mutants N] [--seconds S] [--seed N]
+
+Each mutant must be decoded to symbols or pixels of the right shape, or raise one of this package's errors of data
+(CAEDataError), within `HANG` seconds and `MEMORY` bytes. Everything else counts as a finding: another exception, a
+process that dies, a hang, an allocation beyond the limit. Findings are printed with what repeats them:
+
+    python benchmarks/attack.py --target frame --seed 0 --only 12345
+
+* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are made
+  anew, so that the damage reaches the decoder behind them.
+* stream: the decoder of CompressAI's streams (`legacy.stream`), and chunks of caecodec.
+* codec: whole and partial reading of an array through zarr, whose chunks are such mutants.
+* store: reading through a store that returns too few bytes, too many, others, or none.
+* kill: processes that write an array and are killed; what they leave must be readable.
+
+The attacker is a process of its own. This one watches it, and starts another behind a mutant that killed it or hung.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import faulthandler
+import multiprocessing
+import multiprocessing.sharedctypes
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+
+HANG = 30.0
+MEMORY = 1 << 30
+TARGETS = ("frame", "stream", "codec", "store", "kill")
+
+
+class Finding(Exception):  # noqa: N818 - it is what this script looks for
+    """What a decoder must not do."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="frame,stream,codec,store,kill", help="some of " + ", ".join(TARGETS))
+    parser.add_argument("--mutants", type=int, help="how many of each target; default: as many as --seconds allows")
+    parser.add_argument("--seconds", type=float, default=60, help="for each target; default 60")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, metavar="MUTANT", help="repeat this one, in this process")
+    arguments = parser.parse_args()
+    targets = arguments.target.split(",")
+    if not set(targets) <= set(TARGETS):
+        parser.error(f"--target is some of {', '.join(TARGETS)}")
+    if arguments.only is not None:
+        for target in targets:
+            print(target, ATTACKS[target](np.random.default_rng([arguments.seed, arguments.only])))
+        return
+    findings = 0
+    for target in targets:
+        count, refused, found = attack(target, arguments.mutants, arguments.seconds, arguments.seed)
+        print(f"{target}: {count:,} mutants, {refused:,} refused, {len(found)} findings", flush=True)
+        for finding in found:
+            print(f"  {finding}")
+        findings += len(found)
+    sys.exit(1 if findings else 0)
+
+
+def attack(target: str, mutants: int | None, seconds: float, seed: int) -> tuple[int, int, list[str]]:
+    """Return how many mutants were tried and refused, and the findings."""
+    spawn = multiprocessing.get_context("spawn")
+    state = spawn.Array(ctypes.c_longlong, 3)  # the mutant that is tried, how many were refused, milliseconds used
+    findings, first = [], 0
+    budget = seconds if mutants is None else float("inf")
+    last = sys.maxsize if mutants is None else mutants
+    while first < last and state[2] < 1000 * budget:
+        reports, send = spawn.Pipe(duplex=False)
+        child = spawn.Process(target=attacker, args=(target, seed, first, last, budget, state, send))
+        state[0] = first
+        child.start()
+        send.close()
+        hung = watch(child, state, reports, findings)
+        if child.exitcode == 0:
+            first = state[0]
+            break
+        first = state[0] + 1
+        how = f"hung for {HANG:.0f} s" if hung else f"process ended with {child.exitcode}"
+        findings.append(f"mutant {state[0]}: {how}")
+    return first, state[1], findings
+
+
+def watch(child: Any, state: Any, reports: Any, findings: list[str]) -> bool:
+    """Wait for an attacker to end, gather its findings, and end it if it hangs."""
+    seen, since, told = -1, time.monotonic(), time.monotonic()
+    while child.is_alive():
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            print(f"  mutant {state[0]:,}, {state[1]:,} refused, {len(findings)} findings", file=sys.stderr, flush=True)
+        try:
+            while reports.poll(0.2):
+                findings.append(reports.recv())
+        except EOFError:
+            child.join(HANG)
+        if state[0] != seen:
+            seen, since = state[0], time.monotonic()
+        elif time.monotonic() - since > HANG + (120 if state[0] == seen == 0 else 0):  # the first one compiles
+            os.kill(child.pid, signal.SIGABRT)  # faulthandler says where it was
+            child.join()
+            return True
+    child.join()
+    while reports.poll():
+        try:
+            findings.append(reports.recv())
+        except EOFError:
+            break
+    return False
+
+
+def attacker(target: str, seed: int, first: int, last: int, seconds: float, state: Any, send: Any) -> None:
+    """Try mutants one after the other, and report what must not be."""
+    from zarr_cae.errors import CAEDataError
+
+    faulthandler.enable()
+    run = ATTACKS[target]
+    run(np.random.default_rng([seed, first]), harmless=True)  # loads and compiles, before memory is limited
+    limit_memory()
+    start, used = time.monotonic(), state[2]
+    for mutant in range(first, last):
+        state[2] = used + int(1000 * (time.monotonic() - start))
+        if state[2] > 1000 * seconds:
+            break
+        state[0] = mutant
+        try:
+            run(np.random.default_rng([seed, mutant]))
+        except CAEDataError:
+            state[1] += 1
+        except BaseException as error:  # noqa: BLE001 - every other one is a finding
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            name = Path(where.filename).name
+            send.send(f"mutant {mutant}: {type(error).__name__}: {str(error)[:200]} ({name}:{where.lineno})")
+    else:
+        mutant = last
+    state[0] = mutant
+
+
+def limit_memory() -> None:
+    """Let this process allocate no more than `MEMORY` bytes from here on."""
+    with Path("/proc/self/statm").open() as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, resource.RLIM_INFINITY))
+
+
+def mutated(random: np.random.Generator, content: bytes) -> bytes:
+    """Bytes flipped, cut off, put in, doubled or overwritten with what decoders like least, at one to four places."""
+    result = bytearray(content)
+    for _ in range(random.integers(1, 5)):
+        place = int(random.integers(0, len(result) + 1))
+        size = int(random.integers(1, 9))
+        match random.integers(0, 7):
+            case 0 | 1:
+                if place < len(result):
+                    result[place] ^= 1 << int(random.integers(0, 8))
+            case 2:
+                result[place : place + size] = random.bytes(size)
+            case 3:
+                result[place : place + size] = bytes([random.choice([0, 0x7F, 0x80, 0xFF])]) * size
+            case 4:
+                del result[place : place + size]
+            case 5:
+                result[place:place] = random.bytes(size)
+            case 6:
+                if random.random() < 0.3:
+                    del result[place:]
+                else:
+                    result[place:place] = result[place : place + 4 * size]
+    return bytes(result)
+
+
+@cache
+def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
+    """Header, tables, streams and bytes of good frames of every kind."""
+    from zarr_cae.coder import tiles
+    from zarr_cae.coder.frame import FrameHeader, unpack
+    from zarr_cae.weights import registry
+
+    random, made = np.random.default_rng(0), []
+    for quality, metric in ((1, "mse"), (8, "mse"), (4, "ms-ssim")):
+        digest = registry.default_digest(registry.DEFAULT_MODEL, quality, metric)
+        info = registry.find(digest, model=registry.DEFAULT_MODEL, quality=quality, metric=metric)
+        weights = registry.load(info.path)
+        tables = first_channels(weights.tables[weights.row(quality)], 8)
+        for planes, height, width, grey, tile in ((1, 40, 56, False, 2), (2, 17, 30, True, 32), (1, 96, 96, False, 4)):
+            header = FrameHeader(planes, height, width, grey, tile, tables.frame_version)
+            for spread in (0, 1, 40):
+                shape = (planes, tables.channels, *header.latent_shape)
+                symbols = np.rint(random.standard_cauchy(shape) * spread).clip(-32768, 32767).astype(np.int16)
+                frame = tiles.encode(symbols, header, tables)
+                made.append((header, tables, tuple(map(bytes, unpack(frame, header)[1])), frame))
+    return made
+
+
+def first_channels(tables: Any, count: int) -> Any:
+    """The tables of the first channels, so that many mutants a second can be tried."""
+    from zarr_cae.coder.contexts import Contexts
+    from zarr_cae.coder.tables import Tables
+
+    rows = count * tables.classes
+    old = tables.contexts
+    contexts = None
+    if old is not None:
+        source = np.where(old.source[:count] < count, old.source[:count], -1)
+        contexts = Contexts(
+            source, *(getattr(old, name)[:count] for name in ("weight", "threshold", "predicted", "zero"))
+        )
+    used = int(tables.length[:rows].sum())
+    return Tables(tables.minimum[:rows], tables.length[:rows], tables.frequency[:used], contexts)
+
+
+def sealed(header: Any, head: bytes, streams: tuple[bytes, ...]) -> bytes:
+    """A frame of a damaged head, with checksums that are right."""
+    if header.version == 1:
+        return with_checksum(head + b"".join(streams))
+    return with_checksum(head) + b"".join(map(with_checksum, streams))
+
+
+def with_checksum(content: bytes) -> bytes:
+    return content + crc32c.crc32c(content).to_bytes(4, "little")
+
+
+def mutant_frame(random: np.random.Generator) -> tuple[Any, Any, bytes]:
+    """Header, tables and bytes of a damaged frame."""
+    from zarr_cae.coder.frame import pack
+
+    header, tables, streams, frame = frames()[random.integers(0, len(frames()))]
+    kind = random.integers(0, 10)
+    if kind < 6:  # streams
+        damaged = list(streams)
+        for _ in range(random.integers(1, 3)):
+            number = int(random.integers(0, len(damaged)))
+            damaged[number] = mutated(random, damaged[number])
+        if random.random() < 0.1:
+            damaged = [damaged[number] for number in random.permutation(len(damaged))]
+        return header, tables, pack(header, damaged)
+    if kind < 8:  # the head
+        head = frame[: frame.index(streams[0], 10) - (4 if header.version > 1 else 0)] if streams[0] else frame[:20]
+        return header, tables, sealed(header, mutated(random, head), streams)
+    if kind == 8:  # streams of other tables
+        _, _, others, _ = frames()[random.integers(0, len(frames()))]
+        return header, tables, pack(header, [others[n % len(others)] for n in range(header.tile_count)])
+    return header, tables, mutated(random, frame)
+
+
+def attack_frame(random: np.random.Generator, *, harmless: bool = False) -> str:
+    from zarr_cae.coder import tiles
+
+    header, tables, frame = mutant_frame(random)
+    if harmless:
+        header, tables, _, frame = frames()[0]
+    symbols = tiles.decode(frame, header, tables)
+    expect(symbols, (header.planes, tables.channels, *header.latent_shape), np.int16)
+    return "decoded"
+
+
+def expect(values: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    if values.shape != shape or values.dtype != dtype:
+        raise Finding(f"decoded to {values.dtype} {values.shape}, expected {np.dtype(dtype)} {shape}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise Finding("decoded to values that are not finite")
+
+
+@cache
+def old_chunks() -> list[tuple[Any, tuple[int, int], bytes]]:
+    """Tables, shape and streams of CompressAI's form."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import caecodec
+
+    from zarr_cae.legacy.stream import CumulativeTables
+
+    made, random = [], np.random.default_rng(0)
+    for channels, spread in ((1, 3), (4, 30), (48, 2), (12, 30000)):
+        table = caecodec.tables(random, channels)
+        symbols = random.integers(-spread, spread + 1, (channels, 4, 3)).astype(np.int16)
+        made.append((CumulativeTables(*table), (4, 3), caecodec.encode(symbols, *table)))
+    return made
+
+
+def attack_stream(random: np.random.Generator, *, harmless: bool = False) -> str:
+    import struct
+
+    from zarr_cae.legacy import chunk, stream
+
+    tables, shape, content = old_chunks()[random.integers(0, len(old_chunks()))]
+    if harmless:
+        stream.decode(content, shape, tables)
+        return "decoded"
+    if random.random() < 0.6:
+        expect(stream.decode(mutated(random, content), shape, tables), (tables.channels, *shape), np.int16)
+    else:
+        whole = struct.pack(">4Q", 60, 47, 4, 1) + content
+        header, symbols = chunk.symbols(memoryview(mutated(random, whole)), tables)
+        expect(symbols, (tables.channels, *header.latent_shape), np.int16)
+    return "decoded"
+
+
+@cache
+def arrays() -> list[tuple[Any, str, bytes, Any]]:
+    """Arrays of one chunk in memory, its key and frame, and the header of that."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    import zarr_cae
+    from zarr_cae.coder.frame import FrameHeader
+
+    made, random = [], np.random.default_rng(0)
+    for quality, shape in ((1, (48, 40, 3)), (7, (33, 17))):
+        array = zarr.create_array(
+            MemoryStore(), shape=shape, chunks=shape, dtype="uint8", compressors=None,
+            serializer=zarr_cae.CAECodec(quality=quality),
+        )  # fmt: skip
+        array[...] = random.integers(0, 256, shape).astype(np.uint8)
+        key = "c/" + "/".join("0" * len(shape))
+        frame = read(array.store_path.store, key)
+        header = FrameHeader(1, *shape[:2], len(shape) == 2, version=frame[4])
+        made.append((array, key, frame, header))
+    return made
+
+
+def read(store: Any, key: str) -> bytes:
+    from zarr.buffer import default_buffer_prototype
+
+    return asyncio.run(store.get(key, default_buffer_prototype())).to_bytes()
+
+
+def write(store: Any, key: str, content: bytes) -> None:
+    from zarr.buffer import default_buffer_prototype
+
+    asyncio.run(store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
+
+
+def attack_codec(random: np.random.Generator, *, harmless: bool = False) -> str:
+    from zarr_cae.coder.frame import pack, unpack
+
+    array, key, frame, header = arrays()[random.integers(0, len(arrays()))]
+    if random.random() < 0.7:
+        damaged = pack(header, [mutated(random, bytes(stream)) for stream in unpack(frame, header)[1]])
+    else:
+        damaged = mutated(random, frame)
+    write(array.store_path.store, key, frame if harmless else damaged)
+    window = tuple(slice(int(a), int(a) + int(random.integers(1, n - a + 1))) for n in array.shape
+                   for a in [random.integers(0, n)])  # fmt: skip
+    window = (slice(None),) * array.ndim if random.random() < 0.5 else window
+    pixels = array[window]
+    expect(pixels, tuple(len(range(*part.indices(n))) for part, n in zip(window, array.shape, strict=True)), np.uint8)
+    return "decoded"
+
+
+@cache
+def lying() -> Any:
+    """A store in memory whose answers `lie` changes."""
+    from zarr.storage import MemoryStore
+
+    class LyingStore(MemoryStore):
+        lie: Any = staticmethod(lambda content: content)
+
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            value = await super().get(key, prototype, byte_range)
+            if value is None or key.endswith(".json"):
+                return value
+            content = type(self).lie(value.to_bytes())
+            return None if content is None else prototype.buffer.from_bytes(content)
+
+        def get_sync(self, key: str, *, prototype: Any = None, byte_range: Any = None) -> Any:
+            value = super().get_sync(key, prototype=prototype, byte_range=byte_range)  # type: ignore[misc]
+            if value is None or key.endswith(".json"):
+                return value
+            content = type(self).lie(value.to_bytes())
+            return None if content is None else type(value).from_bytes(content)
+
+    return LyingStore
+
+
+@cache
+def lying_array() -> Any:
+    import zarr
+
+    import zarr_cae
+
+    array = zarr.create_array(
+        lying()(), shape=(96, 160, 3), chunks=(96, 80, 3), dtype="uint8", compressors=None,
+        serializer=zarr_cae.CAECodec(quality=3),
+    )  # fmt: skip
+    array[...] = np.random.default_rng(0).integers(0, 256, array.shape).astype(np.uint8)
+    return array
+
+
+def attack_store(random: np.random.Generator, *, harmless: bool = False) -> str:
+    array = lying_array()
+    lies = [
+        lambda content: content[: int(random.integers(0, len(content) + 1))],
+        lambda content: content + random.bytes(int(random.integers(1, 100))),
+        lambda content: mutated(random, content) if content else content,
+        lambda content: None,  # noqa: ARG005
+        lambda content: random.bytes(len(content)),
+        lambda content: b"",  # noqa: ARG005
+        lambda content: content,
+    ]
+    lie = lies[int(random.integers(0, len(lies)))]
+    chance = random.random()
+    lying().lie = staticmethod(lambda content: lie(content) if not harmless and random.random() < chance else content)
+    top, left = int(random.integers(0, 95)), int(random.integers(0, 159))
+    window = (slice(top, top + int(random.integers(1, 96))), slice(left, left + int(random.integers(1, 60))))
+    pixels = array[window] if random.random() < 0.8 else array[...]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3:
+        raise Finding(f"decoded to {pixels.dtype} {pixels.shape}")
+    return "decoded"
+
+
+WRITER = """
+import sys, numpy as np, zarr, zarr_cae
+array = zarr.open(sys.argv[1], mode="r+")
+random = np.random.default_rng(int(sys.argv[2]))
+print("ready", flush=True)
+while True:
+    row = 16 * int(random.integers(0, 6))
+    array[row : row + int(random.integers(1, 48))] = random.integers(0, 256)
+"""
+
+
+def attack_kill(random: np.random.Generator, *, harmless: bool = False) -> str:
+    """Kill a writer at a random moment; all that it leaves can be read."""
+    import subprocess
+
+    import zarr
+
+    import zarr_cae
+
+    with tempfile.TemporaryDirectory() as folder:
+        zarr.create_array(
+            f"{folder}/a.zarr", shape=(96, 64, 3), chunks=(32, 32, 3), dtype="uint8", compressors=None,
+            serializer=zarr_cae.CAECodec(quality=2), config={"write_empty_chunks": True},
+        )  # fmt: skip
+        command = [sys.executable, "-c", WRITER, f"{folder}/a.zarr", str(int(random.integers(0, 1 << 30)))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(float(random.random()) * 0.5 + (1 if harmless else 0))
+            writer.kill()
+        try:
+            pixels = zarr.open(f"{folder}/a.zarr", mode="r")[...]
+        except Exception as error:
+            raise Finding(f"a killed writer left what can't be read: {error}") from error
+        expect(pixels, (96, 64, 3), np.uint8)
+    return "readable"
+
+
+ATTACKS: dict[str, Any] = {
+    "frame": attack_frame, "stream": attack_stream, "codec": attack_codec, "store": attack_store, "kill": attack_kill,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
