@@ -51,6 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         migrate,
         serve,
         train,
+        verify,
         weights_files,
     )
 
@@ -61,6 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands_of = (
         archive,
+        verify,
         convert,
         migrate,
         bottleneck,

@@ -92,8 +92,8 @@ class BottleneckStore(StoreView):
     ) -> Buffer | None:
         """Return the same as `get`, without an event loop. Raise TypeError if the store beneath can't do that."""
         if metadata_v2.is_metadata(key):
-            found = [read_sync(self._store, name, prototype) for name in metadata_v2.sources(key)]
-            made = metadata_v2.make(key, [None if value is None else value.to_bytes() for value in found])
+            values = [read_sync(self._store, name, prototype) for name in metadata_v2.sources(key)]
+            made = metadata_v2.make(key, [None if value is None else value.to_bytes() for value in values])
             return None if made is None else buffer_of(made, prototype or default_buffer_prototype(), byte_range)
         if not is_metadata(key):
             return read_sync(self._store, key, prototype, byte_range)
