@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -94,6 +94,28 @@ def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> 
     finally:
         failures.clear()  # a traceback that holds its own exception would stay in memory
     return cast("list[_Result]", results)
+
+
+class lazy_property(Generic[_Result]):  # noqa: N801 - used like `property`
+    """A property that is computed at its first use, and kept in the instance.
+
+    `functools.cached_property` of Python 3.11 holds a lock meanwhile, one for all instances: a child forked while
+    another thread computes would wait for it for ever. This one has no lock; two threads may both compute.
+    """
+
+    def __init__(self, make: Callable[[Any], _Result]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> _Result:
+        if instance is None:
+            return cast("_Result", self)  # what `help` shows
+        value = self._make(instance)
+        instance.__dict__[self._name] = value  # found before this descriptor from now on
+        return value
 
 
 class _Gate:

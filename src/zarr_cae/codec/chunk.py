@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.convert import to_chunk, to_planes
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange
+from zarr_cae.threads import lazy_property
 from zarr_cae.weights.file import Weights
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ class ChunkCoder:
     load: Callable[[], Weights]
     """Returns the verified weights; called only when something is coded."""
 
-    @cached_property
+    @lazy_property
     def weights(self) -> Weights:
         """The weights. Raises WeightsNotFoundError if they are not on this machine."""
         return self.load()
 
-    @cached_property
+    @lazy_property
     def settings(self) -> Settings:
         """The settings of this process, from `zarr.config`."""
         try:
@@ -67,7 +67,7 @@ class ChunkCoder:
         except TypeError as error:
             raise CAEConfigurationError(f"cae: zarr.config key cae.*: {error}") from error
 
-    @cached_property
+    @lazy_property
     def engine(self) -> Engine:
         """The engine that runs the networks; the first call in a process imports torch."""
         from zarr_cae.networks.engine import engine_for
