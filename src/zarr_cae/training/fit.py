@@ -171,7 +171,7 @@ def _curve(weights: Weights, images: Sequence[Pixels]) -> tuple[list[float], lis
     for row, quality in enumerate(weights.info.qualities):
         bits, decibels = [], []
         for image in images:
-            planes = image.transpose(2, 0, 1)[None].astype(np.float32) / 255
+            planes = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
             symbols = engine.analyse(planes, quality, settings).result()
             decoded = engine.synthesise(symbols, quality, 3, settings).result()
             error = np.mean((np.rint(decoded.clip(0, 1) * 255) / 255 - planes) ** 2)

@@ -164,7 +164,7 @@ def _logged(validation: Progress, log: Path) -> Progress:
         writer = csv.writer(file)
         if new:
             writer.writerow(_COLUMNS)
-        similarities = validation.ms_ssim or [None] * len(validation.qualities)
+        similarities: Sequence[float | None] = validation.ms_ssim or [None] * len(validation.qualities)
         for level, bits, psnr, similarity in zip(
             validation.qualities, validation.bits_per_pixel, validation.psnr, similarities, strict=True
         ):
