@@ -195,11 +195,13 @@ def arrays_at(
     """
     import zarr
 
+    from zarr_cae.codec import embedded
+
     if not path.exists():
         refuse(f"{path} does not exist")
     with refusing_damage(f"the metadata of {path}", _METADATA_DAMAGE):
         try:
-            node = zarr.open(path, mode="r") if open_node is None else open_node(path)
+            node = (open_node or embedded.open)(path)
         except FileNotFoundError:
             refuse(f"{path} holds no zarr array or group")
         if isinstance(node, zarr.Array):

@@ -132,7 +132,7 @@ def _export(arguments: argparse.Namespace) -> WeightsInfo:
 
     choose_device(arguments.device, arguments.threads)
     recipe = Recipe(**read_checkpoint(arguments.out / "checkpoint.pt")["recipe"])
-    return export_checkpoint(arguments.out, load_crops([Path(path) for path in arguments.paths], recipe))
+    return export_checkpoint(arguments.out, load_crops(arguments.paths, recipe))
 
 
 def _train(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> WeightsInfo:

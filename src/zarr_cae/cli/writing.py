@@ -187,7 +187,7 @@ async def _write_one(item: NewArray, path: Path, advance: Callable[[float], obje
 
 
 def stored_bytes(array: zarr.Array[Any]) -> int:
-    """Bytes of an array's chunks in its store, without its metadata."""
+    """Return the bytes of an array's chunks in its store, without its metadata and embedded weights."""
     store, folder = array.store_path.store, array.store_path.path
 
     async def total() -> int:
@@ -196,6 +196,7 @@ def stored_bytes(array: zarr.Array[Any]) -> int:
             key = f"{folder}/{name}" if folder else name
             if await store.exists(key):
                 size -= await store.getsize(key)
-        return size
+        embedded = f"{folder}/.cae" if folder else ".cae"
+        return size - await store.getsize_prefix(embedded)
 
     return asyncio.run(total())

@@ -32,7 +32,7 @@ from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.convert import resolve_value_range
 from zarr_cae.pixels.layout import RGB, Layout, ValueRange, resolve_channel_axis
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
-from zarr_cae.weights.registry import check_digest, default_digest, find, load
+from zarr_cae.weights.registry import check_digest, default_digest, find, load, resolve
 
 NAME = "cae"
 ChannelAxis = int | Literal["auto"] | None
@@ -57,8 +57,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     model
         "cae-v1", the bundled family, or "bmshj2018-factorized" of CompressAI, once its weights are on this machine.
     weights
-        `sha256:...` of a weights file on this machine; by default the one for model, quality and metric. Metadata
-        store the digest.
+        `sha256:...` of a weights file on this machine, or the name of a family of weights; by default the family
+        "photographs". Metadata store the digest.
     channel_axis
         The axis of the colour channels in the array, counted from the end (-1 is the last axis) or from the front.
         An axis of length 3 is coded as RGB, any other as independent grey planes; None means that there is no such
@@ -99,7 +99,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         _check_choice("model", self.model, MODELS)
         put("channel_axis", _channel_axis(self.channel_axis))
         put("value_range", _value_range(self.value_range))
-        put("weights", check_digest(self.weights or default_digest(self.model, self.quality, self.metric)))
+        weights = resolve(self.weights or None, model=self.model, quality=self.quality, metric=self.metric)
+        put("weights", weights)
 
     def __repr__(self) -> str:
         default = {field.name: field.default for field in fields(self) if field.init}
@@ -130,6 +131,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
             raise CAEConfigurationError(
                 f"cae: configuration has unknown fields {unknown}; it was written by a newer zarr-cae: install that"
             )
+        if "weights" in configuration:
+            check_digest(configuration["weights"])  # names may stand for other weights on another machine
         codec = cls(**configuration)
         object.__setattr__(codec, "_origin", "stored")
         return codec

@@ -6,8 +6,9 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from torch import Tensor, from_numpy
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
 from zarr_cae.training.patterns import draw_pattern
+
+if TYPE_CHECKING:
+    from zarr_cae.training.trainer import Recipe
 
 Pixels = npt.NDArray[np.uint8]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
@@ -74,6 +78,18 @@ def _starts(side: int, edge: int) -> list[int]:
     return starts
 
 
+def read_images(paths: Sequence[Path]) -> list[Pixels]:
+    """Read the images under some paths as uint8 (H, W, 3), sorted by name.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If a path does not exist, or a file cannot be read or has other than 8-bit samples.
+    """
+    found = sorted((item for path in paths for item in _images_of(path)), key=lambda item: item[0])
+    return [pixels for _, pixels in found]
+
+
 class Crops:
     """Random square crops of images, each with a random flip; some become grey, and some become patterns.
 
@@ -108,8 +124,19 @@ class Crops:
         grey: float = 0.1,
         patterns: float = 0.0,
     ) -> None:
-        images = sorted((item for path in paths for item in _images_of(path)), key=lambda item: item[0])
-        large = [pixels for _, pixels in images if min(pixels.shape[:2]) >= crop]
+        self._begin(read_images(paths), crop, seed, holdout, grey, patterns)
+
+    @classmethod
+    def of(cls, images: Sequence[Pixels], recipe: Recipe) -> Self:
+        """Return crops of images that are in memory, uint8 (H, W, 3) each, as a recipe says."""
+        crops = cls.__new__(cls)
+        crops._begin(images, recipe.crop, recipe.seed, recipe.holdout, 0.1, recipe.patterns)  # noqa: SLF001
+        return crops
+
+    def _begin(
+        self, images: Sequence[Pixels], crop: int, seed: int, holdout: float, grey: float, patterns: float
+    ) -> None:
+        large = [pixels for pixels in images if min(pixels.shape[:2]) >= crop]
         if len(large) < 2:
             raise CAEConfigurationError(
                 f"cae: training data: {len(large)} of {len(images)} images are at least {crop} px on both sides; "

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.training.data import Crops
+from zarr_cae.training.data import Crops, Pixels, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.model import GainedAutoencoder
 from zarr_cae.training.start import Start
@@ -26,7 +27,7 @@ _COLUMNS = ("step", "seconds", "quality", "bpp", "psnr", "ms_ssim")
 
 
 def train_network(
-    images: Sequence[str | Path],
+    images: Sequence[str | Path] | Sequence[Pixels],
     out: str | Path,
     recipe: Recipe,
     start: Start | str | Path | None = None,
@@ -44,7 +45,7 @@ def train_network(
     Parameters
     ----------
     images
-        Image files, folders or tar files of 8-bit images.
+        Image files, folders or tar files of 8-bit images; or images in memory, uint8 (H, W, 3) each.
     out
         The folder of the run. It is made if it does not exist.
     recipe
@@ -77,13 +78,13 @@ def train_network(
     >>> from zarr_cae.training.run import Recipe, train_network
     >>> info = train_network(["photos.tar"], "run", Recipe("low", minutes=60))  # doctest: +SKIP
     """
-    paths, folder = [Path(path) for path in images], Path(out)
+    folder = Path(out)
     checkpoint = folder / "checkpoint.pt"
     device = choose_device(device, threads)
     begin = start if start is None or isinstance(start, Start) else Start.find(start)
 
     # The data, and a network that begins as a KLT of them, as the weights given, or as the checkpoint left it.
-    crops = load_crops(paths, recipe)
+    crops = load_crops(images, recipe)
     trainer = Trainer(recipe, crops, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -92,7 +93,8 @@ def train_network(
         if begin is not None:
             begin.put_into(trainer)
         run = {
-            "images": len(crops), "sources": [path.name for path in paths], "device": device,
+            "images": len(crops), "device": device,
+            "sources": [Path(one).name for one in images if isinstance(one, str | Path)],
             "torch": version("torch"), "from": None if begin is None else begin.name,
         }  # fmt: skip
         (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", "utf-8")
@@ -118,11 +120,10 @@ def train_network(
     return export_checkpoint(folder, crops)
 
 
-def load_crops(paths: Sequence[Path], recipe: Recipe) -> Crops:
-    """Read the images of a run."""
-    return Crops(
-        list(paths), crop=recipe.crop, seed=recipe.seed, holdout=recipe.holdout, patterns=recipe.patterns
-    )  # fmt: skip
+def load_crops(images: Sequence[str | Path] | Sequence[Pixels], recipe: Recipe) -> Crops:
+    """Return crops of images, which are read if they are files, as a recipe says."""
+    paths = [Path(one) for one in images if isinstance(one, str | Path)]
+    return Crops.of(read_images(paths) if paths else cast("Sequence[Pixels]", images), recipe)
 
 
 def export_checkpoint(folder: Path, crops: Crops) -> WeightsInfo:
@@ -163,7 +164,7 @@ def _logged(validation: Progress, log: Path) -> Progress:
         writer = csv.writer(file)
         if new:
             writer.writerow(_COLUMNS)
-        similarities = validation.ms_ssim or [None] * len(validation.qualities)
+        similarities: Sequence[float | None] = validation.ms_ssim or [None] * len(validation.qualities)
         for level, bits, psnr, similarity in zip(
             validation.qualities, validation.bits_per_pixel, validation.psnr, similarities, strict=True
         ):
