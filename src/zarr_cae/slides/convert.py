@@ -39,7 +39,7 @@ def _level_array(conversion: Conversion, out: Path, level: int) -> zarr.AsyncArr
     """Open the array of a level for writing, with a codec that knows chunks of one colour."""
     model = zarr.create_array(MemoryStore(), config=_CONFIG, **array_options(conversion, level))
     where = StorePath(LocalStore(out), str(level))
-    return cast("zarr.AsyncArray[Any]", zarr.AsyncArray(cast("Any", model.metadata), where, config=_CONFIG))
+    return zarr.AsyncArray(cast("Any", model.metadata), where, config=_CONFIG)
 
 
 _opened: dict[tuple[Any, ...], Slide] = {}
