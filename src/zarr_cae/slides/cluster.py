@@ -41,7 +41,7 @@ def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, 
     absolute = replace(conversion, source=conversion.source.absolute())
     folder = journal.folder.absolute()
     blocks = [block for block in conversion.pyramid.blocks(by_rows=conversion.by_rows) if block not in journal]
-    with Client(address) as client:
+    with Client(address) as client:  # type: ignore[no-untyped-call]
         tasks: dict[Block, Any] = {}
         for number, block in enumerate(blocks):
             children = [tasks[child] for child in conversion.pyramid.children(block) if child in tasks]
@@ -50,7 +50,7 @@ def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, 
                 key=f"cae-{block.name}-{folder}",
             )  # fmt: skip
         places = {future: block for block, future in tasks.items()}
-        for future in as_completed(list(places)):
+        for future in as_completed(list(places)):  # type: ignore[no-untyped-call]
             block = places[future]
             try:
                 future.result()

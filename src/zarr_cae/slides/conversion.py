@@ -201,7 +201,7 @@ def _background(slide: Slide, value_range: tuple[float, float]) -> float:
 
 def _codec(choices: Choices, quality: int, slide: Slide, value_range: tuple[float, float]) -> WritingCodec:
     given: dict[str, Any] = {} if choices.model is None else {"model": choices.model}
-    return WritingCodec(
+    codec: WritingCodec = WritingCodec(
         quality,
         metric=cast("Any", choices.metric),
         weights=choices.weights,
@@ -209,6 +209,7 @@ def _codec(choices: Choices, quality: int, slide: Slide, value_range: tuple[floa
         value_range=None if slide.dtype == np.uint8 and value_range == (0, 255) else value_range,
         **given,
     )
+    return codec
 
 
 def array_options(conversion: Conversion, level: int) -> dict[str, Any]:

@@ -32,13 +32,14 @@ Pixels = npt.NDArray[Any]
 Advance = Callable[[float], object]
 """Called with the megapixels that are done since the last call."""
 _CONCURRENCY = 64
+_CONFIG: Any = {"write_empty_chunks": False}
 
 
 def _level_array(conversion: Conversion, out: Path, level: int) -> zarr.AsyncArray[Any]:
     """Open the array of a level for writing, with a codec that knows chunks of one colour."""
-    model = zarr.create_array(MemoryStore(), config={"write_empty_chunks": False}, **array_options(conversion, level))
+    model = zarr.create_array(MemoryStore(), config=_CONFIG, **array_options(conversion, level))
     where = StorePath(LocalStore(out), str(level))
-    return zarr.AsyncArray(model.metadata, where, config={"write_empty_chunks": False})
+    return zarr.AsyncArray(cast("Any", model.metadata), where, config=_CONFIG)
 
 
 _opened: dict[tuple[Any, ...], Slide] = {}
