@@ -1,4 +1,4 @@
-"""`weights`: the weights files on this machine, and how to add to them."""
+"""`zarr-cae weights`: list the weights files on this machine, and add to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     command(actions, "path", show_path, f"Show the folder of imported weights; ${registry.CACHE_VARIABLE} changes it.")
     importing = command(
         actions, "import", import_file,
-        "Make a weights file known by its digest. FILE is what `zarr-cae train` exported (.safetensors), or a "
+        "Store a weights file under its digest. FILE is an export of `zarr-cae train` (.safetensors), or a "
         f"CompressAI checkpoint of {ZOO_MODEL} (.pth.tar, .pt), which needs --quality and --metric.",
     )  # fmt: skip
     importing.add_argument("file", type=Path, metavar="FILE")
@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
 
 
 def list_weights(_: argparse.Namespace) -> None:
-    """`zarr-cae weights list`."""
+    """Run `zarr-cae weights list`."""
     rows = [
         [
             info.model, info.metric, ",".join(map(str, info.qualities)), f"{info.path.stat().st_size / 1e6:.1f} MB",
@@ -47,12 +47,12 @@ def list_weights(_: argparse.Namespace) -> None:
 
 
 def show_path(_: argparse.Namespace) -> None:
-    """`zarr-cae weights path`."""
+    """Run `zarr-cae weights path`."""
     print(registry.cache_folder())
 
 
 def import_file(arguments: argparse.Namespace) -> None:
-    """`zarr-cae weights import`."""
+    """Run `zarr-cae weights import`."""
     path: Path = arguments.file
     if path.suffix == ".safetensors" and arguments.quality is arguments.metric is None:
         content = path.read_bytes()
@@ -68,7 +68,7 @@ def import_file(arguments: argparse.Namespace) -> None:
 
 
 def fetch(arguments: argparse.Namespace) -> None:
-    """`zarr-cae weights fetch`."""
+    """Run `zarr-cae weights fetch`."""
     from zarr_cae.weights.compressai import fetch
 
     path = fetch(quality=arguments.quality, metric=arguments.metric)
@@ -76,7 +76,7 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 
 def described(info: WeightsInfo) -> str:
-    """What to do with a weights file, and the codec that uses it."""
+    """Return a text that names a weights file and the codec that uses it."""
     qualities = ", ".join(map(str, info.qualities))
     model = "" if info.model == DEFAULT_MODEL else f"model={info.model!r}, "
     metric = "" if info.metric == "mse" else f"metric={info.metric!r}, "
