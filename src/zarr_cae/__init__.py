@@ -1,7 +1,7 @@
 """Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder.
 
-Public names are imported when they are first used, so that the command line starts quickly, and an interrupt while zarr
-is imported ends it as any other does.
+Public names are imported when they are first used, so that the command line starts quickly, and handles an interrupt
+during the import of zarr like any other.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChunkCoder:
-    """The means to code the chunks of one array: their layout, the weights and the engine."""
+    """Everything that coding the chunks of one array needs: their layout, the weights and the engine."""
 
     layout: Layout
     spec: ArraySpec
@@ -123,7 +123,7 @@ class ChunkCoder:
         return self.engine.synthesise(symbols, self.quality, self.components, self.settings)
 
     def to_planes(self, pixels: Chunk, layout: Layout) -> Planes:
-        """Return pixels of this chunk, all of them or a box with this layout, as planes (N, 3 or 1, H, W)."""
+        """Return pixels as planes (N, 3 or 1, H, W): the whole chunk, or a box of it with this layout."""
         planes = to_planes(pixels, layout, self.value_range)
         # Three grey channels look like RGB to the layout of a box: the same numbers in another shape.
         return planes.reshape(-1, self.components, *planes.shape[2:])

@@ -50,7 +50,7 @@ class Verified:
     highest: float | None = None
 
     def add(self, pixels: Any) -> None:
-        """Take pixels into the range."""
+        """Extend the range by these pixels."""
         low, high = pixels.min(), pixels.max()
         self.lowest = low if self.lowest is None else min(self.lowest, low)
         self.highest = high if self.highest is None else max(self.highest, high)
@@ -69,7 +69,7 @@ def verify(
     deep
         Whether to decode all chunks to pixels. Otherwise headers, lengths and checksums of frames are checked.
     advance
-        Is called with the number of chunks or shards that were checked since; for progress bars.
+        Called with the number of newly checked chunks or shards; for progress bars.
 
     Returns
     -------
@@ -95,7 +95,7 @@ def verify(
 
 @dataclass(frozen=True, repr=False)
 class _CheckingCodec(CAECodec):
-    """The codec of an array, but its decoding checks whole chunks."""
+    """The codec of an array, with a decoder that checks whole chunks."""
 
     deep: bool = field(default=False, kw_only=True, compare=False)
     result: Any = field(default=None, kw_only=True, compare=False)

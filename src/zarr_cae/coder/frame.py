@@ -53,8 +53,8 @@ class FrameHeader:
     version
         Version of the frame: 1, 2 or 3.
     row
-        Which row of the weights file coded the chunk, 0 to 255. Only frames of version 3 store it; it is None in the
-        others.
+        Number of the row of the weights file that coded the chunk, 0 to 255. Only frames of version 3 store it; it is
+        None in the others.
 
     Raises
     ------
@@ -288,17 +288,17 @@ def _sealed(content: bytes | bytearray | memoryview) -> bytes:
     return bytes(content) + crc32c.crc32c(content).to_bytes(_CHECKSUM_BYTES, "little")
 
 
-def _check_checksum(whose: str, content: memoryview, checksum: memoryview, hint: str = "") -> None:
+def _check_checksum(part: str, content: memoryview, checksum: memoryview, hint: str = "") -> None:
     computed, stored = crc32c.crc32c(content), int.from_bytes(checksum, "little")
     if computed != stored:
         raise FrameError(
-            f"cae: frame's {whose} checksum must be {stored:#010x}; its bytes have {computed:#010x}: "
+            f"cae: frame's {part} checksum must be {stored:#010x}; its bytes have {computed:#010x}: "
             f"the stored chunk is damaged{hint}"
         )
 
 
 def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, Sequence[memoryview]]:
-    """Check a whole frame and return its header and the stream of each tile: all that the latents need.
+    """Check a whole frame and return its header and the stream of each tile, which is enough to read latents.
 
     See `parse_frame`, which returns masks and exact tiles as well.
     """
@@ -363,7 +363,7 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
     Returns
     -------
     FrameIndex or int
-        If `head` is too short, the number of further bytes that are needed at the least. Repeated reads of that many
+        If `head` is too short, the least number of further bytes that are needed. Repeated reads of that many
         bytes come to an end after at most 5 reads per number.
 
     Raises
@@ -381,7 +381,7 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
 
 
 class _TooShortError(Exception):
-    """Raised when the beginning of a frame ends; `missing` bytes follow at the least."""
+    """Raised when the beginning of a frame ends too early; at least `missing` bytes follow."""
 
     def __init__(self, missing: int) -> None:
         super().__init__(missing)
@@ -431,7 +431,7 @@ def _parse(reader: _Reader, expected: FrameHeader) -> FrameIndex:
     mask = _checked_section(reader.varint("length of the mask", count), "mask") if flags & _MASKED else 0
     exact = _exact_tiles(reader.take(-(-count // 8), count), count) if flags & _EXACT else []
     numbers = count + len(exact)
-    reader.need(numbers)  # each length takes a byte: no loop over more lengths than there are bytes
+    reader.need(numbers)  # each length takes a byte, so a hostile count is refused before the loop over it
     lengths = [reader.varint(f"length of tile {tile}", numbers - tile - 1) for tile in range(count)]
     pixels = {
         tile: _checked_section(

@@ -29,7 +29,9 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Integer frequency tables of M channels with K rows each, R = M K. Holds read-only copies of the given arrays.
+    """Integer frequency tables of M channels with K rows each, R = M K.
+
+    It holds read-only copies of the arrays.
 
     Parameters
     ----------
@@ -194,7 +196,7 @@ class Tables:
         if version >= 3:
             flag = np.where(always, _TOTAL - 1, flag)
         flag = _frozen(np.where(flag >= _LEAST_ZERO_FLAG, flag, 0).astype(np.uint32))
-        if len(self._flags) >= 64:  # a chunk's tiles have at most four sizes
+        if len(self._flags) >= 64:  # enough: a chunk's tiles have at most four sizes
             self._flags.clear()
         self._flags[key] = flag
         return flag

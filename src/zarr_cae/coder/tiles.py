@@ -1,4 +1,4 @@
-"""Latents of a chunk, as integer symbols (N, M, h, w), to its frame and back, tile by tile.
+"""Code the integer symbols (N, M, h, w) of a chunk to its frame and back, tile by tile.
 
 The planes of a chunk are cut into tiles. Each tile is coded to a stream of its own, on several cores.
 """
@@ -40,7 +40,7 @@ class Patch:
         return Patch(rows, columns)
 
     def within(self, outer: Patch) -> tuple[slice, slice]:
-        """Return the slices that cut this patch, as far as both overlap, from an array of `outer`."""
+        """Return the slices of an array of `outer` that hold this patch, as far as both overlap."""
         rows, columns = (
             slice(max(own.start, other.start) - other.start, min(own.stop, other.stop) - other.start)
             for own, other in ((self.rows, outer.rows), (self.columns, outer.columns))
@@ -55,7 +55,7 @@ class Patch:
         )
 
     def scaled(self, samples: int) -> tuple[slice, slice]:
-        """Return the slices of the patch in an array with this many samples a position along each axis."""
+        """Return the slices of the patch in an array with this many samples per position along each axis."""
         rows, columns = (slice(side.start * samples, side.stop * samples) for side in (self.rows, self.columns))
         return rows, columns
 
@@ -66,7 +66,7 @@ class Tile(NamedTuple):
     number: int
     """Position of its stream among those of the frame."""
     plane: int
-    """Index of its plane among those that were asked for."""
+    """Index of its plane among the requested planes."""
     patch: Patch
     """The latent positions that it holds."""
 

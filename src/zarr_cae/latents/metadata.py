@@ -15,13 +15,14 @@ The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape`
   in the same data set. This holds for rows, columns and the channel axis. If 16 does not divide the chunk's edge c, the
   name is `y_latent_c` (`y_latent_100`), since its length depends on c. An additional axis is named `latent`, if other
   axes have names. Other axes keep their names.
-* Attributes stay, but for the CF attributes that say how to unpack pixels (`PIXEL_ATTRIBUTES`): xarray would apply them
-  to the latents. The attribute `cae_bottleneck` describes the latents, and holds the attributes that were removed. If
-  the array has an attribute of this name itself, it does not appear here, but stays in the archive.
+* Attributes stay, except for the CF attributes that say how to unpack pixels (`PIXEL_ATTRIBUTES`): xarray would apply
+  them to the latents. The attribute `cae_bottleneck` describes the latents, and holds the attributes that were removed.
+  If the array has an attribute of this name itself, it does not appear here, but stays in the archive.
 * dtype float32. Chunks that were never written read as NaN, the fill value. (zarr does not store chunks that are all
   fill value.) Their latents do not exist, and no number is a good stand-in. NaN does not raise by itself: one such
-  patch turns a network in training to NaN. So `as_torch_dataset` raises on NaN, unless it is told what to put there.
-  Other readers must look for NaN, or the archive be written with `config={"write_empty_chunks": True}`.
+  patch turns a network in training to NaN. So `as_torch_dataset` raises on NaN, unless `missing` gives a
+  replacement. Other readers must look for NaN, or the archive must be written with
+  `config={"write_empty_chunks": True}`.
 
 Supported: a transpose before `cae`, bytes-to-bytes codecs after it, sharding around it, also nested. These raise
 CAEConfigurationError when the array is opened: other filters before `cae`, chunk grids that are not regular, and
@@ -111,7 +112,7 @@ def has_codec(codecs: object, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _View:
-    """The codec that decodes the latents, and the axis of the array that each of its axes is."""
+    """The codec that decodes the latents, and the axis of the array for each of the codec's axes."""
 
     codec: latents_codec.CAEBottleneckCodec
     axes: tuple[int, ...]
@@ -225,8 +226,8 @@ def _find(codecs: Sequence[object], axes: tuple[int, ...], shape: Sequence[int],
             return _View(found, axes, cae_codec.loaded(cae).latent_channels)
         else:
             raise CAEConfigurationError(
-                f"cae: latents behind filter {name!r} can't be served: how it changes shapes is not known here; only "
-                "'transpose' is"
+                f"cae: latents behind filter {name!r} can't be served: its effect on shapes is unknown; only "
+                "'transpose' is supported"
             )
     raise CAEConfigurationError(
         "cae: the metadata of the array are malformed: a shard without 'cae' stands before 'cae' in the chain of codecs"
