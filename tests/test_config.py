@@ -10,13 +10,12 @@ import pytest
 import zarr
 
 import zarr_cae
-from zarr_cae import CAECodec, CAEConfigurationError
-from zarr_cae import config as settings
+from zarr_cae import CAECodec, CAEConfigurationError, config
 
 
 @pytest.fixture(autouse=True)
 def untouched():
-    """Whatever a test sets is gone after it."""
+    """Restore the settings after each test."""
     before = zarr.config.get("cae", None), zarr.config.get("async.concurrency")
     yield
     assert (zarr.config.get("cae", None), zarr.config.get("async.concurrency")) == before
@@ -29,7 +28,7 @@ def test_a_context_restores_what_was_set_before():
             assert zarr.config.get("async.concurrency") == 33
             with zarr_cae.configure(threads=None):
                 assert zarr.config.get("cae.threads") is None
-                assert zarr.config.get("cae.tile") == 512  # what is not given stays
+                assert zarr.config.get("cae.tile") == 512  # other settings stay
             assert zarr.config.get("cae.threads") == 1
         assert zarr.config.get("cae") == {"threads": 3}
 
@@ -71,7 +70,7 @@ def test_the_codec_runs_with_what_is_configured(photograph):
         patch.setattr(engine, "_engines", {})
         array[...] = photograph[:64, :64]
         assert np.abs(array[...].astype(int) - photograph[:64, :64]).mean() < 30
-    assert threads == {1}  # one chunk at a time is asked for
+    assert threads == {1}  # one chunk at a time is requested
     torch.set_num_threads(before)
 
 
@@ -119,4 +118,4 @@ assert "torch" not in sys.modules
 
 
 def test_the_example_runs():
-    assert doctest.testmod(settings).failed == 0
+    assert doctest.testmod(config).failed == 0

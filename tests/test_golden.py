@@ -1,7 +1,7 @@
-"""Arrays that were written once open for ever.
+"""Arrays of earlier releases must open for ever.
 
-`python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights. What
-lies there is never written again: a new format or family adds a folder.
+`python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights. These
+folders are never written again: a new format or family adds a folder.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def make_golden_arrays(folder: Path, photograph: np.ndarray) -> None:
-    """Write one array a case, and what it decodes to."""
-    folder.mkdir(parents=True)  # fails where something was written before
+    """Write one array per case, and its decoded pixels."""
+    folder.mkdir(parents=True)  # fails if the folder exists already
     expected, latents = {}, {}
     for name, keywords, kind in CASES:
         data = pictures(photograph)[kind]

@@ -95,7 +95,7 @@ def test_mistakes(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_page_in_a_browser(here: Path, photo: np.ndarray, tmp_path: Path) -> None:
-    """With ZARR_CAE_SCREENSHOTS set to a folder, screenshots are left there."""
+    """If ZARR_CAE_SCREENSHOTS names a folder, the test saves screenshots there."""
     save(photo[100:400, 100:400], "photo.png")
     assert main(["compare", "photo.png", "--qualities", "1,6", "--against", "jpeg", "-o", "report.html"]) == 0
     folder = Path(os.environ.get("ZARR_CAE_SCREENSHOTS", tmp_path))

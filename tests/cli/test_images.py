@@ -1,4 +1,4 @@
-"""Which image files are read, and which are refused."""
+"""Image files that are read, and image files that are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_pillow_reads(mode: str, suffix: str, photo: np.ndarray, here: Path
     assert psnr(array[...], expected, 255 if array.dtype == np.uint8 else 65535) > rough
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it can do without
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of damage that it tolerates
 def test_damaged_images_are_refused(here: Path, photo: np.ndarray) -> None:
     random, count = np.random.default_rng(0), 0
     for suffix in ("png", "jpg", "tif", "gif", "webp", "bmp", "jp2", "tga", "ppm", "ico"):
@@ -55,7 +55,7 @@ def test_damaged_images_are_refused(here: Path, photo: np.ndarray) -> None:
                 Path(f"a.{suffix}").write_bytes(damaged)
                 try:
                     read_image(Path(f"a.{suffix}"))
-                except (CAEConfigurationError, OSError):  # what `main` prints as one line
+                except (CAEConfigurationError, OSError):  # errors that `main` prints as one line
                     count += 1
     assert count > 100
 

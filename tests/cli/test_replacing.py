@@ -1,4 +1,4 @@
-"""Temporary names, what killed processes leave, and outputs that are replaced."""
+"""Temporary names, files left by killed processes, and outputs that are replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zarr_cae.errors import CAEConfigurationError
 
 
 def left_behind(path: Path, purpose: str = "partial") -> Path:
-    """A temporary name of `path` of a process that has ended."""
+    """Return a temporary name of `path` of a process that has ended."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     own = replacing._temporary(path, purpose).name.split("-")

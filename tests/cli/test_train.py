@@ -85,7 +85,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     assert density.info.provenance["recipe"]["lambdas"] == list(own)
     np.testing.assert_array_equal(density.tensors["synthesis.conv2.weight"], tuned.tensors["synthesis.conv2.weight"])
     assert (density.tensors["gain"] != tuned.tensors["gain"]).any()
-    # who goes on from there keeps its lambdas, unless they are of another metric
+    # training that starts there keeps its lambdas, unless the metric differs
     again = ["train", "images", "--out", "again", "--from", f"sha256:{fourth.stem}", *options]
     assert main(["weights", "import", str(fourth)]) == 0
     assert main(again) == 0

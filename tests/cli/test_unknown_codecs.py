@@ -10,7 +10,7 @@ from zarr_cae.cli import main
 
 
 def archive(folder, zarr_format, codec):
-    """An array whose metadata name another codec."""
+    """Return an array whose metadata name another codec."""
     zarr.create_array(folder, data=np.zeros((32, 32), np.uint8), zarr_format=zarr_format)
     path = folder / ("zarr.json" if zarr_format == 3 else ".zarray")
     metadata = json.loads(path.read_text())

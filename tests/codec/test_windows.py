@@ -1,4 +1,4 @@
-"""Which latents, tiles and bytes a selection needs."""
+"""Boxes, patches, tiles and bytes of a selection."""
 
 import itertools
 

@@ -264,7 +264,7 @@ def test_attributes_of_pixel_values_are_set_aside(small):
 
 @pytest.mark.parametrize("depth", [10, 300, 480, 700])
 def test_attributes_as_deep_as_zarr_reads_them(small, depth):
-    """Alone, and as a member of consolidated metadata, where it must not spoil the others."""
+    """The array is refused alone, and as a member of consolidated metadata, where the others must still open."""
     plain = json.dumps(document(create(small, (32, 32, 3))))
     deep = json.dumps({**json.loads(plain), "attributes": "@"}).replace('"@"', '{"a":' * depth + "1" + "}" * depth)
     group = (

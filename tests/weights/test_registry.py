@@ -1,4 +1,4 @@
-"""Weights files: found by digest, verified, refused when anything is off."""
+"""Weights files: find them by digest, verify them, refuse bad ones."""
 
 import hashlib
 import json

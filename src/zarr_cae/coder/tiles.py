@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.coder import frame as frames
 from zarr_cae.coder import rans
-from zarr_cae.coder.frame import FrameHeader, Symbols
+from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
 from zarr_cae.coder.tables import Tables
 from zarr_cae.threads import over_cores
 
@@ -116,7 +115,7 @@ def encode(symbols: Symbols, header: FrameHeader, tables: Tables) -> bytes:
     def code(tile: Tile) -> bytes:
         return encode_tile(symbols[tile.plane, :, tile.patch.rows, tile.patch.columns], tables, header.version)
 
-    return frames.pack(header, over_cores(code, tiles(header)))
+    return pack(header, over_cores(code, tiles(header)))
 
 
 def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, list[tuple[Tile, memoryview]]]:
@@ -127,8 +126,8 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeade
     FrameError
         If the frame is malformed. Nothing of the chunk's size is allocated before it is checked.
     """
-    header, streams = frames.unpack(frame, expected)
-    return header, list(zip(tiles(header), streams, strict=True))
+    parsed = parse_frame(frame, expected)
+    return parsed.header, list(zip(tiles(parsed.header), parsed.streams, strict=True))
 
 
 def decode_each(
