@@ -117,7 +117,7 @@ def test_alpha(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]
         assert psnr(np.asarray(back), opaque) > 30
     assert main(["decode", "clear.zarr", "back.npy"]) == 0
     assert ".png" in refused(capsys, "decode", "clear.zarr", "back.jpg")
-    # Films may turn transparent.
+    # Some frames of a film may be transparent.
     first, second = Image.fromarray(opaque[..., :3]), Image.fromarray(opaque)
     first.save("film.png", save_all=True, append_images=[second])
     assert main(["encode", "film.png", "film.zarr"]) == 0

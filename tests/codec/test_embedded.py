@@ -14,7 +14,7 @@ from zarr_cae.weights import registry
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Make this another machine, without the weights that were stored before."""
+    """Act as another machine, without the weights that were stored before."""
 
     def move(name):
         monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / name))
@@ -26,7 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def archive(store):
-    """A group with one array inside a group, and its pixels."""
+    """Return a group with one array inside a group, and its pixels."""
     digest = registry.store(tiny(**networks(), **contexts())).digest
     root = zarr.create_group(store)
     array = root.create_array(

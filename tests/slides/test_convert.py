@@ -74,7 +74,7 @@ def test_stacks_with_channels(write: Write, tmp_path: Path) -> None:
     channels = group.attrs["ome"]["omero"]["channels"]
     assert [channel["label"] for channel in channels] == ["DAPI", "GFP", "RFP"]
     assert channels[0]["window"] == {"min": 0, "max": 65535, "start": 0, "end": 4095}
-    assert group["0"].metadata.codecs[0].channel_axis is None  # three stains are no RGB
+    assert group["0"].metadata.codecs[0].channel_axis is None  # three stains are not RGB
 
 
 def test_floats_need_a_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_resolution_profile_and_description(write: Write, tissue: np.ndarray) ->
     assert slide.metadata.further["description"] == "stained with H&E"
     slide.close()
     slide = open_slide(write("b.tif", tissue, resolution=(300, 300), resolutionunit="INCH"))
-    assert slide.metadata.pixel_size == {}  # of a print, not of a microscope
+    assert slide.metadata.pixel_size == {}  # the resolution of a print, not of a microscope
     assert slide.metadata.dpi == (300, 300)
     slide.close()
 

@@ -160,7 +160,7 @@ def _picture_axes(array: zarr.Array[Any], *, pages: bool) -> tuple[list[int], li
     alpha = bool(colours) and names is not None and names[colours[0]] == RGBA
     pictures = len(others) >= 2 and (pages or all(array.shape[axis] == 1 for axis in others[:-2]))
     if not pictures or (colours and array.shape[colours[0]] != (4 if alpha else 3)):
-        refuse(f"an array of shape {array.shape} is no single grey or RGB picture; write it to .npy")
+        refuse(f"an array of shape {array.shape} is not a single grey or RGB picture; write it to .npy")
     page = [*others[-2:], *colours]
     return [axis for axis in range(array.ndim) if axis not in page], page
 

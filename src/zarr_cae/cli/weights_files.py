@@ -1,4 +1,4 @@
-"""`weights`: list, import, embed and fetch weights files."""
+"""`zarr-cae weights`: list, import, embed and fetch weights files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     command(actions, "path", show_path, f"Show the folder of imported weights; ${registry.CACHE_VARIABLE} changes it.")
     importing = command(
         actions, "import", import_file,
-        "Make weights known by their digest. FILE is what `zarr-cae train` exported (.safetensors), an archive that "
+        "Store weights under their digest. FILE is an export of `zarr-cae train` (.safetensors), an archive that "
         "holds its weights (OUT.zarr), or a "
         f"CompressAI checkpoint of {ZOO_MODEL} (.pth.tar, .pt), which needs --quality and --metric.",
     )  # fmt: skip

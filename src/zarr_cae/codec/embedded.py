@@ -1,8 +1,8 @@
-"""Weights files inside an archive, so that it opens wherever it is copied to.
+"""Store weights files inside an archive, so that copies of it open on every machine.
 
-A file is stored once, under `.cae/weights/<digest>.safetensors` in the folder of the first array that needs it. There
-other readers do not see it: in the folder of a group zarr warns of objects that it does not know. Files from an archive
-are untrusted like all weights files, and must have the digest that their name says.
+A file is stored once, under `.cae/weights/<digest>.safetensors` in the folder of the first array that needs it. Other
+readers ignore it there; in the folder of a group zarr would warn of an unknown object. Files from an archive
+are untrusted like all weights files, and must have the digest in their name.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _content(digest: str) -> bytes:
     info = registry.find_digest(digest)
     if info is None:
         raise WeightsNotFoundError(f"cae: weights {digest} are not on this machine, so they cannot be embedded")
-    registry.load(info.path)  # which checks the digest
+    registry.load(info.path)  # checks the digest
     return info.path.read_bytes()
 
 
