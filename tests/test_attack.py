@@ -22,7 +22,7 @@ def test_nothing_is_found(target, seconds):
 
 
 @pytest.mark.slow
-def test_what_is_found_is_reported(tmp_path):
+def test_findings_are_reported(tmp_path):
     """The script reports a decoder that fails on purpose."""
     broken = tmp_path / "broken.py"
     broken.write_text(

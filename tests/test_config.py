@@ -21,7 +21,7 @@ def untouched():
     assert (zarr.config.get("cae", None), zarr.config.get("async.concurrency")) == before
 
 
-def test_a_context_restores_what_was_set_before():
+def test_a_context_restores_earlier_settings():
     with zarr.config.set({"cae.threads": 3}):
         with zarr_cae.configure(device="cpu", threads=1, tile=512, precision="float32", concurrency=33):
             assert zarr.config.get("cae") == {"device": "cpu", "threads": 1, "tile": 512, "precision": "float32"}
@@ -50,7 +50,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-def test_the_codec_runs_with_what_is_configured(photograph):
+def test_the_codec_runs_with_the_configured_settings(photograph):
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     array = zarr.create_array(
@@ -86,7 +86,7 @@ def test_the_codec_runs_with_what_is_configured(photograph):
         ({"concurrency": 0}, "concurrency"), ({"concurrency": None}, "concurrency"), ({"concurrency": 2.0}, "con"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_at_once_and_nothing_set(keywords, message):
+def test_invalid_settings_are_refused_at_once_and_nothing_is_set(keywords, message):
     with pytest.raises(CAEConfigurationError, match=f"cae: .*{message}.*got"):
         zarr_cae.configure(**{"threads": 1, "concurrency": 3, **keywords})
 

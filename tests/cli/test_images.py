@@ -23,7 +23,7 @@ from zarr_cae.evaluation.measures import psnr
      ("P", "png"), ("CMYK", "tif"), ("LAB", "tif"), ("L", "jpg"), ("L", "pgm"), ("1", "tif"), ("RGBA", "png"),
      ("LA", "png"), ("I;16", "tif"), ("I;16B", "tif")],
 )  # fmt: skip
-def test_what_pillow_reads(mode: str, suffix: str, photo: np.ndarray, here: Path) -> None:
+def test_images_that_pillow_reads(mode: str, suffix: str, photo: np.ndarray, here: Path) -> None:
     name = f"a.{suffix}"
     if mode.startswith("I;16"):
         image = Image.fromarray(photo[:48, :64, 0].astype(">u2" if mode == "I;16B" else "<u2") * 256)

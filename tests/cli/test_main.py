@@ -96,7 +96,7 @@ def test_interrupted_work_leaves_nothing(here: Path, large: Path, arguments: lis
     assert {path.name: path.read_bytes() for path in here.glob("out.zarr/*")} == before
 
 
-def test_what_zarr_still_does_is_stopped(here: Path) -> None:
+def test_running_work_of_zarr_is_stopped(here: Path) -> None:
     from zarr.core.sync import loop, sync
 
     from zarr_cae import cli

@@ -31,7 +31,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("zarr-cae ")
 
 
-def test_next_run_removes_what_ended_processes_left(tmp_path: Path) -> None:
+def test_next_run_removes_files_of_ended_processes(tmp_path: Path) -> None:
     out = tmp_path / "out.zarr"
     stale, file = left_behind(out), left_behind(out)
     stale.mkdir()

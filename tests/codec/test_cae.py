@@ -402,7 +402,7 @@ def test_batches_may_contain_none(photograph):
     assert np.abs(asyncio.run(both()).as_numpy_array().astype(int) - array[:]).max() <= 1
 
 
-def test_the_same_chunk_gives_the_same_bytes_whatever_else_is_in_its_batch(photograph):
+def test_the_bytes_of_a_chunk_do_not_depend_on_its_batch(photograph):
     alone = create(photograph[64:128, 64:128])
     beside = create(photograph, chunks=(64, 64, 3))
     assert read(beside.store, "c/1/1/0") == read(alone.store, "c/0/0/0")
@@ -420,7 +420,7 @@ def test_a_codec_is_a_frozen_hashable_value():
         codec.quality = 5
 
 
-def test_metadata_holds_what_decoding_needs_and_nothing_of_the_machine(photograph):
+def test_metadata_holds_all_that_decoding_needs_and_no_settings_of_the_machine(photograph):
     with zarr.config.set({"cae.device": "cpu", "cae.threads": 1}):
         array = create(photograph[:32, :32], codec=CAECodec(quality=2))
     (stored,) = json.loads(read(array.store, "zarr.json"))["codecs"]

@@ -524,7 +524,7 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.square(a.astype(float) - b.astype(float)).mean())
 
 
-def test_writing_back_what_was_read_changes_nothing(photograph, pipeline):
+def test_writing_back_unchanged_pixels_changes_nothing(photograph, pipeline):
     array = create(photograph)
     _, before = frame_of(array)
     for selection in (np.s_[100:164, 100:164], np.s_[0, 0, 0], np.s_[::3, 5:9]):
@@ -564,7 +564,7 @@ WRITES = {
 
 @pytest.mark.parametrize("selection", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("scalar", [False, True])
-def test_what_is_written_is_what_decoding_and_encoding_again_writes(photograph, pipeline, selection, scalar):
+def test_a_partial_write_equals_decoding_and_encoding_again(photograph, pipeline, selection, scalar):
     """The symbols under the selection are the same; those around it are older and more exact."""
     codec = CAECodec(quality=8)
     partial, again = create(photograph, codec=codec), create(photograph, codec=codec, compressors=Crc32cCodec())

@@ -152,7 +152,7 @@ def test_errors_arrive(where):
         run(plan())
 
 
-def test_cancelled_task_withdraws_what_is_queued():
+def test_cancelled_task_withdraws_queued_work():
     step, after = Network(), []
 
     def plan():

@@ -110,7 +110,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_latents_are_what_the_synthesis_network_receives(shape, axis, device, photograph):
+def test_latents_are_the_input_of_the_synthesis_network(shape, axis, device, photograph):
     """The latents equal the input of the synthesis transform bit for bit, on every device."""
     from zarr_cae.config import Settings
     from zarr_cae.networks.engine import engine_for

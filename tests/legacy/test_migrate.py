@@ -172,7 +172,7 @@ def test_chunks_of_this_package_are_moved_too(imported, tmp_path, decoded):
     assert (open_bottleneck(tmp_path / "old.zarr")[...] == open_bottleneck(tmp_path / "new.zarr")[...]).all()
 
 
-def test_what_cannot_be_moved(archive, tmp_path, cache):
+def test_archives_that_cannot_be_migrated(archive, tmp_path, cache):
     with pytest.raises(CAEConfigurationError, match="no array or group of zarr v2"):
         migrate(tmp_path / "nothing.zarr", tmp_path / "new.zarr")
     zarr.create_group(tmp_path / "other.zarr", attributes={"not": "ours"})

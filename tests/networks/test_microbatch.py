@@ -424,7 +424,7 @@ def test_error_of_the_whole_batch_only() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-def test_base_exception_leaves_nobody_waiting(error: BaseException) -> None:
+def test_base_exception_leaves_no_request_waiting(error: BaseException) -> None:
     engine, futures = fussy({3: error})
     for future in futures:
         failure = future.exception(TIMEOUT)
@@ -535,7 +535,7 @@ def test_task_cancelled_while_running_spares_its_batch(engine: Engine) -> None:
     assert asyncio.run(asyncio.wait_for(main(), TIMEOUT)) == -2
 
 
-def test_close_cancels_what_is_queued_and_finishes_what_runs() -> None:
+def test_close_cancels_queued_requests_and_finishes_running_batches() -> None:
     engine = Engine(max_pending=1)
     running = engine.hold()
     queued = engine.batcher.submit("key", 1)
@@ -624,7 +624,7 @@ def test_batches_run_side_by_side_and_do_not_wait_for_each_other(three: Engine) 
     assert [result for result, _ in results(blocked)] == [0, 1]
 
 
-def test_free_lanes_share_what_is_queued(three: Engine) -> None:
+def test_free_lanes_share_queued_requests(three: Engine) -> None:
     three.hold()
     futures = [three.batcher.submit("key", request) for request in range(7)]
     three.gate.set()
@@ -828,7 +828,7 @@ def in_forked_child(work: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_child_starts_afresh_whatever_the_parent_was_doing(engine: Engine) -> None:
+def test_child_starts_afresh_in_every_state_of_the_parent(engine: Engine) -> None:
     running = engine.hold()
     queued = engine.batcher.submit("key", 1)
     locked, unlock = threading.Event(), threading.Event()

@@ -143,7 +143,7 @@ def test_one_site_may_read(archive):
     "/tiles/0/latents/0/0/0.png?at=99999", "/tiles/0/latents/0/0/0.png", "/tiles/0/latents/0/0/0.png?at=a",
     "/tiles/0/pixels/99999999999999999999/0/0.png",
 ])  # fmt: skip
-def test_what_is_not_served(server, path):
+def test_refused_paths(server, path):
     status, _, body = request(server, path)
     assert status in {400, 404}
     assert b"secret" not in body
@@ -288,7 +288,7 @@ def test_the_command(archive, tmp_path):
     (["empty"], "zarr|node|found"),
     (["g.zarr", "--port", "70000"], "--port"),
 ])  # fmt: skip
-def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, small, arguments, reason):
+def test_the_command_refuses_bad_arguments(tmp_path, monkeypatch, capsys, small, arguments, reason):
     from zarr_cae.cli import main
 
     monkeypatch.chdir(tmp_path)

@@ -59,7 +59,7 @@ def test_a_child_forked_while_other_threads_use_the_cache():
         thread.join()
 
 
-def test_an_error_reaches_all_who_wait_and_is_not_kept():
+def test_an_error_reaches_all_waiting_callers_and_is_not_kept():
     calls = []
 
     async def fail():

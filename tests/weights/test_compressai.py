@@ -211,7 +211,7 @@ def test_tables_of_the_checkpoint_are_kept(cache):
 
 
 @pytest.mark.parametrize("name", sorted(key for key in without("pedestal", "_offset", "_cdf")))
-def test_whatever_lacks_is_named(cache, name):
+def test_a_missing_tensor_is_named(cache, name):
     torch.save(without(name), cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=rf"x\.pth\.tar is not a bmshj.* it has no {re.escape(name)}$"):
         compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
@@ -267,7 +267,7 @@ def test_odd_tables_are_refused_by_the_key(cache, name, value):
     [{"state_dict": [torch.zeros(3)]}, [torch.zeros(3)], {1: torch.zeros(3)}, torch.zeros(3), {},
      {"g_a.0.weight": torch.zeros(8, 3, 5, 5, dtype=torch.bfloat16)}],
 )  # fmt: skip
-def test_what_is_no_dict_of_tensors(cache, state):
+def test_checkpoints_that_are_not_a_dict_of_tensors(cache, state):
     torch.save(state, cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=r"x\.pth\.tar is not a"):
         compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
@@ -330,13 +330,13 @@ def test_fetch_shows_its_progress_on_a_terminal(zoo_of_files, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(("quality", "message"), [(2, "invalid hash value"), (3, "No such file")])
-def test_fetch_of_what_is_not_what_it_should_be(zoo_of_files, quality, message):
+def test_fetch_of_a_wrong_or_damaged_file(zoo_of_files, quality, message):
     with pytest.raises(CAEConfigurationError, match=f"prior-{quality}.* could not be fetched: .*{message}"):
         compressai.fetch(quality=quality, metric="mse")
     assert not (zoo_of_files / "cache").exists()
 
 
-def test_fetch_without_compressai_says_what_to_do(tmp_path):
+def test_fetch_without_compressai_names_the_remedy(tmp_path):
     code = (
         "import sys; sys.modules['compressai'] = None\n"
         "from zarr_cae import CAEConfigurationError; from zarr_cae.weights import compressai\n"
