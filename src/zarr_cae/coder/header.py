@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarr_cae.coder.fields import VARINT_END
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.errors import CAEConfigurationError, FrameError
 
 STRIDE = 16
 """Pixels per latent position, along each edge."""
