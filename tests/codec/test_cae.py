@@ -739,7 +739,7 @@ def test_dask_workers_in_processes(tmp_path, photograph):
 
 def test_weights_are_named_when_a_codec_is_made_and_never_stored_by_name():
     assert CAECodec(quality=3, weights="photographs") == CAECodec(quality=3)
-    with pytest.raises(WeightsNotFoundError, match="no weights of the name 'unheard-of'"):
+    with pytest.raises(WeightsNotFoundError, match="no weights named 'unheard-of'"):
         CAECodec(quality=3, weights="unheard-of")
     with pytest.raises(CAEConfigurationError, match="sha256"):
         CAECodec.from_dict({"name": "cae", "configuration": {"quality": 3, "weights": "photographs"}})

@@ -145,7 +145,7 @@ def _withdraw(advance: Future[tuple[Step | None, Any]]) -> None:
     """Cancel the network's work that a plan has queued after its task was cancelled."""
     try:
         step, _ = advance.result()
-    except (Exception, CancelledError):  # noqa: BLE001 - the plan ended; nobody waits for its error
+    except (Exception, CancelledError):  # noqa: BLE001 - the plan ended; no caller waits for its error
         return
     if isinstance(step, Future):
         step.cancel()

@@ -250,7 +250,7 @@ class MicroBatcher(Generic[Request, Result]):
             if not self._attempt(key, batch, lanes):
                 for index in range(len(batch)):
                     self._attempt(key, batch[index : index + 1], lanes)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
+        except BaseException as error:  # noqa: BLE001 - after any error no request may be left waiting
             # The exception itself would end the event loop or the thread that receives it.
             self._fail(batch, f"was interrupted by {error!r}", error)
         batch.clear()  # this frame can be kept alive by the traceback of an exception of `run`
