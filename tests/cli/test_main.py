@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import contextlib
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
 from commands import left_over, load, on_a_terminal, run, save
 
 from zarr_cae.cli import main
@@ -63,66 +56,6 @@ for line in ("--help", "train --help", "weights list", "info photo.zarr"):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == 2
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize(
-    ("arguments", "started"),
-    [(["encode", "LARGE", "out.zarr"], ".out.zarr.partial-*/c/*/*/*"),
-     (["encode", "LARGE", "out.zarr", "--overwrite"], ".out.zarr.partial-*/c/*/*/*"),
-     (["decode", "LARGE", "out.npy"], ".out.npy.partial-*"),
-     (["bottleneck", "LARGE", "out.npy"], ".out.npy.partial-*"),
-     (["bottleneck", "LARGE", "out.zarr"], ".out.zarr.partial-*/c/*/*/*")],
-    ids=["encode", "overwrite", "decode", "latents to npy", "latents to zarr"],
-)  # fmt: skip
-def test_interrupted_work_leaves_nothing(here: Path, large: Path, arguments: list[str], started: str) -> None:
-    before = {}
-    if "--overwrite" in arguments:
-        zarr.create_group("out.zarr")
-        before = {path.name: path.read_bytes() for path in Path("out.zarr").iterdir()}
-    command = [str(large) if word == "LARGE" else word for word in arguments]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zarr_cae", *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list(here.glob(started)):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "zarr-cae: interrupted\n")
-    assert [path.name for path in here.iterdir()] == (["out.zarr"] if before else [])
-    assert {path.name: path.read_bytes() for path in here.glob("out.zarr/*")} == before
-
-
-def test_running_work_of_zarr_is_stopped(here: Path) -> None:
-    from zarr.core.sync import loop, sync
-
-    from zarr_cae import cli
-
-    ended = []
-
-    async def endless() -> None:
-        try:
-            await asyncio.gather(*(asyncio.sleep(3600) for _ in range(3)))
-        finally:
-            ended.append(True)
-
-    def wait() -> None:
-        with contextlib.suppress(concurrent.futures.CancelledError):
-            sync(endless())
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    while loop[0] is None or len(asyncio.all_tasks(loop[0])) < 4:
-        time.sleep(0.01)
-    cli._stop_zarr()
-    assert ended
-    thread.join(60)
-    assert not thread.is_alive()
-    cli._stop_zarr()  # zarr's loop has stopped already
-    assert zarr.create_array({}, data=np.arange(4))[2] == 2  # zarr makes a new loop
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
