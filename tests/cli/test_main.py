@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from commands import left_over, load, on_a_terminal, run, save
 
 from zarr_cae.cli import main
@@ -56,6 +59,37 @@ for line in ("--help", "train --help", "weights list", "info photo.zarr"):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(
+    ("arguments", "started"),
+    [(["encode", "LARGE", "out.zarr"], ".out.zarr.partial-*/c/*/*/*"),
+     (["encode", "LARGE", "out.zarr", "--overwrite"], ".out.zarr.partial-*/c/*/*/*"),
+     (["decode", "LARGE", "out.npy"], ".out.npy.partial-*"),
+     (["bottleneck", "LARGE", "out.npy"], ".out.npy.partial-*"),
+     (["bottleneck", "LARGE", "out.zarr"], ".out.zarr.partial-*/c/*/*/*")],
+    ids=["encode", "overwrite", "decode", "latents to npy", "latents to zarr"],
+)  # fmt: skip
+def test_interrupted_work_leaves_nothing(here: Path, large: Path, arguments: list[str], started: str) -> None:
+    before = {}
+    if "--overwrite" in arguments:
+        zarr.create_group("out.zarr")
+        before = {path.name: path.read_bytes() for path in Path("out.zarr").iterdir()}
+    command = [str(large) if word == "LARGE" else word for word in arguments]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zarr_cae", *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(here.glob(started)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "zarr-cae: interrupted\n")
+    assert [path.name for path in here.iterdir()] == (["out.zarr"] if before else [])
+    assert {path.name: path.read_bytes() for path in here.glob("out.zarr/*")} == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
