@@ -9,7 +9,7 @@ The route of a chunk that is written, by "go to definition":
 5. `to_planes` (pixels/convert.py): axes, value range, padding.
 6. `MicroBatcher.submit` (networks/microbatch.py): concurrent chunks meet in a batch.
 7. `Engine._code`: the analysis transform `Analysis` (networks/transforms.py), the gains, rounding to symbols.
-8. `tiles.encode` (coder/tiles.py): the symbols, cut into tiles.
+8. `tiles.encode_streams` (coder/tiles.py): the symbols, cut into tiles.
 9. `rans.encode` (coder/rans.py): one tile to one stream.
 10. `frame.pack` (coder/frame.py): header, streams and checksums: the bytes that zarr stores.
 """
@@ -29,14 +29,18 @@ from zarr.abc.buffer import Buffer
 from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
+from zarr_cae.codec.exact import Parts, restore
 from zarr_cae.codec.plan import Plan
+from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
-from zarr_cae.coder.frame import FrameHeader, Symbols
+from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
+from zarr_cae.coder.lossless import encode_mask
 from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.convert import to_chunk, to_planes
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange
+from zarr_cae.pixels.mask import fill, find_mask
 from zarr_cae.weights.file import Weights
 
 if TYPE_CHECKING:
@@ -53,6 +57,8 @@ class ChunkCoder:
     quality: int
     load: Callable[[], Weights]
     """Returns the verified weights; called only when something is coded."""
+    nodata: float | None = None
+    """The value of pixels without data, which are stored as a mask; None if there is no such value."""
 
     @cached_property
     def weights(self) -> Weights:
@@ -91,9 +97,14 @@ class ChunkCoder:
         return 1 if self.layout.grey else RGB
 
     @property
+    def row(self) -> int:
+        """The row of the weights file for the quality."""
+        return self.weights.row(self.quality)
+
+    @property
     def tables(self) -> Tables:
         """The frequency tables of the quality."""
-        return self.weights.tables[self.weights.row(self.quality)]
+        return self.weights.tables[self.row]
 
     @property
     def geometry(self) -> FrameHeader:
@@ -103,8 +114,26 @@ class ChunkCoder:
 
     @property
     def header(self) -> FrameHeader:
-        """The header that the chunk's frame must have; the weights say its version."""
+        """The header that the chunk's frame must have; the weights say its version, or it is 3."""
         return replace(self.geometry, version=self.tables.frame_version)
+
+    @property
+    def exact_header(self) -> FrameHeader:
+        """The header of a new frame that can hold a mask and exact tiles."""
+        return replace(self.geometry, version=3, row=self.row)
+
+    def of_frame(self, header: FrameHeader) -> ChunkCoder:
+        """Return the coder of the quality that coded a frame.
+
+        Raises
+        ------
+        FrameError
+            If the weights do not have the row that the header names.
+        """
+        row = header.row_of(len(self.weights.tables), self.row)
+        if row == self.row:
+            return self
+        return replace(self, quality=self.weights.info.qualities[row], load=lambda: self.weights)
 
     def analyse_chunk(self, pixels: Any) -> Future[Symbols]:
         """Queue a whole chunk for the analysis transform; see `Engine.analyse_chunk`."""
@@ -124,13 +153,30 @@ class ChunkCoder:
 
     def to_planes(self, pixels: Chunk, layout: Layout) -> Planes:
         """Return pixels of this chunk, all of them or a box with this layout, as planes (N, 3 or 1, H, W)."""
-        planes = to_planes(pixels, layout, self.value_range)
+        if self.nodata is None:
+            planes = to_planes(pixels, layout, self.value_range)
+        else:
+            mask = find_mask(pixels, self.nodata)
+            planes = to_planes(np.where(mask, self.dtype.type(self.value_range[0]), pixels), layout, self.value_range)
+            if mask.any():
+                fill(planes, to_planes(mask.view(np.uint8), layout, (0, 1)) > 0.5)
         # Three grey channels look like RGB to the layout of a box: the same numbers in another shape.
         return planes.reshape(-1, self.components, *planes.shape[2:])
 
     def to_pixels(self, planes: Planes, layout: Layout) -> Chunk:
         """Return planes as pixels: the inverse of `to_planes`."""
         return to_chunk(planes, layout, self.dtype, self.value_range)
+
+    def to_samples(self, pixels: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
+        """Return values of pixels, or of a mask, in the order of planes (N, C, H, W), as a copy without padding."""
+        ordered = pixels.transpose(layout.channels_first)
+        return ordered.reshape(-1, self.components, layout.height, layout.width).copy()
+
+    def from_samples(self, samples: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
+        """Return samples (N, C, H, W) in the order of pixels: the inverse of `to_samples`."""
+        order = layout.channels_first
+        ordered = samples.reshape([layout.shape[axis] for axis in order])
+        return np.ascontiguousarray(ordered.transpose(np.argsort(order)))
 
     def to_buffer(self, frame: bytes) -> Buffer:
         """Return a frame as a buffer of zarr."""
@@ -139,14 +185,27 @@ class ChunkCoder:
 
 def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     """Return the frame of a whole chunk, a NumPy array or an array on a GPU."""
-    symbols = yield coder.analyse_chunk(pixels)
-    return coder.to_buffer(tiles.encode(symbols, coder.header, coder.tables))
+    if coder.nodata is None:
+        symbols = yield coder.analyse_chunk(pixels)
+        return coder.to_buffer(tiles.encode(symbols, coder.header, coder.tables))
+    pixels = on_host(pixels, coder.spec)
+    mask = coder.to_samples(find_mask(pixels, coder.nodata), coder.layout)
+    symbols = yield coder.analyse(coder.to_planes(pixels, coder.layout))
+    header = coder.exact_header
+    streams = tiles.encode_streams(symbols, header, coder.tables)
+    return coder.to_buffer(pack(header, streams, mask=encode_mask(mask) if mask.any() else None))
 
 
 def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:
     """Return the pixels of a whole chunk's frame; a tensor if both zarr's arrays and the engine are on a GPU."""
-    symbols = tiles.decode(frame, coder.header, coder.tables)
-    return (yield coder.synthesise_chunk(symbols))
+    found = parse_frame(frame, coder.header)
+    coder = coder.of_frame(found.header)
+    parts = Parts.of(found)
+    symbols = tiles.decode_streams(found.header, found.streams, coder.tables)
+    if not parts.exact and parts.mask is None and coder.nodata is None:
+        return (yield coder.synthesise_chunk(symbols))
+    planes = yield coder.synthesise(symbols)
+    return restore(coder, coder.to_pixels(planes, coder.layout), enclosing((), coder.layout), parts)
 
 
 def on_host(pixels: Any, spec: ArraySpec) -> npt.NDArray[Any]:

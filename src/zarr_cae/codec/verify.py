@@ -50,7 +50,11 @@ class Verified:
     highest: float | None = None
 
     def add(self, pixels: Any) -> None:
-        """Take pixels into the range."""
+        """Take pixels into the range. NaN does not count."""
+        if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f":
+            pixels = pixels[~np.isnan(pixels)]
+            if not pixels.size:
+                return
         low, high = pixels.min(), pixels.max()
         self.lowest = low if self.lowest is None else min(self.lowest, low)
         self.highest = high if self.highest is None else max(self.highest, high)
