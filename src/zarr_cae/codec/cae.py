@@ -30,7 +30,7 @@ from zarr_cae.codec.partial import read_selection, write_selection
 from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.convert import resolve_value_range
-from zarr_cae.pixels.layout import RGB, Layout, ValueRange, resolve_channel_axis
+from zarr_cae.pixels.layout import RGB, Layout, ValueRange, ValueTransform, resolve_channel_axis
 from zarr_cae.pixels.mask import find_mask
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
 from zarr_cae.weights.registry import check_digest, default_digest, find, load
@@ -38,6 +38,7 @@ from zarr_cae.weights.registry import check_digest, default_digest, find, load
 NAME = "cae"
 ChannelAxis = int | Literal["auto"] | None
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LARGEST_PSNR = 200
 _EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
 """Whether zarr gives each codec the spec that the codecs before it leave; older releases give all the array's own."""
 
@@ -73,6 +74,15 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         The value of pixels without data: a number, inside or outside `value_range`, or NaN. They are stored exactly,
         as a mask, and no other pixel is read back with this value: the nearest one takes its place. By default every
         pixel has data, and NaN is refused. The attribute holds what is not finite as "NaN", "Infinity" or "-Infinity".
+    value_transform
+        "sqrt" codes the square roots of the values, which makes the noise of photon counts equally strong in dark and
+        in bright places (Anscombe 1948). Use it for dark and sparse data, such as fluorescence, with `value_range`
+        from the value of no light, in units of counted photons as far as they are known.
+    min_psnr
+        PSNR in dB of the value range that each chunk must reach, such as 38. A chunk that misses it is coded with the
+        next better qualities of the same weights (qualities 1 to 5 and 6 to 8 share weights), and at the last one its
+        tiles that miss it are stored without loss. Encoding costs one more decoding, and another encoding for each
+        further quality.
 
     Raises
     ------
@@ -92,6 +102,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     channel_axis: ChannelAxis = "auto"
     value_range: ValueRange | None = None
     nodata: float | str | None = None
+    value_transform: ValueTransform = None
+    min_psnr: float | None = None
     _origin: Literal["made", "guessed", "stored"] = field(default="made", init=False, repr=False, compare=False)
     """Whether the codec was made by a user, its channel axis guessed from "auto", or read from metadata. What was
     stored once must open, so some checks are for new arrays only."""
@@ -107,6 +119,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         put("channel_axis", _channel_axis(self.channel_axis))
         put("value_range", _value_range(self.value_range))
         put("nodata", _nodata(self.nodata))
+        put("min_psnr", _min_psnr(self.min_psnr))
+        _check_choice("value_transform", self.value_transform, (None, "sqrt"))
         put("weights", check_digest(self.weights or default_digest(self.model, self.quality, self.metric)))
 
     def __repr__(self) -> str:
@@ -155,6 +169,10 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
             configuration["value_range"] = self.value_range
         if self.nodata is not None:
             configuration["nodata"] = self.nodata
+        if self.value_transform is not None:
+            configuration["value_transform"] = self.value_transform
+        if self.min_psnr is not None:
+            configuration["min_psnr"] = self.min_psnr
         return {"name": NAME, "configuration": configuration}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
@@ -258,7 +276,7 @@ def _coder(codec: CAECodec, spec: ArraySpec) -> ChunkCoder:
     dtype = spec.dtype.to_native_dtype()
     return ChunkCoder(
         Layout(spec.shape, axis), spec, resolve_value_range(dtype, codec.value_range), codec.quality,
-        lambda: loaded(codec), _resolve_nodata(dtype, codec.nodata),
+        lambda: loaded(codec), _resolve_nodata(dtype, codec.nodata), codec.value_transform, codec.min_psnr,
     )  # fmt: skip
 
 
@@ -343,6 +361,20 @@ def _nodata(value: Any) -> float | str | None:
     if math.isfinite(number):
         return _number(value)
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _min_psnr(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bool) else _number(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number <= _LARGEST_PSNR:
+        raise CAEConfigurationError(
+            f"cae: min_psnr must be a number of dB above 0 and up to {_LARGEST_PSNR}, or None, got {value!r}"
+        )
+    return number
 
 
 def _resolve_nodata(dtype: np.dtype[Any], nodata: float | str | None) -> float | None:

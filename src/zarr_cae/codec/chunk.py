@@ -30,6 +30,7 @@ from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.exact import Parts, restore
+from zarr_cae.codec.floor import is_unusual, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
 from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
@@ -38,8 +39,8 @@ from zarr_cae.coder.lossless import encode_mask
 from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.convert import to_chunk, to_planes
-from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange
+from zarr_cae.pixels.convert import from_root, to_chunk, to_planes, to_root
+from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
 from zarr_cae.weights.file import Weights
 
@@ -59,6 +60,10 @@ class ChunkCoder:
     """Returns the verified weights; called only when something is coded."""
     nodata: float | None = None
     """The value of pixels without data, which are stored as a mask; None if there is no such value."""
+    transform: ValueTransform = None
+    """The value transform between pixels and planes: "sqrt" or none."""
+    min_psnr: float | None = None
+    """The PSNR in dB of the value range that each chunk must reach; None if there is no such demand."""
 
     @cached_property
     def weights(self) -> Weights:
@@ -84,7 +89,7 @@ class ChunkCoder:
     def format(self) -> PixelFormat:
         """The pixels of a whole chunk, for the engine."""
         stays = issubclass(self.spec.prototype.nd_buffer, gpu.NDBuffer)  # after `zarr.config.enable_gpu()`
-        return PixelFormat(self.layout, self.dtype, self.value_range, stays)
+        return PixelFormat(self.layout, self.dtype, self.value_range, stays, self.transform)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -131,9 +136,18 @@ class ChunkCoder:
             If the weights do not have the row that the header names.
         """
         row = header.row_of(len(self.weights.tables), self.row)
-        if row == self.row:
-            return self
-        return replace(self, quality=self.weights.info.qualities[row], load=lambda: self.weights)
+        return self.of_quality(self.weights.info.qualities[row])
+
+    def of_quality(self, quality: int) -> ChunkCoder:
+        """Return the coder of another quality of the same weights."""
+        return self if quality == self.quality else replace(self, quality=quality, load=lambda: self.weights)
+
+    @property
+    def candidates(self) -> list[ChunkCoder]:
+        """The coders of the qualities to try for a chunk, the cheapest first, which is this one."""
+        if self.min_psnr is None:
+            return [self]
+        return [self.of_quality(one) for one in sorted(self.weights.info.qualities) if one >= self.quality]
 
     def analyse_chunk(self, pixels: Any) -> Future[Symbols]:
         """Queue a whole chunk for the analysis transform; see `Engine.analyse_chunk`."""
@@ -160,11 +174,15 @@ class ChunkCoder:
             planes = to_planes(np.where(mask, self.dtype.type(self.value_range[0]), pixels), layout, self.value_range)
             if mask.any():
                 fill(planes, to_planes(mask.view(np.uint8), layout, (0, 1)) > 0.5)
+        if self.transform == "sqrt":
+            planes = to_root(planes, self.value_range)
         # Three grey channels look like RGB to the layout of a box: the same numbers in another shape.
         return planes.reshape(-1, self.components, *planes.shape[2:])
 
     def to_pixels(self, planes: Planes, layout: Layout) -> Chunk:
         """Return planes as pixels: the inverse of `to_planes`."""
+        if self.transform == "sqrt":
+            planes = from_root(planes, self.value_range)
         return to_chunk(planes, layout, self.dtype, self.value_range)
 
     def to_samples(self, pixels: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
@@ -184,16 +202,32 @@ class ChunkCoder:
 
 
 def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
-    """Return the frame of a whole chunk, a NumPy array or an array on a GPU."""
-    if coder.nodata is None:
-        symbols = yield coder.analyse_chunk(pixels)
-        return coder.to_buffer(tiles.encode(symbols, coder.header, coder.tables))
-    pixels = on_host(pixels, coder.spec)
-    mask = coder.to_samples(find_mask(pixels, coder.nodata), coder.layout)
-    symbols = yield coder.analyse(coder.to_planes(pixels, coder.layout))
-    header = coder.exact_header
-    streams = tiles.encode_streams(symbols, header, coder.tables)
-    return coder.to_buffer(pack(header, streams, mask=encode_mask(mask) if mask.any() else None))
+    """Return the frame of a whole chunk, a NumPy array or an array on a GPU.
+
+    If the array has a least PSNR, qualities from its own upwards are tried until one reaches it. Tiles that miss it at
+    the best quality, or that decode to something worse than their mean, are stored exactly (see `codec.floor`).
+    """
+    mask = None
+    if coder.nodata is not None or coder.min_psnr is not None:
+        pixels = on_host(pixels, coder.spec)
+    if coder.nodata is not None:
+        mask = coder.to_samples(find_mask(pixels, coder.nodata), coder.layout)
+    for tried in coder.candidates:
+        # Pixels on a GPU stay there, and their planes are made there.
+        queue = tried.analyse_chunk(pixels) if mask is None else tried.analyse(tried.to_planes(pixels, tried.layout))
+        symbols = yield queue
+        decoded = None
+        if tried.min_psnr is not None or is_unusual(symbols, tried):
+            pixels = on_host(pixels, tried.spec)
+            decoded = tried.to_pixels((yield tried.synthesise(symbols)), tried.layout)
+        if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
+            break
+    exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)
+    plain = mask is None and not exact and tried is coder
+    header = tried.header if plain else tried.exact_header
+    streams = tiles.encode_streams(symbols, header, tried.tables)
+    section = encode_mask(mask) if mask is not None and mask.any() else None
+    return coder.to_buffer(pack(header, streams, mask=section, exact=exact))
 
 
 def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:

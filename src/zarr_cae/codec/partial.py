@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,11 +20,12 @@ import numpy.typing as npt
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
 from zarr_cae.codec.exact import Parts, box_pixels, restore, stored_mask, tile_pixels, tile_samples
+from zarr_cae.codec.floor import is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
 from zarr_cae.coder.lossless import encode_mask, encode_pixels
-from zarr_cae.coder.tiles import Patch, Tile, decode_tile, encode_tile, tiles
+from zarr_cae.coder.tiles import Patch, Tile, decode_streams, decode_tile, encode_streams, encode_tile, tiles
 from zarr_cae.errors import FrameError
 from zarr_cae.networks.pieces import HALO
 from zarr_cae.pixels.mask import Mask, find_mask
@@ -229,12 +231,26 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     changed[:, :, *box.patch.within(seen)] = True
     inner = (slice(None), slice(None), *reached.within(seen))
     new = np.where(changed[inner], both[:count][inner], symbols[:, :, *reached.within(source)])
-    streams = {**parts.streams, **_recode(decoded, new, reached, header.version, coder)}
+    touched = _changed_tiles(decoded, new, reached)
+    streams = [parts.streams[number] for number in range(header.tile_count)]
+    for number, stream in over_cores(
+        lambda one: (one[0].number, encode_tile(one[1], coder.tables, header.version)), touched
+    ):
+        streams[number] = stream
     mask, exact = _new_mask(coder, parts, around, after), _new_exact(coder, parts, around, after)
-    if mask is not None and header.version < 3:  # never by this package: such arrays begin with version 3
-        raise FrameError("cae: frame of version 1 or 2 can't hold the mask that an array with a nodata value needs")
+    unsure = any(tile.number not in exact and is_unusual(own[None], coder) for tile, own in touched)
+    if unsure or coder.min_psnr is not None or (mask is not None and header.version < 3):
+        chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
+        _put(chunk, selection, value)
+        all_symbols = decode_streams(header, streams, coder.tables)
+        now = coder.to_pixels((yield coder.synthesise(all_symbols)), coder.layout)
+        poor = poor_tiles(coder, header, chunk, now, mask, tiles(header, box.planes, seen))
+        exact = {**poor, **exact}
+        if (exact or mask is not None) and header.version < 3:
+            header = replace(header, version=3, row=coder.row)
+            streams = list(encode_streams(all_symbols, header, coder.tables))
     section = None if mask is None else encode_mask(mask)
-    yield Put(coder.to_buffer(pack(header, list(streams.values()), mask=section, exact=exact)))
+    yield Put(coder.to_buffer(pack(header, streams, mask=section, exact=exact)))
 
 
 def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:
@@ -267,10 +283,10 @@ def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bo
     thousand is rounded to the other side, or, in floats, most pixels differ by some hundredths of a grey level.
     """
     if coder.nodata is not None:
-        masks = [find_mask(pixels, coder.nodata) for pixels in (after, before)]
-        if not np.array_equal(*masks):
+        mask = find_mask(after, coder.nodata)
+        if not np.array_equal(mask, find_mask(before, coder.nodata)):
             return False
-        after, before = (np.where(masks[0], coder.dtype.type(coder.value_range[0]), one) for one in (after, before))
+        after, before = (np.where(mask, coder.dtype.type(coder.value_range[0]), one) for one in (after, before))
     low, high = coder.value_range  # integers if the dtype is one
     if after.dtype.kind == "f":
         difference = np.abs(after.astype(np.float64) - before)
@@ -282,18 +298,18 @@ def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bo
     return bool(levels.max() <= 1) and float(np.square(levels).sum()) <= _SLACK**2 * written
 
 
-def _recode(
-    decoded: Sequence[tuple[Tile, Symbols]], new: Symbols, reached: Patch, version: int, coder: ChunkCoder
-) -> dict[int, bytes]:
-    """Return the new streams of the tiles in which a patch of new symbols (N, M, h, w) differs from the old ones."""
-    touched: list[tuple[int, Symbols]] = []
+def _changed_tiles(decoded: Sequence[tuple[Tile, Symbols]], new: Symbols, reached: Patch) -> list[tuple[Tile, Symbols]]:
+    """Return the tiles in which a patch of new symbols (N, M, h, w) differs from the old ones, with all their symbols.
+
+    The symbols of `decoded` become the new ones.
+    """
+    touched: list[tuple[Tile, Symbols]] = []
     for tile, own in decoded:
         here, there = tile.patch.within(reached), reached.within(tile.patch)
         if tile.patch.meets(reached) and not np.array_equal(own[:, *there], new[tile.plane, :, *here]):
             own[:, *there] = new[tile.plane, :, *here]
-            touched.append((tile.number, own))
-    tables = coder.tables
-    return dict(over_cores(lambda one: (one[0], encode_tile(one[1], tables, version)), touched))
+            touched.append((tile, own))
+    return touched
 
 
 def _store(coder: ChunkCoder, chunk: Any) -> Plan[None]:
