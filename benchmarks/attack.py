@@ -188,11 +188,12 @@ def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
     from zarr_cae.coder import tiles
     from zarr_cae.coder.frame import FrameHeader, unpack
     from zarr_cae.weights import registry
+    from zarr_cae.weights.file import DEFAULT_MODEL
 
     random, made = np.random.default_rng(0), []
     for quality, metric in ((1, "mse"), (8, "mse"), (4, "ms-ssim")):
-        digest = registry.default_digest(registry.DEFAULT_MODEL, quality, metric)
-        info = registry.find(digest, model=registry.DEFAULT_MODEL, quality=quality, metric=metric)
+        digest = registry.default_digest(DEFAULT_MODEL, quality, metric)
+        info = registry.find(digest, model=DEFAULT_MODEL, quality=quality, metric=metric)
         weights = registry.load(info.path)
         tables = first_channels(weights.tables[weights.row(quality)], 8)
         for planes, height, width, grey, tile in ((1, 40, 56, False, 2), (2, 17, 30, True, 32), (1, 96, 96, False, 4)):

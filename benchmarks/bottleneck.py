@@ -27,44 +27,14 @@ from typing import Any
 
 import numpy as np
 import zarr
-from PIL import Image
+from images import image_files, mosaic  # beside this file
 from rans import compressai_ans  # beside this file
 
-import zarr_cae
 from zarr_cae import CAECodec, open_bottleneck
 from zarr_cae.codec.cae import loaded
 from zarr_cae.coder.tables import PRECISION, Tables
 
 PIPELINES = {"batched": "BatchedCodecPipeline", "fused": "FusedCodecPipeline"}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".webp"}
-
-
-def images(folder: Path | None) -> Iterator[np.ndarray]:
-    bundled = Path(zarr_cae.__file__).parent / "data" / "astronaut.png"
-    paths = [bundled] if folder is None else sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        sys.exit(f"no images in {folder}")
-    for i in range(1 << 20):
-        with Image.open(paths[i % len(paths)]) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        turn = i // len(paths)
-        yield pixels[:: -1 if turn & 1 else 1, :: -1 if turn & 2 else 1]
-
-
-def mosaic(folder: Path | None, size: int) -> np.ndarray:
-    """Return (size, size, 3) uint8: the images in rows, cut at the borders."""
-    result = np.empty((size, size, 3), np.uint8)
-    source, top = images(folder), 0
-    while top < size:
-        left, height = 0, 1 << 30
-        row = []
-        while left < size:
-            row.append(next(source))
-            height, left = min(height, len(row[-1])), left + row[-1].shape[1]
-        strip = np.concatenate([image[:height] for image in row], 1)[: size - top, :size]
-        result[top : top + len(strip)] = strip
-        top += height
-    return result
 
 
 def best(works: list[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
@@ -180,7 +150,7 @@ def main() -> None:
         parser.error("--chunks must be multiples of 16, and --size one of them")
     if not set(arguments.pipeline) <= set(available):
         parser.error(f"--pipeline: this zarr has {', '.join(available)}")
-    pixels = mosaic(arguments.images, arguments.size)
+    pixels = mosaic(image_files([arguments.images] if arguments.images else []), arguments.size)
     print(f"{arguments.size} x {arguments.size} x 3, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     print(f"{'':33}{'latents':^22}{'compressai':^30}{'pixels':^30}")
     print(f"{'chunk':>5}{'quality':>9}{'bits/px':>9}{'pipeline':>10}{'wall':>8}{'cpu':>7}{'MP/s':>7}", end="")

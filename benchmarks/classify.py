@@ -26,11 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from PIL import Image
+from images import PHOTOGRAPH, read_rgb  # beside this file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-import zarr_cae
 from zarr_cae import CAECodec, as_torch_dataset, open_bottleneck
 
 
@@ -50,13 +49,10 @@ class PixelPatches:
 
 def classes(paths: list[Path]) -> Iterator[np.ndarray]:
     if not paths:
-        with Image.open(Path(zarr_cae.__file__).parent / "data" / "astronaut.png") as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = read_rgb(PHOTOGRAPH)
         half = len(pixels) // 2
         yield from (pixels[y : y + half, x : x + half] for y in (0, half) for x in (0, half))
-    for path in paths:
-        with Image.open(path) as image:
-            yield np.asarray(image.convert("RGB"))
+    yield from map(read_rgb, paths)
 
 
 def patches(pixels: np.ndarray, edge: int) -> np.ndarray:

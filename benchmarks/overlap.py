@@ -31,9 +31,8 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore
 
 from zarr_cae import CAECodec
-from zarr_cae.codec import chunk as chunks
-from zarr_cae.coder import tiles as entropy
-from zarr_cae.networks.engine import Engine
+from zarr_cae.coder import tiles
+from zarr_cae.networks import engine
 
 STORE, NETWORK = "store", "network"
 STAGES = (STORE, "to planes", NETWORK, "entropy coding", "to pixels")
@@ -79,9 +78,9 @@ def tracing(store: Store) -> Iterator[Trace]:
     """Record the calls of each stage."""
     trace: Trace = defaultdict(list)
     places = [
-        (type(store), "get", STORE), (type(store), "set", STORE), (Engine, "_code", NETWORK),
-        (chunks, "to_planes", "to planes"), (chunks, "to_chunk", "to pixels"),
-        (entropy, "encode_tile", "entropy coding"), (entropy, "decode_tile", "entropy coding"),
+        (type(store), "get", STORE), (type(store), "set", STORE), (engine.Engine, "_code", NETWORK),
+        (engine, "to_planes", "to planes"), (engine, "to_chunk", "to pixels"),
+        (tiles, "encode_tile", "entropy coding"), (tiles, "decode_tile", "entropy coding"),
     ]  # fmt: skip
     with ExitStack() as stack:
         for owner, name, stage in places:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zarr_cae.coder import tiles as entropy
+from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, unpack
 from zarr_cae.coder.tables import ideal_bits
 from zarr_cae.config import Settings
@@ -79,7 +79,7 @@ def measure(loaded: Weights, quality: int, chunk: np.ndarray, counts: np.ndarray
     symbols = engine_for(loaded, settings).analyse(planes, quality, settings).result()
     np.add.at(counts, (np.arange(len(counts))[:, None], symbols[0].reshape(len(counts), -1) + LARGEST), 1)
     header = FrameHeader(1, chunk.shape[0], chunk.shape[1], grey=False, version=tables.frame_version)
-    frame = entropy.encode(symbols, header, tables)
+    frame = tiles.encode(symbols, header, tables)
     streams = sum(len(stream) for stream in unpack(frame, header)[1])
     count = len(loaded.info.qualities)
     density = Density(count, loaded.latent_channels)
@@ -87,7 +87,7 @@ def measure(loaded: Weights, quality: int, chunk: np.ndarray, counts: np.ndarray
         {name: torch.from_numpy(loaded.tensors[f"density.{name}"].astype(np.float32)) for name in density.state_dict()}
     )
     under_tables = under_density = 0.0
-    for _, _, patch in entropy.tiles(header):
+    for _, _, patch in tiles.tiles(header):
         tile = np.ascontiguousarray(symbols[0, :, patch.rows, patch.columns])
         under_tables += ideal_bits(tile, tables)
         values = torch.from_numpy(tile).float().expand(count, 1, -1, -1, -1)

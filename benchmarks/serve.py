@@ -28,11 +28,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import zarr
-from PIL import Image
+from images import image_files, mosaic  # beside this file
 
-import zarr_cae
 from zarr_cae import CAECodec
 
 STATIC = """
@@ -81,14 +79,6 @@ def rate(port: int, paths: list[str], clients: int) -> tuple[float, float]:
     return len(paths) / seconds, sum(size) / seconds / 1e6
 
 
-def photograph(size: int) -> np.ndarray:
-    """(size, size, 3) uint8."""
-    with Image.open(Path(zarr_cae.__file__).parent / "data" / "astronaut.png") as image:
-        pixels = np.asarray(image.convert("RGB"))
-    times = -(-size // len(pixels))
-    return np.tile(pixels, (times, times, 1))[:size, :size]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Requests a second of `zarr-cae serve`.")
     parser.add_argument("--size", type=int, default=2048)
@@ -97,7 +87,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    pixels, chunks = photograph(arguments.size), (arguments.chunk, arguments.chunk, 3)
+    pixels, chunks = mosaic(image_files([]), arguments.size), (arguments.chunk, arguments.chunk, 3)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         coded, plain = Path(folder) / "coded.zarr", Path(folder) / "plain.zarr"
         array = zarr.create_array(

@@ -53,20 +53,22 @@ def make_slide(path: Path, side: int, tissue: float, images: list[np.ndarray]) -
     radius = math.sqrt(tissue / math.pi) * side
     middle = side / 2
     glass = np.full((TILE, TILE, 3), 255, np.uint8)
+    coded = [imagecodecs.jpeg8_encode(image, level=90, colorspace="RGB", outcolorspace="YCBCR", subsampling=(2, 2))
+             for image in [glass, *images]]  # fmt: skip
 
-    def tiles() -> Iterator[np.ndarray]:
+    def tiles() -> Iterator[bytes]:
         number = 0
         for row in range(0, side, TILE):
             for column in range(0, side, TILE):
                 inside = math.hypot(row + TILE / 2 - middle, column + TILE / 2 - middle) < radius
                 number += inside
-                yield images[number % len(images)] if inside else glass
+                yield coded[1 + number % len(images)] if inside else coded[0]
 
     metadata = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
     with tifffile.TiffWriter(path, bigtiff=True, ome=True) as file:
         file.write(
-            tiles(), shape=(side, side, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="rgb", compression="jpeg",
-            compressionargs={"level": 90}, metadata=metadata,
+            tiles(), shape=(side, side, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="ycbcr", compression="jpeg",
+            subsampling=(2, 2), metadata=metadata,
         )  # fmt: skip
 
 
@@ -87,7 +89,8 @@ def watch(process: subprocess.Popen[bytes]) -> list[tuple[float, float]]:
         now = time.perf_counter() - started
         seen.extend((now, int(line.split()[1]) / 1000) for line in lines if line.startswith("VmRSS:"))
         time.sleep(0.5)
-    process.wait()
+    if process.wait():
+        raise SystemExit("the conversion failed")
     return seen
 
 

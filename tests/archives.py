@@ -1,4 +1,4 @@
-"""Small archives for tests, and access to what lies in a store."""
+"""Small archives for tests, and access to the values in a store."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ def run(coroutine):
 
 
 def create(data, chunks, store=None, **keywords):
-    """An array of pixels of the codec `cae`, by default of quality 2 in memory."""
+    """Return an array of pixels of the codec `cae`, by default of quality 2 in memory."""
     options = {"compressors": None, "serializer": CAECodec(quality=2), **keywords}
     store = MemoryStore() if store is None else store
     array = zarr.create_array(store, shape=data.shape, chunks=chunks, dtype=data.dtype, **options)
@@ -33,12 +33,12 @@ def latents_of(data, chunks, **keywords):
 
 
 def document(array):
-    """The array's `zarr.json`."""
+    """Return the array's `zarr.json`."""
     return json.loads(json.dumps(array.metadata.to_dict(), default=str))
 
 
 def store_of(document):
-    """A store that holds one `zarr.json`."""
+    """Return a store that holds one `zarr.json`."""
     return MemoryStore({"zarr.json": PROTOTYPE.buffer.from_bytes(json.dumps(document).encode())})
 
 
@@ -52,7 +52,7 @@ def write(store, key, content):
 
 
 def contents(store):
-    """All keys of a store with their bytes."""
+    """Return all keys of a store with their bytes."""
 
     async def listed():
         return [key async for key in store.list()]

@@ -1,4 +1,4 @@
-"""What caecodec and CompressAI write, made anew in plain Python for the tests."""
+"""Write the formats of caecodec and CompressAI in plain Python."""
 
 import struct
 
@@ -8,7 +8,7 @@ START = 1 << 31
 
 
 def encode(symbols, cumulative, length, offset):
-    """CompressAI's stream of symbols (M, ...), with its tables."""
+    """Return CompressAI's stream of symbols (M, ...)."""
     steps = []  # (start, frequency) of 16 bits, or (digit, None)
     for c, channel in enumerate(np.asarray(symbols)):
         escape = int(length[c]) - 2
@@ -35,7 +35,7 @@ def encode(symbols, cumulative, length, offset):
 
 
 def tables(random, channels, *, longest=24):
-    """Made tables: cumulative frequencies (M, L), lengths and offsets, also very skewed ones."""
+    """Return synthetic tables: cumulative frequencies (M, L), lengths and offsets, also very skewed ones."""
     length = random.integers(3, longest + 1, channels)
     cumulative = np.zeros((channels, longest), np.int32)
     for c, n in enumerate(length):
@@ -48,6 +48,6 @@ def tables(random, channels, *, longest=24):
 
 
 def chunk(symbols, height, width, table):
-    """A chunk of caecodec: the latents of a chunk padded to whole patches, (M, rows, columns)."""
+    """Return a chunk of caecodec: the latents of a chunk padded to whole patches, (M, rows, columns)."""
     rows, columns = symbols.shape[1:]
     return struct.pack(">4Q", height, width, rows * 16 - height, columns * 16 - width) + encode(symbols, *table)

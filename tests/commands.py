@@ -1,4 +1,4 @@
-"""Commands of `zarr-cae` as tests call them, and the files around them."""
+"""Run commands of `zarr-cae` in tests, and make their files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr of a command that fails with exit code 1."""
+    """Return the one line on stderr of a command that fails with exit code 1."""
     capsys.readouterr()
     assert main(arguments) == 1
     out, error = capsys.readouterr()
@@ -33,14 +33,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def on_a_terminal(arguments: list[str]) -> str:
-    """What a command shows on a terminal of 200 columns."""
+    """Return the output of a command on a terminal of 200 columns."""
     termios = pytest.importorskip("termios", reason="this platform has no pseudo-terminals")
     seeing, shown = os.openpty()
     termios.tcsetwinsize(shown, (24, 200))
     done = subprocess.run([sys.executable, "-m", "zarr_cae", *arguments], stderr=shown, check=False)
     os.close(shown)
     screen = b""
-    with contextlib.suppress(OSError):  # which is how a terminal without a writer ends
+    with contextlib.suppress(OSError):  # raised at the end of a terminal without a writer
         while piece := os.read(seeing, 1 << 16):
             screen += piece
     os.close(seeing)

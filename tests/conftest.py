@@ -1,4 +1,4 @@
-"""What several test modules share: a photograph, and the pipelines of the zarr that is installed."""
+"""Fixtures of several test modules: a photograph, and the pipelines of the installed zarr."""
 
 from importlib import resources
 
@@ -14,7 +14,7 @@ if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
 
 @pytest.fixture(scope="session")
 def photograph() -> np.ndarray:
-    """(512, 512, 3) uint8, the one that the package holds."""
+    """Return the package's photograph, (512, 512, 3) uint8."""
     with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as path, Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     pixels.setflags(write=False)
@@ -23,6 +23,6 @@ def photograph() -> np.ndarray:
 
 @pytest.fixture(params=PIPELINES, ids=lambda path: path.rpartition(".")[2])
 def pipeline(request):
-    """Every codec pipeline of this zarr."""
+    """Run the test on every codec pipeline of this zarr; return its path."""
     with zarr.config.set({"codec_pipeline.path": request.param}):
         yield request.param

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def laplace(scale, limit, mean=0.0):
-    """Probabilities of the integers -limit to limit under a Laplace density, from its distribution function."""
+    """Return the probabilities of the integers -limit to limit under a Laplace density."""
     edges = np.arange(-limit, limit + 2) - 0.5 - mean
     tail = 0.5 * np.exp(-np.abs(edges) / scale)
     inner = np.where(edges < 0, tail, 1 - tail)

@@ -1,4 +1,4 @@
-"""A server of an archive on a free port of loopback, in a thread."""
+"""Serve an archive on a free port of loopback, in a thread."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def serving(folder, **options):
-    """Serve a folder until the block ends; the value is the server's address."""
+    """Serve a folder until the block ends. Yield the server's address."""
     from zarr_cae.serve.app import application, listen, serve
 
     with listen("127.0.0.1", 0) as listening:

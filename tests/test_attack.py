@@ -1,4 +1,4 @@
-"""A minute of `benchmarks/attack.py`: no mutant crashes a decoder, hangs it, or makes it allocate beyond measure."""
+"""Run `benchmarks/attack.py` for a minute: no mutant crashes a decoder, hangs it, or fills the memory."""
 
 import subprocess
 import sys
@@ -22,8 +22,8 @@ def test_nothing_is_found(target, seconds):
 
 
 @pytest.mark.slow
-def test_what_is_found_is_reported(tmp_path):
-    """The same script against a decoder that fails on purpose."""
+def test_findings_are_reported(tmp_path):
+    """The script reports a decoder that fails on purpose."""
     broken = tmp_path / "broken.py"
     broken.write_text(
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"

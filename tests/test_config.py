@@ -10,26 +10,25 @@ import pytest
 import zarr
 
 import zarr_cae
-from zarr_cae import CAECodec, CAEConfigurationError
-from zarr_cae import config as settings
+from zarr_cae import CAECodec, CAEConfigurationError, config
 
 
 @pytest.fixture(autouse=True)
 def untouched():
-    """Whatever a test sets is gone after it."""
+    """Restore the settings after each test."""
     before = zarr.config.get("cae", None), zarr.config.get("async.concurrency")
     yield
     assert (zarr.config.get("cae", None), zarr.config.get("async.concurrency")) == before
 
 
-def test_a_context_restores_what_was_set_before():
+def test_a_context_restores_earlier_settings():
     with zarr.config.set({"cae.threads": 3}):
         with zarr_cae.configure(device="cpu", threads=1, tile=512, precision="float32", concurrency=33):
             assert zarr.config.get("cae") == {"device": "cpu", "threads": 1, "tile": 512, "precision": "float32"}
             assert zarr.config.get("async.concurrency") == 33
             with zarr_cae.configure(threads=None):
                 assert zarr.config.get("cae.threads") is None
-                assert zarr.config.get("cae.tile") == 512  # what is not given stays
+                assert zarr.config.get("cae.tile") == 512  # other settings stay
             assert zarr.config.get("cae.threads") == 1
         assert zarr.config.get("cae") == {"threads": 3}
 
@@ -51,7 +50,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-def test_the_codec_runs_with_what_is_configured(photograph):
+def test_the_codec_runs_with_the_configured_settings(photograph):
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     array = zarr.create_array(
@@ -71,7 +70,7 @@ def test_the_codec_runs_with_what_is_configured(photograph):
         patch.setattr(engine, "_engines", {})
         array[...] = photograph[:64, :64]
         assert np.abs(array[...].astype(int) - photograph[:64, :64]).mean() < 30
-    assert threads == {1}  # one chunk at a time is asked for
+    assert threads == {1}  # one chunk at a time is requested
     torch.set_num_threads(before)
 
 
@@ -87,7 +86,7 @@ def test_the_codec_runs_with_what_is_configured(photograph):
         ({"concurrency": 0}, "concurrency"), ({"concurrency": None}, "concurrency"), ({"concurrency": 2.0}, "con"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_at_once_and_nothing_set(keywords, message):
+def test_invalid_settings_are_refused_at_once_and_nothing_is_set(keywords, message):
     with pytest.raises(CAEConfigurationError, match=f"cae: .*{message}.*got"):
         zarr_cae.configure(**{"threads": 1, "concurrency": 3, **keywords})
 
@@ -119,4 +118,4 @@ assert "torch" not in sys.modules
 
 
 def test_the_example_runs():
-    assert doctest.testmod(settings).failed == 0
+    assert doctest.testmod(config).failed == 0

@@ -1,8 +1,8 @@
-"""Arrays that were written once open for ever.
+"""Arrays of earlier releases must open for ever.
 
 `python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights; with
-the argument `exact` after NAME it writes the arrays whose frames are of version 3. What lies there is never written
-again: a new format or family adds a folder.
+the argument `exact` after NAME it writes the arrays whose frames are of version 3. These folders are never
+written again: a new format or family adds a folder.
 """
 
 import hashlib
@@ -49,8 +49,8 @@ def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def make_golden_arrays(folder: Path, photograph: np.ndarray, cases: list) -> None:
-    """Write one array a case, and what it decodes to."""
-    folder.mkdir(parents=True)  # fails where something was written before
+    """Write one array per case, and its decoded pixels."""
+    folder.mkdir(parents=True)  # fails if the folder exists already
     expected, latents = {}, {}
     for name, keywords, kind in cases:
         data = pictures(photograph)[kind]

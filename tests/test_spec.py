@@ -20,7 +20,7 @@ def schema(name):
 
 @pytest.mark.parametrize("options", [{}, {"quality": 3, "metric": "ms-ssim", "value_range": (0, 4095)}])
 @pytest.mark.parametrize("axis", [None, 2, -1])
-def test_what_the_codecs_write_fits_the_schemas(options, axis):
+def test_metadata_of_the_codecs_fit_the_schemas(options, axis):
     codec = CAECodec(channel_axis=axis, **options)
     for name, metadata in (
         ("cae", codec.to_dict()),

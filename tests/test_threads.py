@@ -104,3 +104,45 @@ def test_a_fork_waits_for_work_that_must_not_be_cut():
     child.join(60)
     worker.join(60)
     assert (order, child.exitcode) == (["work ends", "forked"], 0)
+
+
+class Slow:
+    begun, go_on = threading.Event(), threading.Event()
+
+    @threads.lazy_property
+    def value(self):
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return 5
+
+
+def _compute_in_child(queue):
+    Slow.go_on.set()
+    queue.put(Slow().value)
+
+
+@fork
+def test_a_child_forked_while_a_property_is_computed_computes_it_too():
+    worker = threading.Thread(target=lambda: Slow().value)
+    worker.start()
+    assert Slow.begun.wait(60)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_compute_in_child, args=(queue,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork with threads
+        child.start()
+    try:
+        assert queue.get(timeout=60) == 5
+    finally:
+        child.terminate()
+        Slow.go_on.set()
+        worker.join(60)
+
+
+def test_a_lazy_property_is_computed_once():
+    slow = Slow()
+    Slow.go_on.set()
+    assert (slow.value, slow.__dict__["value"]) == (5, 5)
+    slow.__dict__["value"] = 6
+    assert slow.value == 6

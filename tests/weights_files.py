@@ -9,7 +9,7 @@ WIDTHS = {"quarter": 4, "quarter_hidden": 2, "eighth": 5, "eighth_hidden": 2, "l
 
 
 def tiny(**changes) -> bytes:
-    """A weights file for two qualities and three channels, without networks."""
+    """Return a weights file for two qualities and three channels, without networks."""
     row = np.array([1, 4000, 50, 45], np.uint16)
     tensors = {name: np.ones((2, 3), np.float32) for name in ("gain", "shift", "step", "offset")}
     tensors |= {
@@ -35,7 +35,7 @@ def tiny(**changes) -> bytes:
 
 
 def contexts(**changes):
-    """The tensors of contexts with two sources and one class, for `tiny`."""
+    """Return the tensors of contexts with two sources and one class, for `tiny`."""
     arrays = {
         "source": np.array([[[-1, -1], [0, -1], [0, 1]]] * 2, np.int16), "weight": np.full((2, 3, 2), 100, np.uint8),
         "threshold": np.empty((2, 3, 0), np.uint16), "predicted": np.array([[1, 0, 0]] * 2, np.uint8),
@@ -45,7 +45,7 @@ def contexts(**changes):
 
 
 def networks(**changes):
-    """The architecture and the parameters of networks with three latent channels, for `tiny`."""
+    """Return the architecture and the parameters of networks with three latent channels, for `tiny`."""
     shapes = parameter_shapes("cae-v1", WIDTHS)
     tensors = {name: np.full(shape, 0.01, np.float16) for name, shape in shapes.items()}
     return {"architecture": WIDTHS, **tensors, **changes}

@@ -1,7 +1,7 @@
 """Images in Zarr v3 as the entropy-coded latents of a convolutional autoencoder.
 
-Public names are imported when they are first used, so that the command line starts quickly, and an interrupt while zarr
-is imported ends it as any other does.
+Public names are imported when they are first used, so that the command line starts quickly, and handles an interrupt
+during the import of zarr like any other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zarr_cae.codec.cae import CAECodec
+    from zarr_cae.codec.embedded import open  # noqa: A004 - named like `zarr.open`
     from zarr_cae.config import configure
     from zarr_cae.errors import (
         CAEConfigurationError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from zarr_cae.latents.dataset import LatentPatches, as_torch_dataset
     from zarr_cae.latents.store import BottleneckStore, open_bottleneck
     from zarr_cae.serve.store import DecodedStore
+    from zarr_cae.training.fit import fit
 
 __all__ = [
     "BottleneckStore",
@@ -41,6 +43,8 @@ __all__ = [
     "__version__",
     "as_torch_dataset",
     "configure",
+    "fit",
+    "open",
     "open_bottleneck",
 ]
 
@@ -60,6 +64,8 @@ _MODULES = {
     "WeightsNotFoundError": "errors",
     "as_torch_dataset": "latents.dataset",
     "configure": "config",
+    "fit": "training.fit",
+    "open": "codec.embedded",
     "open_bottleneck": "latents.store",
 }
 

@@ -9,7 +9,7 @@ from zarr.core.chunk_key_encodings import (
     parse_chunk_key_encoding,  # reads the encoding that `WithoutLatentAxis` wraps
 )
 from zarr.core.common import (
-    JSON,  # type of what `Codec.from_dict` takes and `to_dict` returns
+    JSON,  # type of the values that `Codec.from_dict` takes and `to_dict` returns
     parse_named_configuration,  # reads {"name": ..., "configuration": ...} as zarr does
 )
 from zarr.core.sync import sync  # a `Store` that other stores read synchronously must run on zarr's own event loop

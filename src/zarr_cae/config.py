@@ -24,7 +24,7 @@ _MOST_THREADS = 1024
 
 
 class _Kept(Enum):
-    """The default of `configure`'s parameters: None has a meaning of its own."""
+    """The default of `configure`'s parameters; None already has another meaning."""
 
     KEPT = "as it is"
 
@@ -60,11 +60,11 @@ class Settings:
     precision: str = "auto"
     """"float32", "bfloat16" or "auto": bfloat16 where it is faster and pixels stay within a grey level.
 
-    In float32 a GPU rounds the factors of convolutions to TF32, as is torch's default; pixels differ by less than a
+    In float32 a GPU rounds the factors of convolutions to TF32, which is torch's default; pixels differ by less than a
     grey level. `torch.backends.cudnn.allow_tf32 = False` turns that off for all networks of the process.
     """
     compile: bool = False
-    """Whether `torch.compile` makes the networks, at the first chunk of each shape."""
+    """Whether `torch.compile` compiles the networks, at the first chunk of each shape."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
@@ -92,7 +92,7 @@ def configure(
     compile: bool | _Unset = _KEPT,  # noqa: A002 - torch's name
     concurrency: int | _Unset = _KEPT,
 ) -> AbstractContextManager[object]:
-    """Set how this process runs the networks: from here on, or until the end of a `with` statement.
+    """Set how this process runs the networks, from now on or until the end of a `with` statement.
 
     Parameters that are not given stay as they are. `zarr.config.set({"cae.device": "cuda"})` does the same, and so do
     environment variables (`ZARR_CAE__DEVICE=cuda`), which child processes inherit.
@@ -109,8 +109,8 @@ def configure(
     precision
         "auto", "float32" or "bfloat16".
     compile
-        Whether `torch.compile` makes the networks. That takes a minute or more at the first chunks, and on CPUs it
-        needs a C++ compiler. On the CPUs that were tried the networks became slower
+        Whether `torch.compile` compiles the networks. That takes a minute or more at the first chunks, and on CPUs it
+        needs a C++ compiler. It made the networks slower on the CPUs that were tried
         (`benchmarks/networks.py --compile`).
     concurrency
         Number of chunks that zarr codes at the same time (its `async.concurrency`, 10 by default). They share batches
@@ -119,7 +119,7 @@ def configure(
     Returns
     -------
     context manager
-        At its exit the settings become again what they were.
+        Its exit restores the earlier settings.
 
     Raises
     ------

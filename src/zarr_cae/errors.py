@@ -1,13 +1,13 @@
-"""Everything this package raises on purpose.
+"""The exceptions of this package.
 
     CAEError
-    ├── CAEConfigurationError (ValueError)   a codec, array, weights file or command was asked for what cannot be
+    ├── CAEConfigurationError (ValueError)   a codec, array, weights file or command can't do what it is asked for
     │   └── WeightsNotFoundError             metadata names weights that are not on this machine
-    └── CAEDataError (ValueError)            stored bytes or pixels are not what they claim to be
+    └── CAEDataError (ValueError)            stored bytes or pixels are invalid
         ├── FrameError                       a chunk frame is malformed, truncated or of another array
         └── StreamError                      an entropy-coded tile is malformed
 
-Messages begin with `cae:` and say what was expected, what came, and what to do.
+Messages begin with `cae:` and name the field, the expected value, the value found, and the remedy.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = [
 
 
 class CAEError(Exception):
-    """The root of the tree."""
+    """The base class of all exceptions of this package."""
 
 
 class CAEConfigurationError(CAEError, ValueError):
-    """A codec, array, weights file or command was asked for what cannot be."""
+    """A codec, array, weights file or command can't do what it is asked for."""
 
 
 class WeightsNotFoundError(CAEConfigurationError):
@@ -35,7 +35,7 @@ class WeightsNotFoundError(CAEConfigurationError):
 
 
 class CAEDataError(CAEError, ValueError):
-    """Stored bytes or pixels are not what they claim to be."""
+    """Stored bytes or pixels are invalid."""
 
 
 class FrameError(CAEDataError):

@@ -1,7 +1,7 @@
 """The threads of this process: one pool, one rule for their number, and one hook for forks.
 
-A forked child has only the thread that forked. Locks that others held stay locked in it, and what others were about to
-change stays half changed. So a fork waits for running batches and compilations, and a child starts with fresh pools.
+A forked child has only the thread that forked. Locks that other threads held stay locked in it, and data that they were
+changing stay half changed. So a fork waits for running batches and compilations, and a child starts with fresh pools.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -26,8 +26,8 @@ class Lock(Protocol):
 
 
 chosen_threads: Callable[[], int | None] | None = None
-"""Returns the number of threads that the settings allow, or None. `config` sets this, so that the coder, which must
-not know zarr, need not ask it."""
+"""Returns the number of threads that the settings allow, or None. `config` sets this hook, so that the coder does not
+import zarr."""
 
 
 def cores() -> int:
@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def _openmp_threads() -> int | None:
-    """Return the number for the outermost level: the variable may list one number for each level."""
+    """Return OMP_NUM_THREADS for the outermost level: the variable may list one number for each level."""
     number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(number) or None if number.isdecimal() else None
 
@@ -60,7 +60,7 @@ def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> 
     """Return the results of a function for all items, in their order, computed on several cores.
 
     This thread takes items too, so it may itself be one of the pool's: it never waits for a thread that has not begun.
-    The first error is raised here; items that nobody has begun are left then.
+    The first error is raised here; items that no thread has begun are skipped then.
     """
     if len(items) < 2 or cores() < 2:
         return [function(item) for item in items]
@@ -78,7 +78,7 @@ def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> 
                 results[index] = function(items[index])
         except BaseException:
             with lock:
-                list(left)  # nobody begins another item
+                list(left)  # no thread begins another item
             raise
 
     executor = pool()
@@ -96,6 +96,28 @@ def over_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> 
     return cast("list[_Result]", results)
 
 
+class lazy_property(Generic[_Result]):  # noqa: N801 - used like `property`
+    """A property that is computed at its first use, and kept in the instance.
+
+    `functools.cached_property` of Python 3.11 holds a lock meanwhile, one for all instances: a child forked while
+    another thread computes would wait for it for ever. This one has no lock; two threads may both compute.
+    """
+
+    def __init__(self, make: Callable[[Any], _Result]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> _Result:
+        if instance is None:
+            return cast("_Result", self)  # what `help` shows
+        value = self._make(instance)
+        instance.__dict__[self._name] = value  # found before this descriptor from now on
+        return value
+
+
 class _Gate:
     """Lets any number of threads work, or one fork happen, never both."""
 
@@ -109,7 +131,7 @@ class _Gate:
         self._forking = False
 
     def enter(self) -> None:
-        """Begin to work; wait while a fork happens, unless this thread works already."""
+        """Begin to work. Wait while a fork happens, unless this thread works already."""
         this = threading.get_ident()
         with self._changed:
             self._changed.wait_for(lambda: not self._forking or this in self._working)
@@ -146,8 +168,8 @@ _in_child: list[Callable[[], None]] = []
 def no_fork() -> Iterator[None]:
     """Make forks of other threads wait until this block ends.
 
-    A child forked in the middle of a network's run would inherit the locks of oneDNN and OpenMP in a state that nobody
-    there will ever change.
+    A child forked while a network runs would inherit the locks of oneDNN and OpenMP in a state that no thread there can
+    change.
     """
     _gate.enter()
     try:
@@ -157,12 +179,12 @@ def no_fork() -> Iterator[None]:
 
 
 def hold_across_fork(lock: Lock) -> None:
-    """Make forks wait for this lock, and have it free in the parent and the child afterwards."""
+    """Make forks wait for this lock. It is free in the parent and in the child afterwards."""
     _held.append(lock)
 
 
 def call_in_child(function: Callable[[], None]) -> None:
-    """Call a function in every forked child, in the order in which functions are given here."""
+    """Call a function in every forked child, in the order of these calls."""
     _in_child.append(function)
 
 
@@ -187,5 +209,5 @@ def _after_fork_in_child() -> None:
         function()
 
 
-if hasattr(os, "register_at_fork"):  # absent where there is no fork
+if hasattr(os, "register_at_fork"):  # absent on platforms without fork
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,4 +1,4 @@
-"""What tests of several commands share."""
+"""Fixtures for tests of several commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C works here and in processes started here, even if a shell runs the tests in its background."""
+    """Enable Ctrl-C here and in child processes, even if a shell runs the tests in its background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -37,7 +37,7 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory, photo: np.ndarray) -> Path:
-    """An archive that takes some seconds to decode."""
+    """Return an archive that takes some seconds to decode."""
     path = tmp_path_factory.mktemp("large") / "large.zarr"
     array = zarr.create_array(
         path, shape=(8192, 8192, 3), chunks=(512, 512, 3), dtype="uint8", serializer=CAECodec(4), compressors=None

@@ -52,7 +52,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(photograph, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.zarr"]
 
 
-def test_bottleneck_copies_what_info_announces(
+def test_bottleneck_copies_an_array_of_the_announced_shape(
     here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(photo, "photo.png")

@@ -57,7 +57,7 @@ def test_versions_are_matched_and_their_figures_are_those_of_their_pixels(
         assert number(row["bit/px"]) == pytest.approx(8 * number(row["bytes"]) / (176 * 164), abs=6e-4)
         assert 0 < number(row["SSIM"]) < 1
         assert 0 < number(row["MS-SSIM"]) < 1
-        assert number(row["encode s"]) > 0
+        assert number(row["encode ms"]) >= 0 <= number(row["decode ms"])
     for ours, jpeg in (figures[:2], figures[2:]):
         if match == "bytes":
             assert number(jpeg["bytes"]) == pytest.approx(number(ours["bytes"]), rel=0.1)
@@ -95,7 +95,7 @@ def test_mistakes(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_page_in_a_browser(here: Path, photo: np.ndarray, tmp_path: Path) -> None:
-    """With ZARR_CAE_SCREENSHOTS set to a folder, screenshots are left there."""
+    """If ZARR_CAE_SCREENSHOTS names a folder, the test saves screenshots there."""
     save(photo[100:400, 100:400], "photo.png")
     assert main(["compare", "photo.png", "--qualities", "1,6", "--against", "jpeg", "-o", "report.html"]) == 0
     folder = Path(os.environ.get("ZARR_CAE_SCREENSHOTS", tmp_path))
@@ -140,7 +140,8 @@ def test_page_in_a_browser(here: Path, photo: np.ndarray, tmp_path: Path) -> Non
         change("mode", "difference")
         shown = (
             "const c = document.getElementById('difference'); if (c.width !== 300) return -1;"
-            "return Math.max(...c.getContext('2d').getImageData(0, 0, 300, 300).data.filter((_, i) => i % 4 < 3))"
+            "const data = c.getContext('2d').getImageData(0, 0, 300, 300).data;"
+            "return data.reduce((most, value, i) => (i % 4 < 3 ? Math.max(most, value) : most), 0)"
         )
         for _ in range(50):
             if js(shown) > 0:

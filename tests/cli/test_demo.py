@@ -32,7 +32,7 @@ def test_demo(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str])
     assert "not a zarr" in refused(capsys, "demo")
     Path("demo.zarr/thesis.txt").unlink()
     Path("demo.zarr").rmdir()
-    zarr.create_group("demo.zarr")  # of an earlier demo
+    zarr.create_group("demo.zarr")  # output of an earlier demo
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
     assert "public domain" in out

@@ -59,7 +59,7 @@ def test_evaluate(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[s
     with Image.open("e.png") as picture:
         assert picture.width > 1000
     assert main(["evaluate", "photo.png", "--quality", "1,4", "--chunks", "128", "--published", "e.csv"]) == 0
-    assert re.search(r"cae-v1-mse +cae-v1-mse \(e\.csv\) +[+-]0\.0 %", capsys.readouterr().out)  # the same again
+    assert re.search(r"cae-v1-mse +cae-v1-mse \(e\.csv\) +[+-]0\.0 %", capsys.readouterr().out)  # equal curves
 
 
 def test_evaluate_grey_whole_image_and_mistakes(

@@ -1,7 +1,8 @@
-"""Which image files are read, and which are refused."""
+"""Image files that are read, and image files that are refused."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from zarr_cae.evaluation.measures import psnr
      ("P", "png"), ("CMYK", "tif"), ("LAB", "tif"), ("L", "jpg"), ("L", "pgm"), ("1", "tif"), ("RGBA", "png"),
      ("LA", "png"), ("I;16", "tif"), ("I;16B", "tif")],
 )  # fmt: skip
-def test_what_pillow_reads(mode: str, suffix: str, photo: np.ndarray, here: Path) -> None:
+def test_images_that_pillow_reads(mode: str, suffix: str, photo: np.ndarray, here: Path) -> None:
     name = f"a.{suffix}"
     if mode.startswith("I;16"):
         image = Image.fromarray(photo[:48, :64, 0].astype(">u2" if mode == "I;16B" else "<u2") * 256)
@@ -40,7 +41,7 @@ def test_what_pillow_reads(mode: str, suffix: str, photo: np.ndarray, here: Path
     assert psnr(array[...], expected, 255 if array.dtype == np.uint8 else 65535) > rough
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it can do without
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of damage that it tolerates
 def test_damaged_images_are_refused(here: Path, photo: np.ndarray) -> None:
     random, count = np.random.default_rng(0), 0
     for suffix in ("png", "jpg", "tif", "gif", "webp", "bmp", "jp2", "tga", "ppm", "ico"):
@@ -54,7 +55,7 @@ def test_damaged_images_are_refused(here: Path, photo: np.ndarray) -> None:
                 Path(f"a.{suffix}").write_bytes(damaged)
                 try:
                     read_image(Path(f"a.{suffix}"))
-                except (CAEConfigurationError, OSError):  # what `main` prints as one line
+                except (CAEConfigurationError, OSError):  # errors that `main` prints as one line
                     count += 1
     assert count > 100
 
@@ -76,3 +77,40 @@ def test_images_over_the_limit_of_pillow(here: Path, photo: np.ndarray, monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert main(["encode", "a.png", "a.zarr"]) == 0
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["tifffile", "Pillow alone"])
+def test_levels_of_a_tiff(
+    library: bool, here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setitem(sys.modules, "tifffile", None)
+    pages = [Image.fromarray(np.ascontiguousarray(photo[:96:step, :128:step])) for step in (1, 2, 4)]
+    pages[0].save("a.tif", save_all=True, append_images=pages[1:])
+    source = open_source(Path("a.tif"))
+    assert source.shape == (96, 128, 3)
+    source.close()
+    source = open_source(Path("a.tif"), level=1)
+    np.testing.assert_array_equal(np.asarray(source.array[:48, :64, :3]), photo[:96:2, :128:2])
+    assert source.dimension_names == ("y", "x", "c")
+    source.close()
+    capsys.readouterr()
+    assert main(["encode", "a.tif", "a.zarr", "--level", "3"]) == 1
+    assert "no level 3" in capsys.readouterr().err
+    assert main(["encode", "a.tif", "a.zarr", "--level", "2", "-q", "1"]) == 0
+    assert zarr.open_array("a.zarr", mode="r").shape == (24, 32, 3)
+
+
+def test_sixteen_bit_colour_is_kept_or_refused(
+    here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    deep = photo[:48, :64].astype(np.uint16) * 256
+    Path("a.png").write_bytes(imagecodecs.png_encode(deep))
+    source = open_source(Path("a.png"))
+    assert source.dtype == np.uint16
+    np.testing.assert_array_equal(source.array, deep)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert main(["encode", "a.png", "a.zarr"]) == 1
+    assert "16 bits a colour" in capsys.readouterr().err
+    assert not Path("a.zarr").exists()

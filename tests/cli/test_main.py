@@ -96,7 +96,7 @@ def test_interrupted_work_leaves_nothing(here: Path, large: Path, arguments: lis
     assert {path.name: path.read_bytes() for path in here.glob("out.zarr/*")} == before
 
 
-def test_what_zarr_still_does_is_stopped(here: Path) -> None:
+def test_running_work_of_zarr_is_stopped(here: Path) -> None:
     from zarr.core.sync import loop, sync
 
     from zarr_cae import cli
@@ -121,8 +121,8 @@ def test_what_zarr_still_does_is_stopped(here: Path) -> None:
     assert ended
     thread.join(60)
     assert not thread.is_alive()
-    cli._stop_zarr()  # there is nothing any more
-    assert zarr.create_array({}, data=np.arange(4))[2] == 2  # zarr makes a loop anew
+    cli._stop_zarr()  # zarr's loop has stopped already
+    assert zarr.create_array({}, data=np.arange(4))[2] == 2  # zarr makes a new loop
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

@@ -1,4 +1,4 @@
-"""Temporary names, what killed processes leave, and outputs that are replaced."""
+"""Temporary names, files left by killed processes, and outputs that are replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zarr_cae.errors import CAEConfigurationError
 
 
 def left_behind(path: Path, purpose: str = "partial") -> Path:
-    """A temporary name of `path` of a process that has ended."""
+    """Return a temporary name of `path` of a process that has ended."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     own = replacing._temporary(path, purpose).name.split("-")
@@ -31,7 +31,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("zarr-cae ")
 
 
-def test_next_run_removes_what_ended_processes_left(tmp_path: Path) -> None:
+def test_next_run_removes_files_of_ended_processes(tmp_path: Path) -> None:
     out = tmp_path / "out.zarr"
     stale, file = left_behind(out), left_behind(out)
     stale.mkdir()

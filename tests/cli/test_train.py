@@ -31,7 +31,7 @@ def test_training_shows_loss_rate_and_distortion_on_a_terminal(here: Path, photo
 
 
 def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
-    from zarr_cae.training.loop import read_checkpoint
+    from zarr_cae.training.trainer import read_checkpoint
 
     Path("images").mkdir()
     for index in range(4):
@@ -85,7 +85,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
     assert density.info.provenance["recipe"]["lambdas"] == list(own)
     np.testing.assert_array_equal(density.tensors["synthesis.conv2.weight"], tuned.tensors["synthesis.conv2.weight"])
     assert (density.tensors["gain"] != tuned.tensors["gain"]).any()
-    # who goes on from there keeps its lambdas, unless they are of another metric
+    # training that starts there keeps its lambdas, unless the metric differs
     again = ["train", "images", "--out", "again", "--from", f"sha256:{fourth.stem}", *options]
     assert main(["weights", "import", str(fourth)]) == 0
     assert main(again) == 0
@@ -101,7 +101,7 @@ def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: p
 def test_interrupted_training_saves_a_checkpoint(
     here: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from zarr_cae.training.loop import Trainer, read_checkpoint
+    from zarr_cae.training.trainer import Trainer, read_checkpoint
 
     steps = Trainer.train_step
 

@@ -10,7 +10,7 @@ from zarr_cae.cli import main
 
 
 def archive(folder, zarr_format, codec):
-    """An array whose metadata name another codec."""
+    """Return an array whose metadata name another codec."""
     zarr.create_array(folder, data=np.zeros((32, 32), np.uint8), zarr_format=zarr_format)
     path = folder / ("zarr.json" if zarr_format == 3 else ".zarray")
     metadata = json.loads(path.read_text())
@@ -27,7 +27,7 @@ def archive(folder, zarr_format, codec):
     ("codec", "advice"),
     [("jpegxl_of_nobody", "the package that wrote the array"), ("imagecodecs_jpeg2k", "imagecodecs,")],
 )
-def test_the_codec_and_what_reads_it_are_named(tmp_path, capsys, zarr_format, codec, advice):
+def test_the_codec_and_its_package_are_named(tmp_path, capsys, zarr_format, codec, advice):
     path = archive(tmp_path / "a.zarr", zarr_format, codec)
     for command in (["info", str(path)], ["decode", str(path), str(tmp_path / "a.png")]):
         assert main(command) == 1

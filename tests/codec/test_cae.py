@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from archives import chunks_of, contents, read, write
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.array_spec import ArrayConfig, ArraySpec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, ZipStore
@@ -45,7 +46,7 @@ def create(data, *, codec=None, chunks=None, store=None, **keywords):
 
 
 def stored_bytes(array):
-    return sum(len(value.to_bytes()) for key, value in array.store._store_dict.items() if "zarr.json" not in key)
+    return sum(map(len, chunks_of(array.store).values()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -218,9 +219,7 @@ def test_channel_axis_may_be_anywhere(photograph, place):
     last = create(photograph[:64, :96], codec=CAECodec(quality=5))
     codec = CAECodec(quality=5, channel_axis=place)
     moved = create(np.ascontiguousarray(np.moveaxis(photograph[:64, :96], 2, place)), codec=codec)
-    assert [value.to_bytes() for key, value in moved.store._store_dict.items() if "zarr.json" not in key] == [
-        last.store._store_dict["c/0/0/0"].to_bytes()
-    ]
+    assert list(chunks_of(moved.store).values()) == [read(last.store, "c/0/0/0")]
     assert np.abs(np.moveaxis(moved[:], place, 2).astype(int) - last[:]).max() <= 1
 
 
@@ -256,13 +255,12 @@ def test_inside_shards_auto_sees_the_inner_chunk(photograph):
 def test_arrays_with_an_axis_in_front_of_those_that_were_written(photograph):
     """Virtual stacks put a new axis before the others, and leave codecs and chunks as they are."""
     array = create(photograph[:64, :64], codec=CAECodec(4))
-    metadata = json.loads(array.store._store_dict["zarr.json"].to_bytes())
+    metadata = json.loads(read(array.store, "zarr.json"))
     metadata["shape"].insert(0, 1)
     metadata["chunk_grid"]["configuration"]["chunk_shape"].insert(0, 1)
-    to_buffer = zarr.buffer.default_buffer_prototype().buffer.from_bytes
-    stacked = MemoryStore(
-        {"zarr.json": to_buffer(json.dumps(metadata).encode()), "c/0/0/0/0": array.store._store_dict["c/0/0/0"]}
-    )
+    stacked = MemoryStore()
+    write(stacked, "zarr.json", json.dumps(metadata).encode())
+    write(stacked, "c/0/0/0/0", read(array.store, "c/0/0/0"))
     assert np.abs(zarr.open_array(stacked, mode="r")[0].astype(int) - array[:]).max() <= 1
 
 
@@ -279,10 +277,10 @@ def test_dtypes_with_a_value_range(pipeline, dtype, low, high):
     assert back.dtype == data.dtype
     apart = np.abs(back.astype(float) - data.astype(float))
     assert apart[:-4, :-4].max() < 0.06 * (high - low)
-    # Beside the step to the fill value, with which the last chunks are padded, more.
+    # The error is larger beside the step to the fill value, which pads the last chunks.
     assert apart.max() < 0.08 * (high - low)
     array[10:20] = back[10:20]  # decoded values can be written again
-    if data.dtype.kind == "f" or high < np.iinfo(data.dtype).max:  # or nothing lies outside
+    if data.dtype.kind == "f" or high < np.iinfo(data.dtype).max:  # otherwise no value lies outside
         with pytest.raises(CAEDataError, match="value_range"):
             array[0, 0] = high + 1
 
@@ -324,7 +322,7 @@ def test_chunks_that_are_no_multiple_of_sixteen(photograph, pipeline, shards):
 
 @pytest.mark.parametrize("chunks", [(64, 64, 1), (64, 64, 2)])
 def test_channels_may_lie_in_several_chunks(photograph, pipeline, chunks):
-    """They are coded as grey planes then, each by itself."""
+    """They are then coded as independent grey planes."""
     array = create(photograph[:64, :64], chunks=chunks, codec=CAECodec(4, channel_axis=-1))
     alone = create(np.ascontiguousarray(photograph[:64, :64, 1]), codec=CAECodec(4))[...]
     assert np.abs(array[..., 1].astype(int) - alone).max() <= 1
@@ -404,10 +402,10 @@ def test_batches_may_contain_none(photograph):
     assert np.abs(asyncio.run(both()).as_numpy_array().astype(int) - array[:]).max() <= 1
 
 
-def test_the_same_chunk_gives_the_same_bytes_whatever_else_is_in_its_batch(photograph):
+def test_the_bytes_of_a_chunk_do_not_depend_on_its_batch(photograph):
     alone = create(photograph[64:128, 64:128])
     beside = create(photograph, chunks=(64, 64, 3))
-    assert beside.store._store_dict["c/1/1/0"].to_bytes() == alone.store._store_dict["c/0/0/0"].to_bytes()
+    assert read(beside.store, "c/1/1/0") == read(alone.store, "c/0/0/0")
 
 
 def test_a_codec_is_a_frozen_hashable_value():
@@ -422,10 +420,10 @@ def test_a_codec_is_a_frozen_hashable_value():
         codec.quality = 5
 
 
-def test_metadata_holds_what_decoding_needs_and_nothing_of_the_machine(photograph):
+def test_metadata_holds_all_that_decoding_needs_and_no_settings_of_the_machine(photograph):
     with zarr.config.set({"cae.device": "cpu", "cae.threads": 1}):
         array = create(photograph[:32, :32], codec=CAECodec(quality=2))
-    (stored,) = json.loads(array.store._store_dict["zarr.json"].to_bytes())["codecs"]
+    (stored,) = json.loads(read(array.store, "zarr.json"))["codecs"]
     assert stored["name"] == "cae"
     assert set(stored["configuration"]) == {"model", "quality", "metric", "weights", "channel_axis"}
     assert stored["configuration"]["weights"] == CAECodec(quality=2).weights
@@ -564,11 +562,10 @@ def test_weights_of_another_configuration_are_refused_when_an_array_is_created_o
     with pytest.raises(CAEConfigurationError, match=message):
         make(wrong)
     store = make(known).store
-    metadata = json.loads(store._store_dict["zarr.json"].to_bytes())
+    metadata = json.loads(read(store, "zarr.json"))
     (codec,) = metadata["codecs"][0]["configuration"]["codecs"] if sharded else metadata["codecs"]
     codec["configuration"] |= change
-    content = json.dumps(metadata).encode()
-    store._store_dict["zarr.json"] = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(content)
+    write(store, "zarr.json", json.dumps(metadata).encode())
     with pytest.raises(CAEConfigurationError, match=message):
         zarr.open_array(store, mode="r")
 
@@ -592,7 +589,7 @@ def test_nothing_is_stored_where_weights_are_unknown(photograph, pipeline):
         )  # fmt: skip
         with pytest.raises(WeightsNotFoundError, match=r"0000.*weights import"):
             array[window] = photograph[:64, :64][window]
-        assert list(array.store._store_dict) == ["zarr.json"]
+        assert list(contents(array.store)) == ["zarr.json"]
 
 
 @pytest.mark.parametrize("shards", [None, (64, 64, 3)])
@@ -636,8 +633,8 @@ def test_chunks_that_cut_three_colours_are_refused_in_new_arrays(photograph):
 
 def test_arrays_whose_weights_are_missing_can_be_opened_but_not_read(photograph):
     array = create(photograph[:32, :32])
-    text = array.store._store_dict["zarr.json"].to_bytes().decode().replace(CAECodec().weights, MISSING)
-    array.store._store_dict["zarr.json"] = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(text.encode())
+    text = read(array.store, "zarr.json").decode().replace(CAECodec().weights, MISSING)
+    write(array.store, "zarr.json", text.encode())
     opened = zarr.open_array(array.store, mode="r")
     assert opened.shape == (32, 32, 3)
     with pytest.raises(WeightsNotFoundError, match="0000"):
@@ -676,44 +673,42 @@ def test_settings_come_from_the_environment():
 
 def test_every_damaged_byte_is_noticed(photograph, pipeline):
     array = create(photograph[:32, :32], codec=CAECodec(quality=1))
-    (key,) = [key for key in array.store._store_dict if "zarr.json" not in key]
-    frame = array.store._store_dict[key].to_bytes()
-    buffer = zarr.core.buffer.default_buffer_prototype().buffer
+    ((key, frame),) = chunks_of(array.store).items()
     for place in range(0, len(frame), 7):
         broken = bytearray(frame)
         broken[place] ^= 0x10
-        array.store._store_dict[key] = buffer.from_bytes(bytes(broken))
+        write(array.store, key, bytes(broken))
         with pytest.raises(CAEDataError):
             array[:]
-    array.store._store_dict[key] = buffer.from_bytes(frame[:-1])
+    write(array.store, key, frame[:-1])
     with pytest.raises(CAEError):
         array[:]
 
 
 def test_a_frame_of_another_shape_is_refused(photograph):
     small, large = create(photograph[:32, :32]), create(photograph[:48, :32])
-    small.store._store_dict["c/0/0/0"] = large.store._store_dict["c/0/0/0"]
+    write(small.store, "c/0/0/0", read(large.store, "c/0/0/0"))
     with pytest.raises(CAEDataError, match="48"):
         small[:]
 
 
 def _networks_of_a_worker():
-    """(process, torch's threads, cores for networks, those for coding, whether no more run, networks) of a worker."""
-    from zarr_cae.codec import plan as plans
-    from zarr_cae.coder import tiles as entropy
+    """Return (process, torch's threads, cores for networks, cores for coding, whether no more run, networks)."""
     from zarr_cae.networks import engine
+    from zarr_cae.threads import cores as cores_for_coding
+    from zarr_cae.threads import pool
 
     cores = zarr.config.get("cae.threads")
     running = [len(one.batcher._workers) for one in engine._engines.values()]
-    with ThreadPoolExecutor(1) as fresh:  # a thread that nobody has told how many it may use
+    with ThreadPoolExecutor(1) as fresh:  # a thread whose number of torch threads is not set
         threads = fresh.submit(torch.get_num_threads).result()
-    with mock.patch.object(os, "sched_getaffinity", return_value=range(64), create=True):  # of a larger machine
-        for_coding = entropy.cores(), plans._threads()._max_workers
+    with mock.patch.object(os, "sched_getaffinity", return_value=range(64), create=True):  # as on a larger machine
+        for_coding = cores_for_coding(), pool()._max_workers
     return os.getpid(), threads, cores, for_coding, max(running) <= cores, len(running)
 
 
 def test_dask_workers_in_processes(tmp_path, photograph):
-    """Two workers of dask.distributed write regions of an array and read them, as README has it."""
+    """Two workers of dask.distributed write regions of an array and read them."""
     dask = pytest.importorskip("dask")
     da = pytest.importorskip("dask.array")
     distributed = pytest.importorskip("distributed")
@@ -728,7 +723,7 @@ def test_dask_workers_in_processes(tmp_path, photograph):
         distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, **options) as cluster,
         distributed.Client(cluster) as client,
     ):
-        # Chunks of dask's that are multiples of zarr's, at multiples of zarr's: no two tasks write the same chunk.
+        # dask's chunks are multiples of zarr's, and begin at multiples of zarr's: no two tasks write the same chunk.
         da.from_array(pixels, chunks=(256, 128, 3)).to_zarr(array, region=(slice(256, 512), slice(None), slice(None)))
         lazy = da.from_zarr(tmp_path / "photo.zarr", chunks=(256, 256, 3))
         found = lazy.compute()
@@ -740,3 +735,11 @@ def test_dask_workers_in_processes(tmp_path, photograph):
     assert (found[:256] == 9).all()
     assert psnr(found[256:], pixels) > 28
     assert np.abs(array[...].astype(int) - found).max() <= 1
+
+
+def test_weights_are_named_when_a_codec_is_made_and_never_stored_by_name():
+    assert CAECodec(quality=3, weights="photographs") == CAECodec(quality=3)
+    with pytest.raises(WeightsNotFoundError, match="no weights named 'unheard-of'"):
+        CAECodec(quality=3, weights="unheard-of")
+    with pytest.raises(CAEConfigurationError, match="sha256"):
+        CAECodec.from_dict({"name": "cae", "configuration": {"quality": 3, "weights": "photographs"}})

@@ -1,7 +1,4 @@
-"""Whole chunks on a device, tried on the CPU: the networks take chunks as they are, and arrays stay where they are.
-
-So do latents, which are made on the host, and what reads them.
-"""
+"""Whole chunks and latents on a device, with the CPU as the device: arrays stay there."""
 
 import argparse
 
@@ -16,14 +13,14 @@ from zarr_cae import CAECodec, as_torch_dataset, open_bottleneck
 from zarr_cae.cli import archive, bottleneck
 from zarr_cae.errors import CAEDataError
 from zarr_cae.networks.engine import Engine
-from zarr_cae.pixels import device as tensors
+from zarr_cae.pixels.device import supported
 
 ON_HOST = []
 """The shapes of device arrays that were copied to the host."""
 
 
 class DeviceArray:
-    """A stand-in for an array of cupy: what zarr and this package do with it, and DLPack."""
+    """Stands in for a cupy array, with the operations that zarr and this package use, and DLPack."""
 
     def __init__(self, array):
         self._array = array
@@ -51,7 +48,7 @@ class DeviceArray:
         return DeviceArray(self._array.reshape(*shape, **keywords))
 
     def __array__(self, *_, **__):
-        raise TypeError("Implicit conversion to a NumPy array is not allowed.")  # as cupy has it
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")  # as cupy does
 
     def __dlpack__(self, **keywords):
         return self._array.__dlpack__()
@@ -65,7 +62,7 @@ class DeviceArray:
 
 
 class DeviceBuffer(gpu.NDBuffer):
-    """What `zarr.config.enable_gpu()` has zarr use, without cupy."""
+    """Stands in for the buffer that `zarr.config.enable_gpu()` makes zarr use."""
 
     def __init__(self, array):
         if isinstance(array, torch.Tensor | np.ndarray):
@@ -97,30 +94,35 @@ class DeviceBuffer(gpu.NDBuffer):
         self._data[key] = value._data if isinstance(value, DeviceBuffer) else value.as_numpy_array()
 
 
-register_ndbuffer(DeviceBuffer, qualname="test_chunks.DeviceBuffer")
+register_ndbuffer(DeviceBuffer, qualname="test_chunk.DeviceBuffer")
 
 
 @pytest.fixture
 def whole(monkeypatch):
-    """The engine of the CPU takes whole chunks, as one on a GPU does; gives the directions in which it did."""
+    """Let the CPU's engine take whole chunks, as on a GPU. Yield the list of its methods that did so."""
     taken = []
-    usual = Engine._sources
 
-    def sources(self, job, requests):
-        if job.chunk is not None:
-            taken.append(job.direction)
-        return usual(self, job, requests)
+    def recorded(direction):
+        usual = getattr(Engine, direction)
 
-    monkeypatch.setattr(Engine, "_sources", sources)
-    monkeypatch.setattr(Engine, "takes", lambda self, chunk: tensors.supported(chunk.dtype))
+        def call(self, source, form, *settings):
+            if self._runs_whole(form):
+                taken.append(direction)
+            return usual(self, source, form, *settings)
+
+        return call
+
+    for direction in ("analyse_chunk", "synthesise_chunk"):
+        monkeypatch.setattr(Engine, direction, recorded(direction))
+    monkeypatch.setattr(Engine, "_runs_whole", lambda self, form: supported(form.dtype))
     with zarr.config.set({"cae.device": "cpu"}):
         yield taken
 
 
 @pytest.fixture
 def on_device():
-    """Arrays are on the device, as after `zarr.config.enable_gpu()`; the networks on the CPU."""
-    with zarr.config.set({"ndbuffer": "test_chunks.DeviceBuffer", "cae.device": "cpu"}):
+    """Put zarr's arrays on the device, as `zarr.config.enable_gpu()` does; the networks run on the CPU."""
+    with zarr.config.set({"ndbuffer": "test_chunk.DeviceBuffer", "cae.device": "cpu"}):
         yield
 
 
@@ -137,7 +139,7 @@ def written(pixels, chunks, **keywords):
     ("select", "chunks", "keywords"),
     [
         (lambda p: p[:96, :80], (48, 80, 3), {}),
-        (lambda p: p[:96, :80].transpose(2, 0, 1), (3, 50, 50), {}),
+        (lambda p: p[:96, :80].transpose(2, 0, 1), (3, 50, 50), {"channel_axis": 0}),
         (lambda p: p[:40, :50, 0], (40, 50), {}),
         (lambda p: p[:64, :64].astype(np.uint16) * 100 + 7, (64, 64, 3), {"value_range": (7, 25507)}),
         (lambda p: p[:64, :64, :2] / np.float32(255), (64, 64, 2), {"value_range": (0.0, 1.0), "channel_axis": 2}),
@@ -150,7 +152,7 @@ def test_chunks_given_whole_are_those_given_as_planes(
     pixels = select(photograph)
     there = written(pixels, chunks, **keywords)
     back = there[...]
-    assert bool(whole) == tensors.supported(pixels.dtype)
+    assert bool(whole) == supported(pixels.dtype)
     monkeypatch.undo()
     with zarr.config.set({"codec_pipeline.path": pipeline}):
         level = (keywords["value_range"][1] - keywords["value_range"][0]) / 255 if "value_range" in keywords else 1
@@ -158,7 +160,7 @@ def test_chunks_given_whole_are_those_given_as_planes(
         expected = written(pixels, chunks, **keywords)[...]
     assert back.dtype == expected.dtype
     differ = np.abs(back.astype(float) - expected.astype(float)) > 1.01 * level
-    assert differ.mean() < 1e-3  # a latent on the brink of rounding
+    assert differ.mean() < 1e-3  # a latent may be rounded to the other side
 
 
 def test_arrays_of_the_device_stay_there(photograph, pipeline, whole, on_device):
@@ -171,8 +173,8 @@ def test_arrays_of_the_device_stay_there(photograph, pipeline, whole, on_device)
     back = array[...]
     assert not ON_HOST
     assert isinstance(back, DeviceArray)
-    assert sorted(set(whole)) == ["analyse", "synthesise"]
-    # A part of a chunk goes by way of the host, and comes back.
+    assert sorted(set(whole)) == ["analyse_chunk", "synthesise_chunk"]
+    # A part of a chunk is coded on the host, and returned to the device.
     part = array[10:30, 5:50]
     array[10:30, 5:50] = DeviceArray(pixels[10:30, 5:50].copy())
     assert np.abs(back._array.astype(int) - pixels).mean() < 6
@@ -226,5 +228,5 @@ def test_bad_values_are_refused(whole):
     pixels[10, 3] = 101
     with pytest.raises(CAEDataError, match="101"):
         array[...] = pixels
-    assert whole == ["analyse"]
+    assert whole == ["analyse_chunk"]
     assert list(store) == ["zarr.json"]

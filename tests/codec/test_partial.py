@@ -1,4 +1,4 @@
-"""Reading and writing part of a chunk, through zarr, on every pipeline: what is fetched, what is kept."""
+"""Read and write a part of a chunk, through zarr, on every pipeline: fetched bytes and kept latents."""
 
 import asyncio
 import tracemalloc
@@ -14,28 +14,28 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, ZipStore
 
 from zarr_cae import CAECodec, CAEDataError, FrameError, open_bottleneck
 from zarr_cae.codec.cae import loaded
-from zarr_cae.coder import frame as framing
-from zarr_cae.coder import tiles as entropy
-from zarr_cae.coder.frame import FrameHeader, parse_index
+from zarr_cae.coder import tiles
+from zarr_cae.coder.frame import FrameHeader, parse_index, unpack
 from zarr_cae.networks.pieces import HALO
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 REACH = 16 * (2 * HALO + 1)
-"""Pixels beyond which a write changes nothing: its latents reach `HALO` positions, and theirs as many."""
+"""Distance in pixels beyond which a write changes nothing: twice `HALO` positions."""
 
 
 @pytest.fixture
 def on_cpu():
-    """Where the same pixels give the same bytes in any batch; on a GPU a symbol may be rounded to the other side."""
+    """Use the CPU: there the same pixels give the same bytes in any batch. A GPU may round some symbols differently."""
     with zarr.config.set({"cae.device": "cpu"}):
         yield
 
 
 class CountingStore(MemoryStore):
-    """Remembers (key, first byte, length) of what is read of chunks."""
+    """Record (key, first byte, length) of each read of a chunk."""
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
+    def __init__(self, store_dict=None, **keywords):
+        self.content = {} if store_dict is None else store_dict
+        super().__init__(self.content, **keywords)
         self.reads = []
 
     def count(self, key, byte_range, found):
@@ -65,9 +65,9 @@ def create(data, chunks=None, store=None, codec=None, **keywords):
 
 
 def frame_of(array, key=None):
-    keys = [key] if key else [key for key in array.store._store_dict if "zarr.json" not in key]
+    keys = [key] if key else [key for key in array.store.content if "zarr.json" not in key]
     (only,) = keys
-    return only, array.store._store_dict[only].to_bytes()
+    return only, array.store.content[only].to_bytes()
 
 
 def expected_header(array, height, width, tile=32):
@@ -77,7 +77,7 @@ def expected_header(array, height, width, tile=32):
 
 
 def replace(array, key, content):
-    array.store._store_dict[key] = default_buffer_prototype().buffer.from_bytes(bytes(content))
+    array.store.content[key] = default_buffer_prototype().buffer.from_bytes(bytes(content))
 
 
 def difference(a, b):
@@ -85,23 +85,23 @@ def difference(a, b):
 
 
 def mosaic(photograph, rows, columns):
-    """(512 rows, 512 columns, 3): the photograph and its mirror images, without seams."""
+    """Return (512 rows, 512 columns, 3): the photograph and its mirror images, without seams."""
     line = np.concatenate([photograph, photograph[:, ::-1]] * -(-columns // 2), axis=1)[:, : 512 * columns]
     return np.concatenate([line, line[::-1]] * -(-rows // 2))[: 512 * rows]
 
 
 @pytest.fixture(scope="module")
 def large(photograph):
-    """A chunk of 3 x 4 tiles, and its pixels."""
+    """Return a chunk of 3 x 4 tiles, and its pixels."""
     array = create(mosaic(photograph, 3, 4))
     return array, array[...]
 
 
-# Windows: what is read.
+# Reads of windows
 
 
 class StubbornStore(MemoryStore):
-    """Answers a request for a range of a chunk with something else."""
+    """Answers a request for a range of a chunk with other bytes."""
 
     def answer(self, key, byte_range, found):
         raise NotImplementedError
@@ -139,7 +139,7 @@ class CutStore(StubbornStore):
 
 
 def served_by(kind, array):
-    return zarr.open_array(kind(array.store._store_dict), mode="r")
+    return zarr.open_array(kind(array.store.content), mode="r")
 
 
 def test_a_store_that_ignores_ranges_gives_the_same_pixels(large, pipeline):
@@ -297,7 +297,7 @@ def test_axes(photograph, pipeline, shape, axis, selection, share):
     assert found.shape == whole[selection].shape
     assert difference(found, whole[selection]) <= 1
     _, frame = frame_of(array)
-    # Planes cost about the same: those that aren't asked for aren't fetched.
+    # Planes have about the same size, and only requested planes are fetched.
     assert array.store.total == len(frame) if share == 1 else array.store.total < 1.6 / share * len(frame)
 
 
@@ -372,7 +372,7 @@ def test_edge_chunks(photograph, pipeline):
     assert difference(array[690, 899], whole[690, 899]) <= 1
 
 
-# Windows: what is noticed.
+# Damage in windows
 
 
 def test_damage_in_a_window(large, pipeline):
@@ -393,7 +393,7 @@ def test_damage_in_a_window(large, pipeline):
                 assert difference(array[10:20, 10:20], expected) <= 1
             except CAEDataError:
                 refused += 1
-        # Version 1 has no checksum that could be checked here: lengths of later tiles don't matter to this one.
+        # Version 1 has no checksum for these bytes, and the lengths of later tiles do not affect this one.
         assert refused == begin if index.header.version > 1 else refused >= 11
         for place in rng.integers(begin, end, 60) if index.header.version > 1 else ():
             broken = bytearray(frame)
@@ -417,14 +417,14 @@ def test_damage_in_a_window(large, pipeline):
 
 @pytest.mark.parametrize("tile", [1, 8, 64])
 def test_frames_with_other_tiles(photograph, pipeline, tile):
-    """The writer's tile size isn't the only one of the format; a longer index is fetched piece by piece."""
+    """The format allows other tile sizes than the writer's. A longer index is fetched piece by piece."""
     array = create(mosaic(photograph, 1, 2))
     whole, (key, frame) = array[...], frame_of(array)
     weights = loaded(array.metadata.codecs[0])
     tables = weights.tables[weights.row(3)]
-    symbols = entropy.decode(frame, expected_header(array, 512, 1024), tables)
+    symbols = tiles.decode(frame, expected_header(array, 512, 1024), tables)
     header = expected_header(array, 512, 1024, tile)
-    replace(array, key, entropy.encode(symbols, header, tables))
+    replace(array, key, tiles.encode(symbols, header, tables))
     array.store.reads.clear()
     assert difference(array[100:110, 10:20], whole[100:110, 10:20]) <= 1
     end, following = 0, 0
@@ -440,11 +440,11 @@ def test_frames_with_other_tiles(photograph, pipeline, tile):
         array[100:110, 10:20]
 
 
-# Writing.
+# Writes
 
 
 def latents(array):
-    """Exactly what is stored: symbols times constants."""
+    """Return the stored latents exactly: symbols times constants."""
     return open_bottleneck(array.store)[...]
 
 
@@ -469,7 +469,7 @@ def test_windows_on_every_device(photograph, pipeline, device):
     assert latents(array)[4 + HALO :].tobytes() == symbols[4 + HALO :].tobytes()
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")  # a ZIP file keeps what was written before
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # a ZIP file keeps earlier entries
 @pytest.mark.parametrize("kind", ["local", "zip", "fsspec", "obstore"])
 def test_a_partial_write_changes_latents_in_reach_only_in_every_store(photograph, tmp_path, pipeline, kind):
     if kind == "fsspec":
@@ -508,7 +508,7 @@ def test_fifty_partial_writes_change_nothing_out_of_reach(photograph, quarter, p
 
 
 def test_without_them_the_whole_chunk_wears_down(photograph, quarter, pipeline):
-    """zarr decodes, merges and encodes again where codecs follow ours: the same writes, and everything drifts."""
+    """If other codecs follow `cae`, zarr decodes, merges and encodes whole chunks, and all pixels drift."""
     array = create(quarter, compressors=Crc32cCodec())
     pixels = array[...]
     wander(array, photograph, 3)
@@ -524,7 +524,7 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.square(a.astype(float) - b.astype(float)).mean())
 
 
-def test_writing_back_what_was_read_changes_nothing(photograph, pipeline):
+def test_writing_back_unchanged_pixels_changes_nothing(photograph, pipeline):
     array = create(photograph)
     _, before = frame_of(array)
     for selection in (np.s_[100:164, 100:164], np.s_[0, 0, 0], np.s_[::3, 5:9]):
@@ -533,7 +533,7 @@ def test_writing_back_what_was_read_changes_nothing(photograph, pipeline):
 
 
 def test_small_changes_are_written(photograph, pipeline):
-    """One grey level over a region is no rounding; at quality 8 it is more than the step of the latents."""
+    """A change of one grey level over a region is not rounding. At quality 8 it exceeds the step of the latents."""
     array = create(photograph, codec=CAECodec(quality=8))
     _, before = frame_of(array)
     array[64:96, 64:96] = np.minimum(array[64:96, 64:96], 250) + 1
@@ -543,9 +543,9 @@ def test_small_changes_are_written(photograph, pipeline):
 def test_tiles_out_of_reach_keep_their_bytes(large, pipeline):
     array = create(large[1])
     expected = expected_header(array, 1536, 2048)
-    _, before = framing.unpack(frame_of(array)[1], expected)
+    _, before = unpack(frame_of(array)[1], expected)
     array[600:640, 600:640] = 255 - large[1][600:640, 600:640]
-    _, after = framing.unpack(frame_of(array)[1], expected)
+    _, after = unpack(frame_of(array)[1], expected)
     changed = [n for n, (a, b) in enumerate(zip(before, after, strict=True)) if bytes(a) != bytes(b)]
     assert 5 in changed
     assert set(changed) <= {0, 1, 4, 5}
@@ -564,8 +564,8 @@ WRITES = {
 
 @pytest.mark.parametrize("selection", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("scalar", [False, True])
-def test_what_is_written_is_what_decoding_and_encoding_again_writes(photograph, pipeline, selection, scalar):
-    """Near enough: the symbols under the selection are the same, those around it are older and better."""
+def test_a_partial_write_equals_decoding_and_encoding_again(photograph, pipeline, selection, scalar):
+    """The symbols under the selection are the same; those around it are older and more exact."""
     codec = CAECodec(quality=8)
     partial, again = create(photograph, codec=codec), create(photograph, codec=codec, compressors=Crc32cCodec())
     value = np.uint8(90) if scalar else 255 - photograph[selection]
@@ -627,7 +627,7 @@ def test_dtypes_of_writes(photograph, pipeline):
     with pytest.raises(CAEDataError, match="value_range"):
         array[3:5, 3:5] = np.nan
     there = array[:64, :64]
-    there[5, 5] = 1.0001  # the rest is what is there already
+    there[5, 5] = 1.0001  # all other values are unchanged
     with pytest.raises(CAEDataError, match="value_range"):
         array[:64, :64] = there
     assert frame_of(array)[1] == before
@@ -666,11 +666,11 @@ def test_chunks_that_become_all_fill_value(photograph, pipeline, keep):
     stored = array[...]
     rows, columns = (np.flatnonzero(stored.any(axis=axes)) for axes in ((1, 2), (0, 2)))
     array[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 0
-    assert ("c/0/0/0" in array.store._store_dict) == keep
+    assert ("c/0/0/0" in array.store.content) == keep
     assert array[...].mean() < (2 if keep else 1e-9)
     array[...] = data
     array[...] = 0
-    assert ("c/0/0/0" in array.store._store_dict) == keep
+    assert ("c/0/0/0" in array.store.content) == keep
 
 
 def test_a_blank_surrounding_is_not_a_blank_chunk(photograph, pipeline):
@@ -708,7 +708,7 @@ def test_edge_chunks_of_writes(photograph, pipeline):
 
 @pytest.mark.parametrize("selection", [np.s_[::-1], np.s_[5:5], np.s_[..., 1], "mask"], ids=str)
 def test_selections_that_zarr_does_not_make(photograph, selection):
-    """Served too, by way of the whole chunk."""
+    """The selection is decoded from the whole chunk."""
     array = create(photograph[:128, :128], codec=CAECodec(quality=8))
     (codec,) = array.metadata.codecs
     if selection == "mask":

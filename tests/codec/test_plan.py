@@ -1,4 +1,4 @@
-"""Plans on event loops: threads, errors, cancellation, and what is kept alive. Plans with gates in place of chunks."""
+"""Plans on event loops: threads, errors, cancellation and memory. The plans have gates in place of chunks."""
 
 import asyncio
 import contextvars
@@ -15,14 +15,14 @@ import zarr
 
 from zarr_cae import CAECodec, CAEConfigurationError, configure
 from zarr_cae.codec.plan import Put, run, run_async
-from zarr_cae.networks import engine as engines
-from zarr_cae.pixels import convert as pixels
+from zarr_cae.networks import engine
+from zarr_cae.pixels import convert
 
 TIMEOUT = 30.0
 
 
 class Network:
-    """Work of a network, whose future the test settles."""
+    """Stands in for the work of a network. The test settles its future."""
 
     def __init__(self):
         self.future = Future()
@@ -152,7 +152,7 @@ def test_errors_arrive(where):
         run(plan())
 
 
-def test_cancelled_task_withdraws_what_is_queued():
+def test_cancelled_task_withdraws_queued_work():
     step, after = Network(), []
 
     def plan():
@@ -264,8 +264,8 @@ def test_planes_of_a_read_and_a_write_are_freed_without_the_garbage_collector(ph
     with zarr.config.set({"cae.tile": tile, "cae.device": "cpu"}):  # GPUs take chunks, not planes
         array[:] = data
         _ = array[:]
-        monkeypatch.setattr(engines, "to_planes", spied(pixels.to_planes))
-        monkeypatch.setattr(engines, "to_chunk", spied(pixels.to_chunk))
+        monkeypatch.setattr(engine, "to_planes", spied(convert.to_planes))
+        monkeypatch.setattr(engine, "to_chunk", spied(convert.to_chunk))
         gc.collect()
         gc.disable()
         try:

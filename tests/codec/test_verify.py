@@ -1,4 +1,4 @@
-"""Every stored chunk of an archive checked."""
+"""`verify` checks every stored chunk of an archive."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_bad_chunks_by_their_keys(pipeline, deep, name):
 
 
 def test_damage_beyond_the_edge_of_the_array_is_found(pipeline):
-    """A reader of the array skips the tiles there; a chunk is checked whole."""
+    """Reading the array skips tiles beyond its edge; `verify` checks the whole chunk."""
     array = create({}, chunks=(64, 64, 3))
     store = array.store_path.store
     damage(store, "c/1/1/0", len(read(store, "c/1/1/0")) - 6)
@@ -60,8 +60,9 @@ def test_damage_beyond_the_edge_of_the_array_is_found(pipeline):
 
 
 def test_chunks_that_were_never_written_are_no_fault(pipeline):
-    array = create({})
-    del array.store_path.store._store_dict["c/1/1/0"]
+    stored = {}
+    array = create(stored)
+    del stored["c/1/1/0"]
     result = verify(array)
     assert (result.chunks, result.bad) == (8, [])
 

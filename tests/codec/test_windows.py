@@ -1,4 +1,4 @@
-"""Which latents, tiles and bytes a selection needs."""
+"""Boxes, patches, tiles and bytes of a selection."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def parts(length):
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_boxes_hold_what_numpy_selects(shape, axis, data):
+def test_boxes_hold_the_selection_of_numpy(shape, axis, data):
     chunk = Layout(shape, axis)
     selection = tuple(data.draw(parts(length)) for length in shape[: data.draw(st.integers(1, len(shape)))])
     check(chunk, selection)
@@ -42,7 +42,7 @@ def test_boxes_hold_what_numpy_selects(shape, axis, data):
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_boxes_hold_what_arrays_select(shape, axis, data):
+def test_boxes_hold_the_selection_of_index_arrays(shape, axis, data):
     chunk, count = Layout(shape, axis), data.draw(st.integers(1, 5))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     points = tuple(rng.integers(-length, length, count) for length in shape)

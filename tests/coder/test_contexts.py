@@ -1,4 +1,4 @@
-"""Contexts: the compiled coder against the plain arithmetic of the docs, golden streams, refusals."""
+"""Contexts: the compiled coder against the plain arithmetic of the spec, golden streams, refusals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def random_tables(rng, channels=7, sources=3, classes=4, longest=30) -> Tables:
 
 
 def plain_rows(coded, tables):
-    """The row of each coded symbol, position by position, as the docstring of `contexts` has it."""
+    """Return the row of each coded symbol, position by position, by the section "Contexts" of spec/cae.md."""
     channels, height, width = coded.shape
     contexts = tables.contexts
     assert contexts is not None
@@ -103,7 +103,7 @@ def test_there_and_back_by_the_rows_of_the_docs(seed, channels, shape, sources, 
     np.testing.assert_array_equal(row, plain_rows(coded, tables))
     stream = rans.encode(symbols, tables, 2)
     np.testing.assert_array_equal(rans.decode(stream, shape, tables, 2), symbols)
-    # Nothing but these rows: a coder without contexts, with one table a symbol, gives the same words.
+    # Only the rows matter: a coder without contexts, with one table per symbol, gives the same words.
     flagged = tables.zero_flag(shape[0] * shape[1], 2) > 0
     if not flagged.any():
         single = Tables(
@@ -126,7 +126,7 @@ def test_symbols_are_not_changed():
 
 
 def golden_case():
-    """Integers only, so that no float stands between them and the bytes."""
+    """Make streams from integers only, so that no rounding of floats changes the bytes."""
     n = np.arange(6 * 8 * 11)
     symbols = (n * 7919 % 31 % 9 - 4).reshape(6, 8, 11).astype(np.int16)
     symbols[3] = 0

@@ -36,7 +36,7 @@ SMALL_STREAMS = [b"\x01\x02\x03", b"", b"\xff" * 130, b"z"]
 
 
 def make_golden_frames() -> None:
-    """Run once by hand: python -c 'import test_framing as t; t.make_golden_frames()'. Never replaces a file."""
+    """Run once by hand: python -c 'import test_frame as t; t.make_golden_frames()'. Never replaces a file."""
     GOLDEN.mkdir(parents=True, exist_ok=True)
     for name, (header, streams) in GOLDEN_FRAMES.items():
         with (GOLDEN / f"{name}.bin").open("xb") as file:
@@ -46,7 +46,7 @@ def make_golden_frames() -> None:
 
 
 def golden_pixels(tile: int) -> np.ndarray:
-    """The pixels of an exact tile of the golden frame of version 3."""
+    """Return the pixels of an exact tile of the golden frame of version 3."""
     rows, columns = (
         slice(16 * side.start, min(16 * side.stop, edge))
         for side, edge in zip(
@@ -58,7 +58,7 @@ def golden_pixels(tile: int) -> np.ndarray:
 
 
 def golden_mask() -> np.ndarray:
-    """The mask of the golden frame of version 3."""
+    """Return the mask of the golden frame of version 3."""
     plane, _, y, x = np.ogrid[:2, :1, :33, :70]
     return (y + plane) ** 2 + x**2 < 500
 
@@ -77,7 +77,7 @@ def test_golden_frame_with_mask_and_exact_tiles():
     for tile, section in found.exact.items():
         pixels = golden_pixels(tile)
         np.testing.assert_array_equal(decode_pixels(section, pixels.shape, pixels.dtype), pixels)
-    # zlib's bytes differ between its builds; all that we write ourselves does not
+    # zlib's bytes differ between its builds; all others do not
     assert pack(found.header, found.streams, mask=found.mask, exact=found.exact) == golden
 
 

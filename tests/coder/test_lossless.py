@@ -46,7 +46,7 @@ def test_noise_costs_a_bit_a_sample():
 
 
 @pytest.mark.parametrize("mask", [np.zeros((1, 1, 4, 4), bool), np.ones((4, 4), bool), np.ones((1, 1, 4, 4), np.uint8)])
-def test_what_is_no_mask_is_refused(mask):
+def test_invalid_masks_are_refused(mask):
     with pytest.raises(CAEConfigurationError, match=r"^cae: mask must be bool"):
         encode_mask(mask)
 

@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zarr_cae.coder import rans
-from zarr_cae.coder import tables as tables_module
 from zarr_cae.coder.frequencies import frequencies, trimmed_frequencies
-from zarr_cae.coder.tables import PRECISION, Tables
+from zarr_cae.coder.tables import PRECISION, Tables, ideal_bits
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
 TOTAL = 1 << PRECISION
@@ -26,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "fixtures" / "streams"
 
 
 def encode(symbols, tables):
-    """Of (M, positions): without contexts the shape of a tile does not matter."""
+    """Encode symbols (M, positions): without contexts the shape of a tile does not matter."""
     return rans.encode(symbols[:, None], tables, 3)
 
 
@@ -34,12 +33,8 @@ def decode(stream, positions, tables):
     return rans.decode(stream, (1, positions), tables, 3)[:, 0]
 
 
-def ideal_bits(symbols, tables):
-    return tables_module.ideal_bits(symbols[:, None], tables)
-
-
 def tables_of(rows):
-    """Tables from pairs (minimum, row)."""
+    """Return tables from pairs (minimum, row)."""
     return Tables(
         np.array([minimum for minimum, _ in rows], np.int32),
         np.array([len(row) for _, row in rows], np.int32),
@@ -57,7 +52,7 @@ def random_tables(rng, channels, longest=40):
 
 
 def random_symbols(rng, tables, positions, escapes=0.01):
-    """Drawn from the tables; a share of symbols is any int16, and a third of the channels is zero."""
+    """Return symbols drawn from the tables; some are any int16, and a third of the channels is zero."""
     symbols = np.empty((tables.channels, positions), np.int16)
     for c, begin in enumerate(tables.offset):
         row = tables.frequency[begin : begin + tables.length[c]] / TOTAL
@@ -69,7 +64,7 @@ def random_symbols(rng, tables, positions, escapes=0.01):
 
 
 def plain_decode(stream, positions, tables):  # noqa: C901 - it follows the docs line by line
-    """The decoder of the module's docstring, word by word."""
+    """Decode by the section "Streams" of spec/cae.md, word by word."""
     lanes = 1 << stream[0]
     states = [int.from_bytes(stream[1 + 4 * n : 5 + 4 * n], "little") for n in range(lanes)]
     pointer, number = 1 + 4 * lanes, 0
@@ -203,7 +198,7 @@ def test_all_zero_costs_next_to_nothing():
     tables = tables_of([(0, frequencies(np.array([1.0, 0.0])))] * 300)
     symbols = np.zeros((300, 256), np.int16)
     stream = encode(symbols, tables)
-    assert len(stream) <= 5 + 2 + ideal_bits(symbols, tables) / 8
+    assert len(stream) <= 5 + 2 + ideal_bits(symbols[:, None], tables) / 8
     assert np.array_equal(decode(stream, 256, tables), symbols)
 
 
@@ -218,7 +213,7 @@ def test_input_need_not_be_contiguous_or_writable():
     assert encode(fortran, tables) == encode(unaligned, tables) == wanted
 
 
-# Golden streams: integer inputs only, so that no float stands between them and the bytes.
+# Golden streams: integer inputs only, so that no rounding of floats changes the bytes.
 
 
 def golden_cases():
@@ -258,7 +253,7 @@ def test_golden_streams(name):
 
 
 def realistic(rng, channels, positions, tiles, busiest):
-    """Laplacian channels whose scales fall off like a transform's, with their float densities' ideal code length."""
+    """Return Laplacian channels with scales like a transform's, and the ideal code length of their densities."""
     scales = np.maximum(busiest * np.exp(-np.arange(channels) / 25), 0.03 + 0.05 * rng.random(channels))
     densities = [laplace(scale, 1000) for scale in scales]
     tables = tables_of([trimmed_frequencies(density, -1000) for density in densities])

@@ -1,4 +1,4 @@
-"""Integer frequency tables: their making from densities, their ideal lengths, and what they refuse."""
+"""Integer frequency tables: making them from densities, ideal lengths, refusals."""
 
 from __future__ import annotations
 

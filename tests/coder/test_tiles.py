@@ -43,7 +43,7 @@ def test_tiles_are_those_of_the_frame():
     np.testing.assert_array_equal(last[0], symbols[1, :, 16:, 32:])
 
 
-def test_what_is_read_only_can_be_encoded():
+def test_read_only_symbols_can_be_encoded():
     header = FrameHeader(1, 64, 64, grey=True)
     symbols = latents(header)
     symbols.setflags(write=False)

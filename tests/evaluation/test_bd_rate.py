@@ -26,7 +26,7 @@ CHENG2020 = (
 
 
 def vceg_m33(anchor_rate, anchor_quality, rate, quality):
-    """The original: one cubic polynomial of log rate over quality for each curve."""
+    """Return the original BD-rate: one cubic polynomial of log rate over quality for each curve."""
     low, high = max(min(anchor_quality), min(quality)), min(max(anchor_quality), max(quality))
     areas = []
     for r, q in ((anchor_rate, anchor_quality), (rate, quality)):
@@ -66,7 +66,7 @@ def test_bd_rate_of_a_constant_factor_is_exact(factor):
     st.lists(st.floats(0.1, 3), min_size=1, max_size=8),
 )
 def test_bd_rate_of_exponential_curves_is_analytic(factor, shift, slope, anchor_steps, steps):
-    """Straight lines in log rate, which PCHIP reproduces whatever the knots: the answer does not depend on them."""
+    """PCHIP reproduces straight lines in log rate with any knots, so the result does not depend on them."""
     anchor_quality = 30 + np.cumsum([0, *anchor_steps, 5])
     quality = 30 + shift + np.cumsum([0, *steps, 5])
     value = bd_rate(np.exp(slope * anchor_quality), anchor_quality, factor * np.exp(slope * quality), quality)

@@ -17,7 +17,7 @@ IMAGECODECS = {"avif", "jpegxl", "jpegxl3"}
 
 
 def picture(height=168, width=200):
-    """Smooth colour with a little grain, so that rates behave as on a photograph."""
+    """Return smooth colours with a little grain, so that rates behave as on a photograph."""
     y, x = np.mgrid[:height, :width] / 25.0
     waves = np.stack([np.sin(x + y), np.cos(2 * x - y), np.sin(x * y / 3)], axis=-1)
     grain = np.random.default_rng(0).normal(0, 3, (height, width, 1))
@@ -82,7 +82,7 @@ def test_odd_sizes(codec, shape):
 
 
 def test_chroma_is_not_subsampled_where_the_format_can():
-    """Columns of red and blue in turn survive 4:4:4 and turn to purple at 4:2:0."""
+    """Alternating columns of red and blue survive 4:4:4 and turn to purple at 4:2:0."""
     pytest.importorskip("imagecodecs")
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, ::2, 0] = 200

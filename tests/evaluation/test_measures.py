@@ -108,7 +108,7 @@ def test_bits_per_pixel():
             measures.bits_per_pixel(*wrong)
 
 
-def test_measures_refuse_what_they_cannot_compare():
+def test_measures_refuse_images_that_they_cannot_compare():
     a = picture()
     for function in (measures.psnr, measures.ms_ssim, measures.cie76):
         with pytest.raises(CAEConfigurationError, match=r"^cae: .*one shape"):

@@ -16,13 +16,13 @@ def on_cpu():
 
 @pytest.fixture(scope="session")
 def small(photograph):
-    """Pixels (64, 96, 3)."""
+    """Return pixels (64, 96, 3)."""
     return photograph[150:214, 200:296]
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory, small):
-    """The folder of a group of CAE arrays, and the latents of these arrays."""
+    """Return the folder of a group of CAE arrays, and the latents of these arrays."""
     folder = tmp_path_factory.mktemp("archive") / "g.zarr"
     expected = fill(folder, small, consolidated=True)
     root = zarr.open_group(folder, mode="r+", use_consolidated=False)

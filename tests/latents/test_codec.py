@@ -1,4 +1,4 @@
-"""`CAEBottleneckCodec`: shapes, exact latents, and what it refuses."""
+"""`CAEBottleneckCodec`: shapes, exact latents, refusals."""
 
 import os
 import subprocess
@@ -26,7 +26,6 @@ from zarr_cae import (
     CAEError,
     open_bottleneck,
 )
-from zarr_cae import threads as process_threads
 from zarr_cae.codec.cae import loaded
 from zarr_cae.coder import rans, tiles
 from zarr_cae.coder.frame import FrameHeader, pack, unpack
@@ -53,14 +52,14 @@ def test_golden_latents_bit_for_bit(synthetic, pipeline):
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_golden_latents_at_any_thread_count(synthetic, pipeline, monkeypatch, threads):
     with ThreadPoolExecutor(threads) as pool, zarr.config.set({"async.concurrency": threads}):
-        monkeypatch.setattr(process_threads, "pool", lambda: pool)
+        monkeypatch.setattr("zarr_cae.threads.pool", lambda: pool)
         found = open_bottleneck(FIXTURES / "golden.zarr")[:]
     assert found.tobytes() == np.load(FIXTURES / "golden.npy").tobytes()
 
 
 @pytest.mark.parametrize("chunks", [(1024, 512, 3), (512, 512, 3)], ids=["tiles of a chunk", "chunks"])
 def test_decoding_is_parallel(photograph, pipeline, monkeypatch, chunks):
-    """Two streams wait for each other inside the decoder, which only two at a time can."""
+    """Two streams wait for each other inside the decoder, so the test passes only if two threads decode at once."""
     array = create(np.concatenate([photograph, photograph[::-1]]), chunks)
     view = open_bottleneck(array.store)
     expected = view[...]
@@ -71,7 +70,7 @@ def test_decoding_is_parallel(photograph, pipeline, monkeypatch, chunks):
         return decode(*arguments)
 
     with ThreadPoolExecutor(2) as pool, zarr.config.set({"threading.max_workers": 2}):
-        monkeypatch.setattr(process_threads, "pool", lambda: pool)
+        monkeypatch.setattr("zarr_cae.threads.pool", lambda: pool)
         monkeypatch.setattr(rans, "decode", met)
         assert view[...].tobytes() == expected.tobytes()
 
@@ -111,8 +110,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_latents_are_what_the_synthesis_network_receives(shape, axis, device, photograph):
-    """On every device, bit for bit."""
+def test_latents_are_the_input_of_the_synthesis_network(shape, axis, device, photograph):
+    """The latents equal the input of the synthesis transform bit for bit, on every device."""
     from zarr_cae.config import Settings
     from zarr_cae.networks.engine import engine_for
 
@@ -128,7 +127,7 @@ def test_latents_are_what_the_synthesis_network_receives(shape, axis, device, ph
     with zarr.config.set({"cae.device": device}):
         array[...]
     hook.remove()
-    received = np.concatenate(received)  # (N, M, h, w), in the order in which the network got to the planes
+    received = np.concatenate(received)  # (N, M, h, w), in the order in which the network took the planes
     header = FrameHeader(
         layout.planes, layout.height, layout.width, layout.grey, version=weights.tables[row].frame_version
     )
@@ -232,7 +231,7 @@ def test_damaged_chunks_are_refused(photograph, pipeline):
 
 @pytest.fixture(scope="module")
 def coded(photograph):
-    """A codec of latents, its tables and header, a frame with one stream, and its latents."""
+    """Return a codec of latents, its tables and header, a frame with one stream, and its latents."""
     array = create(photograph[:96, :80], (96, 80, 3), serializer=CAECodec(quality=8))
     view = open_bottleneck(array.store)
     (frame,) = chunks_of(array.store).values()
@@ -277,7 +276,7 @@ def test_damaged_streams_with_sound_checksums_are_refused(coded, data):
     except CAEDataError:
         return
     (symbols,) = tiles.decode(damaged, header, tables)
-    # A stream that is accepted is the one that the encoder writes of these symbols.
+    # The encoder writes every accepted stream for the same symbols.
     assert rans.encode(symbols, tables, 2) == bytes(changed)
     assert np.array_equal(found, expected) == (changed == stream)
 

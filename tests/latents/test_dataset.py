@@ -66,7 +66,7 @@ def test_patches_that_do_not_fit(small):
         as_torch_dataset(array)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is but one core
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader(archive, start):
@@ -74,7 +74,7 @@ def test_workers_of_a_data_loader(archive, start):
 
     folder, expected = archive
     data = as_torch_dataset(open_bottleneck(folder, path="photo"), 2, labels=range(6))
-    data[0]  # whatever reading starts must survive the fork
+    data[0]  # the threads that reading starts must not break the fork
     loader = DataLoader(data, batch_size=3, num_workers=2, multiprocessing_context=start, timeout=120)
     batches = list(loader)
     assert [batch.tolist() for _, batch in batches] == [[0, 1, 2], [3, 4, 5]]

@@ -84,7 +84,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_served_is_refused_when_opened(small, changes, reason):
+def test_arrays_without_servable_latents_are_refused_when_opened(small, changes, reason):
     store = store_of(refused(small, **changes))
     with pytest.raises(CAEConfigurationError, match=reason):
         open_bottleneck(store)
@@ -92,7 +92,7 @@ def test_what_cannot_be_served_is_refused_when_opened(small, changes, reason):
         zarr.open_array(BottleneckStore(store), mode="r")
 
 
-def test_what_is_no_cae_array_is_left_to_zarr(small):
+def test_arrays_of_other_codecs_do_not_change(small):
     array = document(create(small, (32, 32, 3)))
     assert rewrite({**array, "attributes": None})["shape"] == [4, 6, M]
     shard = {**array, "codecs": [{"name": "sharding_indexed", "configuration": ["cae"]}]}
@@ -264,7 +264,7 @@ def test_attributes_of_pixel_values_are_set_aside(small):
 
 @pytest.mark.parametrize("depth", [10, 300, 480, 700])
 def test_attributes_as_deep_as_zarr_reads_them(small, depth):
-    """Alone, and as a member of consolidated metadata, where it must not spoil the others."""
+    """The array is refused alone, and as a member of consolidated metadata, where the others must still open."""
     plain = json.dumps(document(create(small, (32, 32, 3))))
     deep = json.dumps({**json.loads(plain), "attributes": "@"}).replace('"@"', '{"a":' * depth + "1" + "}" * depth)
     group = (

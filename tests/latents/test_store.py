@@ -133,7 +133,7 @@ def test_kinds_of_stores(archive, tmp_path, pipeline, kind):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Files of a folder, with byte ranges; every GET is remembered."""
+    """Serves the files of a folder, with byte ranges, and records every GET."""
 
     protocol_version = "HTTP/1.1"
 
@@ -223,7 +223,7 @@ def test_xarray(archive, tmp_path, small):
 
 
 def test_xarray_and_dask_with_grey_arrays(archive, tmp_path, small):
-    """Lazily, chunk by chunk; the latents of an array without channels have an axis more."""
+    """xarray reads lazily, chunk by chunk. The latents of an array without channels have an additional axis."""
     xarray, dask = pytest.importorskip("xarray"), pytest.importorskip("dask.array")
     colour, grey = archive[1], latents_of(small[..., 0], (32, 32))
     root = zarr.create_group(tmp_path / "x.zarr")
@@ -284,7 +284,7 @@ def test_xarray_with_arrays_along_the_axes_of_pixels(small, tmp_path, beside):
 
 
 def test_xarray_does_not_unpack_latents(small, tmp_path):
-    """Packed pixels have a scale, an offset and a fill value, which xarray applies to whatever it reads."""
+    """Packed pixels have a scale, an offset and a fill value, which xarray applies to all that it reads."""
     xarray = pytest.importorskip("xarray")
     packed = {"dtype": "uint16", "scale_factor": 0.01, "add_offset": 5.0, "_FillValue": 65535}
     codec = CAECodec(quality=2, value_range=(0, 65535))

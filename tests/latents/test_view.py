@@ -1,4 +1,4 @@
-"""`StoreView` by way of `BottleneckStore`: every way to read is routed, every way to write is refused."""
+"""`StoreView`, tested with `BottleneckStore`: methods that read are routed, methods that write are refused."""
 
 import inspect
 import json
@@ -96,7 +96,7 @@ HARMLESS = {
 
 
 def methods(cls):
-    """Names of the methods and properties that a class defines itself, but for what Python adds."""
+    """Return the names of the methods and properties that a class defines itself, without those from Python."""
     return {
         name for name, value in vars(cls).items()
         if (inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod))
@@ -105,7 +105,7 @@ def methods(cls):
 
 
 def test_every_method_of_the_installed_zarr_is_decided_on():
-    """A new method of zarr's Store fails here, until the view routes or refuses it."""
+    """A new method of zarr's Store fails this test until the view routes or refuses it."""
     known = MADE | BUILT_ON_GET | REFUSED | CONSTANT | OF_EACH_VIEW | HARMLESS
     sync = {name for name in dir(MemoryStore) if name.endswith("_sync")}
     new = (methods(Store) | methods(WrapperStore) | sync) - known

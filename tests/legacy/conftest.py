@@ -16,13 +16,13 @@ FIXTURES = Path(__file__).parent.parent / "fixtures" / "legacy"
 
 @pytest.fixture(scope="session")
 def converted():
-    """The bytes of the weights file."""
+    """Return the bytes of the weights file."""
     return convert(FIXTURES / "checkpoint.safetensors", quality=1, metric="mse")
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty folder of imported weights."""
+    """Use an empty folder for imported weights."""
     monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "weights"))
     numcodecs.register_codec(ConvolutionalAutoencoder)
     numcodecs.register_codec(LegacyLatents)
@@ -31,23 +31,23 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def imported(cache, converted):
-    """The weights of the archive, imported."""
+    """Import the weights of the archive."""
     return registry.store(converted)
 
 
 @pytest.fixture(scope="session")
 def old():
-    """The archive."""
+    """Return the archive."""
     return FIXTURES / "photo.zarr"
 
 
 @pytest.fixture(scope="session")
 def decoded():
-    """The pixels that caecodec makes of it."""
+    """Return the pixels that caecodec decodes from it."""
     return np.load(FIXTURES / "decoded.npz")["pixels"]
 
 
 @pytest.fixture(scope="session")
 def latents():
-    """The latents that caecodec makes of each chunk, by key."""
+    """Return the latents that caecodec decodes from each chunk, by key."""
     return dict(np.load(FIXTURES / "latents.npz"))

@@ -1,4 +1,4 @@
-"""caecodec's archives, read and written under zarr 3."""
+"""Read and write caecodec's archives under zarr 3."""
 
 import json
 import shutil

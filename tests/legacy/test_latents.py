@@ -1,4 +1,4 @@
-"""Latents of caecodec's archives, as arrays."""
+"""Latents of caecodec's archives as arrays."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Archives of zarr v2 moved to zarr v3."""
+"""Migrate archives of zarr v2 to zarr v3."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from zarr_cae.weights import registry
 
 @pytest.fixture
 def archive(imported, old, tmp_path):
-    """A group with arrays of caecodec and others."""
+    """Return a group with arrays of caecodec and others."""
     root = zarr.create_group(tmp_path / "old.zarr", zarr_format=2, attributes={"site": "x"})
     root.create_group("deep", attributes={"depth": 1})
     for path in ("photo", "deep/photo"):
@@ -58,7 +58,7 @@ def test_everything_comes_along(archive, tmp_path):
 
 
 def test_pixels_stay(imported, old, tmp_path):
-    """With patches as large as the chunks; with smaller ones only the seams between patches may differ."""
+    """Pixels agree if patches are as large as chunks. With smaller patches only the seams may differ."""
     shutil.copytree(old, tmp_path / "old.zarr")
     path = tmp_path / "old.zarr" / ".zarray"
     metadata = json.loads(path.read_text())
@@ -66,7 +66,7 @@ def test_pixels_stay(imported, old, tmp_path):
     path.write_text(json.dumps(metadata))
     migrate(tmp_path / "old.zarr", tmp_path / "new.zarr")
     before, after = (zarr.open(tmp_path / name, mode="r")[...] for name in ("old.zarr", "new.zarr"))
-    # Columns of a chunk of 48 end amid the patch, where caecodec continues the latents of its padding.
+    # Columns of a chunk of 48 end amid the patch, where caecodec goes on with the latents of its padding.
     difference = np.abs(before.astype(int) - after)
     assert difference[:, :16].max() <= 1
     assert difference[:, 48:64].max() <= 1
@@ -97,7 +97,7 @@ def test_weights_with_a_margin_are_for_migrated_arrays_only(imported, old, tmp_p
 
 
 def test_filters_of_numcodecs_stay(tmp_path):
-    """zarr itself warns that other readers may not have them."""
+    """zarr warns that other readers may not support these codecs."""
     array = zarr.create_array(
         tmp_path / "old.zarr", data=np.arange(9), zarr_format=2, filters=[numcodecs.Delta("i8")], compressors=None
     )
@@ -172,7 +172,7 @@ def test_chunks_of_this_package_are_moved_too(imported, tmp_path, decoded):
     assert (open_bottleneck(tmp_path / "old.zarr")[...] == open_bottleneck(tmp_path / "new.zarr")[...]).all()
 
 
-def test_what_cannot_be_moved(archive, tmp_path, cache):
+def test_archives_that_cannot_be_migrated(archive, tmp_path, cache):
     with pytest.raises(CAEConfigurationError, match="no array or group of zarr v2"):
         migrate(tmp_path / "nothing.zarr", tmp_path / "new.zarr")
     zarr.create_group(tmp_path / "other.zarr", attributes={"not": "ours"})

@@ -43,7 +43,7 @@ def test_extreme_symbols_survive(value):
 
 @pytest.fixture(scope="module")
 def ans():
-    """CompressAI's own coder, without the rest of that package, whose import needs much more."""
+    """Import CompressAI's own coder without the rest of that package, which has many dependencies."""
     if (package := importlib.util.find_spec("compressai")) is None:
         pytest.skip("compressai is not installed")
     for place in package.submodule_search_locations:
@@ -123,7 +123,7 @@ def test_a_short_stream_allocates_nothing():
 
 @pytest.mark.parametrize("digits", [9, 15])
 def test_escapes_with_too_many_digits_raise(digits):
-    """A state whose first entry is the escape, and whose first digit says how many follow."""
+    """Return a state whose first entry is the escape, and whose first digit gives the number of further digits."""
     tables = CumulativeTables(np.array([[0, 1, 65536]]), np.array([3]), np.array([0]))
     after = digits + 16 * (1 << 40)
     frequency = 65535

@@ -11,7 +11,6 @@ import torch
 
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.networks import engine as engine_module
 from zarr_cae.networks.device import PASS_PIXELS, choose_device
 from zarr_cae.networks.engine import Engine, engine_for
 from zarr_cae.networks.pieces import HALO, LEAST_COLUMNS
@@ -22,7 +21,7 @@ from zarr_cae.weights.file import Weights
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 RARE = {"cpu": 1e-4, "cuda": 5e-3}
-"""How many symbols may be rounded to the other side in other sizes: a GPU may sum convolutions in another way then."""
+"""Share of symbols that may round to the other side in other sizes: a GPU may sum convolutions in another order."""
 
 
 def bundled(quality, metric="mse"):
@@ -51,14 +50,14 @@ def test_there_and_back(planes, device, quality):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("quality", "columns", "tile"), [(1, 336, 160), (6, 512, 128), (8, 336, 160), (6, 1024, 256)])
 def test_tiles_equal_the_whole(photograph, device, quality, columns, tile):
-    """In the default precision, which may be bfloat16 in parts; planes narrower and wider than a tile's least width."""
+    """The default precision may be bfloat16 in parts. Planes are narrower and wider than the least width of a tile."""
     pixels = np.hstack([photograph, photograph[:, ::-1]])[:400, :columns]
     planes = to_planes(pixels, Layout(pixels.shape, 2), (0, 255))
     whole, tiled = Settings(device=device, tile=2048), Settings(device=device, tile=tile)
     engine = engine_for(bundled(quality), whole)
     expected, symbols = (engine.analyse(planes, quality, settings).result() for settings in (whole, tiled))
     assert (symbols != expected).mean() < RARE[device]
-    if device == "cuda":  # which may sum convolutions of other sizes in another way
+    if device == "cuda":  # CUDA may sum convolutions of other sizes in another order
         assert np.abs(symbols - expected).max() <= 1
         symbols = expected
     first = engine.synthesise(expected, quality, 3, whole).result()
@@ -68,7 +67,7 @@ def test_tiles_equal_the_whole(photograph, device, quality, columns, tile):
 
 
 def test_compiled_networks_give_the_same(planes, monkeypatch):
-    """Traced by `torch.compile` with its simplest backend: the usual one takes a minute and a C++ compiler."""
+    """`torch.compile` has its simplest backend here: the default one takes a minute and a C++ compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain, compiled = (Settings(device="cpu", precision="float32", compile=on) for on in (False, True))
     engine, traced = (engine_for(bundled(2), settings) for settings in (plain, compiled))
@@ -82,7 +81,7 @@ def test_compiled_networks_give_the_same(planes, monkeypatch):
 
 
 def test_memory_of_a_forward_pass_is_bounded(planes):
-    """However large or many the planes: no more pixels than a batch or a tile, and what lies around each."""
+    """A pass has no more pixels than a batch, or a tile with its surroundings, for planes of any size and number."""
     settings = Settings(device="cpu", tile=128)
     engine = Engine(bundled(1), torch.device("cpu"))
     sizes = []
@@ -106,14 +105,14 @@ def test_memory_of_a_forward_pass_is_bounded(planes):
 
 
 def spied(engine):
-    """What (thread, torch's number of threads) the engine's analysis runs with."""
+    """Return a list that records (thread, torch's number of threads) of each analysis."""
     seen = []
     engine._analysis.register_forward_pre_hook(lambda *_: seen.append((threading.get_ident(), torch.get_num_threads())))
     return seen
 
 
 def test_a_lone_request_has_all_threads(planes):
-    """Torch's own number of them stays what it was."""
+    """Torch's own number of threads does not change."""
     before = torch.get_num_threads()
     engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=3)
     seen = spied(engine)
@@ -127,7 +126,7 @@ def test_a_lone_request_has_all_threads(planes):
 
 
 def test_requests_run_on_a_thread_each(planes):
-    """Without waiting for each other, and together on no more threads than the settings allow."""
+    """Requests do not wait for each other, and together use no more threads than the settings allow."""
     engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=3)
     seen, both = [], threading.Barrier(2, timeout=60)
 
@@ -137,7 +136,7 @@ def test_requests_run_on_a_thread_each(planes):
 
     engine._analysis.register_forward_pre_hook(meet)
     crops = [planes[:, :, :n, :64] for n in (64, 80)]
-    with engine.batcher._lock:  # let nobody take the first before the second is there
+    with engine.batcher._lock:  # no worker takes the first before the second is queued
         futures = [engine.analyse(crop, 1, settings) for crop in crops]
     symbols = [future.result(60) for future in futures]
     assert sorted(seen) in ([1, 1], [1, 2])
@@ -192,9 +191,9 @@ def test_symbols_do_not_depend_on_the_batch(planes, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_pixels_hardly_depend_on_the_batch(planes, device):
-    """Transposed convolutions round differently in other batches: a difference of far less than a grey level.
+    """Transposed convolutions round differently in other batches, by far less than a grey level.
 
-    On a GPU, in bfloat16 and TF32, of less than one.
+    On a GPU, in bfloat16 and TF32, the difference is less than one grey level.
     """
     settings = Settings(device=device)
     engine = engine_for(bundled(4), settings)
@@ -244,7 +243,7 @@ def test_devices_that_do_not_exist_are_refused(name):
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """A torch that says it sees two GPUs, of which the second is the current one."""
+    """Make torch report two GPUs, of which the second is the current one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -256,10 +255,10 @@ def test_gpus_have_numbers(two_gpus):
     assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
         "cuda:1", "cuda:1", "cuda:0", "cpu",
     ]  # fmt: skip
-    two_gpus.delattr(torch.cuda, "_is_in_bad_fork")  # not public: some torch may not have it
+    two_gpus.delattr(torch.cuda, "_is_in_bad_fork")  # not public, so a torch without it must work
     assert str(choose_device("auto")) == "cuda:1"
-    two_gpus.setattr(engine_module, "_engines", {})
-    two_gpus.setattr(engine_module, "Engine", lambda *_, **__: object())
+    two_gpus.setattr("zarr_cae.networks.engine._engines", {})
+    two_gpus.setattr("zarr_cae.networks.engine.Engine", lambda *_, **__: object())
     first, second, other = (
         engine_for(bundled(1), Settings(device=name, precision="float32")) for name in ("cuda", "cuda:1", "cuda:0")
     )

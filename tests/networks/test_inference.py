@@ -1,4 +1,4 @@
-"""Networks made ready for inference: the recast last layer, and lowered precision."""
+"""Networks prepared for inference: the recast last layer, and lowered precision."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_normalisation_is_the_same_with_and_without_gradients(monkeypatch, kind,
 @pytest.mark.parametrize(("precision", "levels", "rms"), [("auto", 1, 0.1), ("bfloat16", 4, 0.6)])
 @pytest.mark.parametrize("quality", [4, 8])
 def test_lowered_precision_keeps_the_pixels(photograph, precision, levels, rms, quality):
-    """How far the pixels of the same symbols may be from those in float32, in grey levels."""
+    """Pixels of the same symbols differ from those in float32 by few grey levels."""
     loaded, settings = bundled(quality), Settings(device="cpu")
     planes = to_planes(np.array(photograph[:256, :256]), Layout((256, 256, 3), 2), (0, 255))
     exact, low = Engine(loaded, CPU, "float32"), Engine(loaded, CPU, precision)
@@ -84,7 +84,7 @@ def test_lowered_precision_keeps_the_pixels(photograph, precision, levels, rms, 
 
 
 def tf32(values):
-    """Rounded to the ten bits of mantissa that a GPU multiplies; what is no float32 as it is."""
+    """Return float32 values rounded to the ten bits of mantissa that a GPU multiplies, and other values unchanged."""
     if values.dtype != torch.float32:
         return values
     bits = values.contiguous().view(torch.int32)
@@ -94,7 +94,7 @@ def tf32(values):
 @pytest.mark.parametrize(("precision", "levels", "rms"), [("float32", 0.3, 0.05), ("auto", 1, 0.1)])
 @pytest.mark.parametrize("quality", [1, 8])
 def test_tf32_keeps_the_pixels(photograph, precision, levels, rms, quality):
-    """What torch's default on GPUs does, tried on the CPU: convolutions multiply float32 in fewer bits."""
+    """TF32, torch's default on GPUs, simulated on the CPU: convolutions multiply float32 in fewer bits."""
     loaded, settings = bundled(quality), Settings(device="cpu")
     planes = to_planes(np.array(photograph[:256, :256]), Layout((256, 256, 3), 2), (0, 255))
     exact, low = Engine(loaded, CPU, "float32"), Engine(loaded, CPU, precision)

@@ -28,7 +28,7 @@ from zarr_cae.networks import microbatch
 from zarr_cae.networks.microbatch import BatchStatistics, Limit, MicroBatcher
 
 TIMEOUT = 30.0
-"""Of every wait: a bug fails its test and does not hang the suite."""
+"""Seconds of every wait: a bug fails its test and does not hang the suite."""
 
 
 class Engine:
@@ -80,12 +80,12 @@ def results(futures: list[Future[Any]]) -> list[Any]:
 
 
 async def awaited(batcher: MicroBatcher[Any, Any], key: Hashable, request: Any, weight: int = 1) -> Any:
-    """The result of a request of a coroutine."""
+    """Return the result of a request of a coroutine."""
     return await asyncio.wrap_future(batcher.submit(key, request, weight))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """For states that no event announces, such as another thread being asleep in `submit`."""
+    """Wait for a state that no event announces, such as another thread asleep in `submit`."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline
@@ -269,7 +269,7 @@ def test_thread_that_others_need_does_not_wait() -> None:
 
 
 def test_waiting_thread_is_not_starved_by_later_requests() -> None:
-    """Its own request being taken lets it go, however full the queue still is."""
+    """A caller goes on once its own request is taken, even if the queue is still full."""
     gates = {key: threading.Event() for key in ("first", "second", "later")}
 
     def run(key: Hashable, requests: list[int], lanes: int) -> list[int]:
@@ -353,7 +353,7 @@ def test_run_may_submit_to_its_own_full_queue() -> None:
 
 
 def test_callback_may_submit_to_the_full_queues_of_both_batchers() -> None:
-    """Two workers that waited for space in each other's queue would wait for ever."""
+    """Workers do not wait: two that waited for space in each other's queue would wait for ever."""
     engines = [Engine(max_weight=1, max_pending=1), Engine(max_weight=1, max_pending=1)]
     followers: list[Future[Any]] = []
     done = threading.Semaphore(0)
@@ -388,7 +388,7 @@ class Fussy(Engine):
 
 
 def fussy(errors: dict[int, BaseException]) -> tuple[Fussy, list[Future[Any]]]:
-    """An engine and the futures of its requests 1 to 5, which were one batch."""
+    """Return an engine and the futures of its requests 1 to 5, which were one batch."""
     engine = Fussy()
     engine.errors = errors
     engine.hold()
@@ -408,7 +408,7 @@ def test_error_fails_only_its_own_request() -> None:
 
 
 def test_error_of_the_whole_batch_only() -> None:
-    """Such as memory that does not suffice for many at once."""
+    """Such as a lack of memory for many requests at once."""
 
     def run(key: Hashable, requests: list[int], lanes: int) -> list[int]:
         assert gate.wait(TIMEOUT)
@@ -424,7 +424,7 @@ def test_error_of_the_whole_batch_only() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-def test_base_exception_leaves_nobody_waiting(error: BaseException) -> None:
+def test_base_exception_leaves_no_request_waiting(error: BaseException) -> None:
     engine, futures = fussy({3: error})
     for future in futures:
         failure = future.exception(TIMEOUT)
@@ -436,7 +436,7 @@ def test_base_exception_leaves_nobody_waiting(error: BaseException) -> None:
 
 
 def test_stop_iteration_reaches_a_coroutine() -> None:
-    """An asyncio future refuses it."""
+    """An asyncio future refuses StopIteration."""
     engine = Fussy()
     engine.errors = {1: StopIteration()}
     with pytest.raises(CAEError, match="interrupted by StopIteration"):
@@ -464,7 +464,7 @@ def test_wrong_number_of_results_fails_all(count: int) -> None:
 
 
 def test_dead_worker_is_replaced(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever killed it."""
+    """A worker may die of any error."""
     with monkeypatch.context() as patch:
         patch.setattr(engine.batcher, "_work_until_idle", lambda: None)
         future = engine.batcher.submit("key", 1)
@@ -475,7 +475,7 @@ def test_dead_worker_is_replaced(engine: Engine, monkeypatch: pytest.MonkeyPatch
 
 
 def test_stray_worker_leaves_the_queue_alone(engine: Engine) -> None:
-    """There is one worker, even when `run` forked or the start of a thread was interrupted."""
+    """There is one worker, even if `run` forked or the start of a thread was interrupted."""
     engine.hold()
     future = engine.batcher.submit("key", 1)
     engine.batcher._work_until_idle()
@@ -535,7 +535,7 @@ def test_task_cancelled_while_running_spares_its_batch(engine: Engine) -> None:
     assert asyncio.run(asyncio.wait_for(main(), TIMEOUT)) == -2
 
 
-def test_close_cancels_what_is_queued_and_finishes_what_runs() -> None:
+def test_close_cancels_queued_requests_and_finishes_running_batches() -> None:
     engine = Engine(max_pending=1)
     running = engine.hold()
     queued = engine.batcher.submit("key", 1)
@@ -572,7 +572,7 @@ def test_close_on_the_worker_does_not_wait_for_itself(engine: Engine) -> None:
 
 @pytest.fixture
 def three() -> Iterator[Engine]:
-    """An engine of three lanes."""
+    """Return an engine of three lanes."""
     engine = Engine(max_weight=4, lanes=3)
     yield engine
     engine.gate.set()
@@ -600,7 +600,7 @@ def test_later_requests_wait_for_lanes_that_are_in_use(three: Engine) -> None:
 
 
 def test_batches_run_side_by_side_and_do_not_wait_for_each_other(three: Engine) -> None:
-    """Of three batches the first two are stuck, and the lane of the third goes on."""
+    """The first two of three batches are stuck, and the lane of the third goes on."""
     three.gate.set()
     gates = [threading.Event() for _ in range(2)]
 
@@ -611,7 +611,7 @@ def test_batches_run_side_by_side_and_do_not_wait_for_each_other(three: Engine) 
         return [(request, lanes) for request in requests]
 
     three.batcher._run = stuck
-    with three.batcher._lock:  # let nobody take the first before the second is there
+    with three.batcher._lock:  # no worker takes the first before the second is queued
         blocked = [three.batcher.submit(key, key) for key in range(2)]
         third = three.batcher.submit("free", 2)
     entered(three, 2)
@@ -624,7 +624,7 @@ def test_batches_run_side_by_side_and_do_not_wait_for_each_other(three: Engine) 
     assert [result for result, _ in results(blocked)] == [0, 1]
 
 
-def test_free_lanes_share_what_is_queued(three: Engine) -> None:
+def test_free_lanes_share_queued_requests(three: Engine) -> None:
     three.hold()
     futures = [three.batcher.submit("key", request) for request in range(7)]
     three.gate.set()
@@ -643,7 +643,7 @@ def test_few_requests_have_several_lanes_each() -> None:
         engine.gate.set()
     results(futures)
     assert engine.lanes[0] == 8
-    assert min(engine.lanes[1:]) == 2  # for the first of three requests that eight lanes wait for
+    assert min(engine.lanes[1:]) == 2  # the first of three requests for which eight lanes wait
     engine.batcher.close(TIMEOUT)
 
 
@@ -810,11 +810,11 @@ def test_every_caller_gets_its_own_result(  # noqa: C901
 
 
 def in_forked_child(work: Callable[[], Any]) -> Any:
-    """The value of `work()`, called in a forked child."""
+    """Return the value of `work()`, called in a forked child."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=lambda: sender.send(work()))
-    with warnings.catch_warnings():  # of Python 3.12: that is just what is tested
+    with warnings.catch_warnings():  # Python 3.12 warns of forks with threads, which this tests
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         child.start()
     try:
@@ -828,7 +828,7 @@ def in_forked_child(work: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_child_starts_afresh_whatever_the_parent_was_doing(engine: Engine) -> None:
+def test_child_starts_afresh_in_every_state_of_the_parent(engine: Engine) -> None:
     running = engine.hold()
     queued = engine.batcher.submit("key", 1)
     locked, unlock = threading.Event(), threading.Event()
@@ -858,7 +858,7 @@ def test_child_starts_afresh_whatever_the_parent_was_doing(engine: Engine) -> No
     assert result == -5
     assert batches == [("child", [5])]
     engine.gate.set()
-    assert results([running, queued]) == [0, -1]  # the parent noticed nothing
+    assert results([running, queued]) == [0, -1]  # the parent is not affected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

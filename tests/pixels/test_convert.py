@@ -56,7 +56,7 @@ def test_value_ranges(dtype, value_range):
     back = to_chunk(to_planes(values, layout, value_range), layout, np.dtype(dtype), value_range)
     assert back.dtype == np.dtype(dtype)
     assert np.abs(back.astype(float) - values.astype(float)).max() <= max(1e-3, 1e-6) * (high - low)
-    to_planes(back, layout, value_range)  # what was decoded can be encoded: ends are not rounded outwards
+    to_planes(back, layout, value_range)  # decoded values can be encoded again: the ends are not rounded outwards
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_value_ranges(dtype, value_range):
      ("int64", 10**18, 10**18 + 255), ("uint64", 0, 2**64 - 1), ("uint64", 2**63, 2**63 + 255)],
 )  # fmt: skip
 def test_integers_do_not_overflow_and_small_ranges_far_from_0_are_exact(dtype, low, high):
-    """Ends, and values between, of ranges whose extent or whose ends their own dtype or float32 cannot hold."""
+    """Samples are exact at the ends of ranges, and between, even if float32 can't hold them."""
     values = np.array([low + (high - low) * n // 255 for n in range(256)], dtype).reshape(16, 16)
     layout = Layout(values.shape, None)
     value_range = resolve_value_range(np.dtype(dtype), (low, high))

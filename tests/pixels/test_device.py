@@ -1,4 +1,4 @@
-"""Chunks on the device: the same numbers as on the host."""
+"""Chunks as tensors: the same numbers as in NumPy."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zarr_cae.errors import CAEDataError
-from zarr_cae.pixels import convert as pixels
-from zarr_cae.pixels import device as tensors
+from zarr_cae.pixels import convert
+from zarr_cae.pixels import device as on_device
 from zarr_cae.pixels.layout import Layout
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
@@ -29,15 +29,15 @@ def test_there_and_back_as_on_the_host(device, name, data):
     random = np.random.default_rng(data.draw(st.integers(0, 9)))
     chunk = (value_range[0] + random.random(shape) * (value_range[1] - value_range[0])).astype(dtype)
     chunk = chunk.clip(*value_range)
-    assert tensors.supported(dtype)
-    there = tensors.to_tensor(chunk, torch.device(device))
-    planes = tensors.to_planes(there, layout, value_range)
-    expected = pixels.to_planes(chunk, layout, value_range)
+    assert on_device.supported(dtype)
+    there = on_device.to_tensor(chunk, torch.device(device))
+    planes = on_device.to_planes(there, layout, value_range)
+    expected = convert.to_planes(chunk, layout, value_range)
     assert planes.dtype == torch.float32
     np.testing.assert_allclose(planes.cpu().numpy(), expected, rtol=0, atol=2e-7)
     wild = torch.from_numpy(expected + random.normal(0, 0.3, expected.shape).astype(np.float32)).to(device)
-    back = tensors.to_chunk(wild, layout, dtype, value_range)
-    host = pixels.to_chunk(wild.cpu().numpy(), layout, dtype, value_range)
+    back = on_device.to_chunk(wild, layout, dtype, value_range)
+    host = convert.to_chunk(wild.cpu().numpy(), layout, dtype, value_range)
     assert back.is_contiguous()
     found = back.cpu().numpy()
     assert found.dtype == dtype
@@ -49,7 +49,7 @@ def test_there_and_back_as_on_the_host(device, name, data):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64, np.uint64])
 def test_wide_integers_are_left_to_the_host(dtype):
-    assert not tensors.supported(np.dtype(dtype))
+    assert not on_device.supported(np.dtype(dtype))
 
 
 @pytest.mark.parametrize(("name", "bad"), [("int16", 200), ("uint16", 65535), ("float32", np.nan), ("float32", 1.5)])
@@ -58,16 +58,16 @@ def test_values_outside_the_range_are_refused_in_the_same_words(name, bad):
     chunk[1, 2] = bad
     value_range = (0, 1) if name == "float32" else (0, 100)
     messages = []
-    for make in (lambda: pixels.to_planes(chunk, layout, value_range),
-                 lambda: tensors.to_planes(torch.from_numpy(chunk), layout, value_range)):  # fmt: skip
+    for make in (lambda: convert.to_planes(chunk, layout, value_range),
+                 lambda: on_device.to_planes(torch.from_numpy(chunk), layout, value_range)):  # fmt: skip
         with pytest.raises(CAEDataError) as caught:
             make()
-        messages.append(str(caught.value).split("do not fit")[1])
+        messages.append(str(caught.value).split("not fit")[1])
     assert messages[0] == messages[1]
 
 
 class OnDevice:
-    """An array that only DLPack can reach."""
+    """An array whose values can only be read through DLPack."""
 
     def __init__(self, array):
         self.array = array
@@ -83,14 +83,14 @@ def test_arrays_of_any_order_and_of_the_device():
     chunk = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)[:, ::2, ::-1]
     chunk.setflags(write=False)
     cpu = torch.device("cpu")
-    np.testing.assert_array_equal(tensors.to_tensor(chunk, cpu).numpy(), chunk)
-    np.testing.assert_array_equal(tensors.to_tensor(OnDevice(torch.arange(5)), cpu).numpy(), np.arange(5))
+    np.testing.assert_array_equal(on_device.to_tensor(chunk, cpu).numpy(), chunk)
+    np.testing.assert_array_equal(on_device.to_tensor(OnDevice(torch.arange(5)), cpu).numpy(), np.arange(5))
 
 
 @pytest.mark.parametrize("value_range", [(0, 65535), (0.0, 1.0)])
 def test_the_square_root_is_that_of_the_host(value_range):
     planes = np.random.default_rng(0).random((2, 3, 16, 32)).astype(np.float32)
-    rooted = pixels.to_root(planes, value_range)
-    np.testing.assert_allclose(tensors.to_root(torch.from_numpy(planes), value_range), rooted, atol=1e-7)
-    back = tensors.from_root(torch.from_numpy(rooted), value_range)
-    np.testing.assert_allclose(back, pixels.from_root(rooted, value_range), atol=1e-7)
+    rooted = convert.to_root(planes, value_range)
+    np.testing.assert_allclose(on_device.to_root(torch.from_numpy(planes), value_range), rooted, atol=1e-7)
+    back = on_device.from_root(torch.from_numpy(rooted), value_range)
+    np.testing.assert_allclose(back, convert.from_root(rooted, value_range), atol=1e-7)

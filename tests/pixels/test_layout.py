@@ -1,4 +1,4 @@
-"""Which axes of a chunk are channels, rows and columns."""
+"""The axes of channels, rows and columns of a chunk."""
 
 import pytest
 

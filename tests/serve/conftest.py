@@ -12,5 +12,5 @@ def on_cpu():
 
 @pytest.fixture(scope="session")
 def small(photograph):
-    """Pixels (72, 104, 3): 16 and 32 do not divide the edges."""
+    """Return pixels (72, 104, 3): 16 and 32 do not divide the edges."""
     return photograph[150:222, 200:304]

@@ -30,7 +30,7 @@ pytest.importorskip("uvicorn")
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory, small):
-    """The folder of a group: CAE arrays, one of them in shards, one of floats, and a mask."""
+    """Return the folder of a group: CAE arrays, one of them in shards, one of floats, and a mask."""
     folder = tmp_path_factory.mktemp("served") / "g.zarr"
     fill(folder, small)
     root = zarr.open_group(folder, mode="r+")
@@ -58,7 +58,7 @@ def server(archive):
 
 
 def request(address, path, method="GET", **headers):
-    """Status, headers and body of a request whose path is sent as it is."""
+    """Send a request with an unchanged path, and return status, headers and body."""
     split = urlsplit(address)
     connection = http.client.HTTPConnection(split.hostname, split.port, timeout=120)
     try:
@@ -143,7 +143,7 @@ def test_one_site_may_read(archive):
     "/tiles/0/latents/0/0/0.png?at=99999", "/tiles/0/latents/0/0/0.png", "/tiles/0/latents/0/0/0.png?at=a",
     "/tiles/0/pixels/99999999999999999999/0/0.png",
 ])  # fmt: skip
-def test_what_is_not_served(server, path):
+def test_refused_paths(server, path):
     status, _, body = request(server, path)
     assert status in {400, 404}
     assert b"secret" not in body
@@ -217,7 +217,7 @@ def test_tensorstore(server, archive, tmp_path, name):
 
 
 def zarrita():
-    """The folder of the package; the test is skipped without it."""
+    """Return the folder of the package; skip the test without it."""
     folder = os.environ.get("ZARR_CAE_NODE_MODULES")
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
@@ -245,14 +245,14 @@ def test_zarrita(server, archive, name):
 
 @pytest.mark.slow
 def test_two_hundred_requests_at_a_time(photograph, tmp_path):
-    """No error, and memory stays within what the cache and the limits allow."""
+    """There is no error, and memory stays within the limits of cache and requests."""
     pixels = np.tile(photograph, (2, 2, 1))
     array = create(pixels, (128, 128, 3), tmp_path / "a.zarr")
     paths = [f"/zarr/c/{row}/{column}/0" for row in range(8) for column in range(8)] * 10
     paths += [f"/tiles/0/pixels/{scale}/0/0.png" for scale in range(3)] * 20 + ["/zarr/zarr.json"] * 100
     with serving(tmp_path / "a.zarr", cache_bytes=1 << 20) as address, ThreadPoolExecutor(200) as pool:
         meeting = threading.Barrier(200)
-        list(pool.map(lambda _: meeting.wait(60), range(200)))  # all threads are there
+        list(pool.map(lambda _: meeting.wait(60), range(200)))  # wait for all threads
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         answers = list(pool.map(lambda path: request(address, path), paths))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -261,7 +261,7 @@ def test_two_hundred_requests_at_a_time(photograph, tmp_path):
     for path, (_, _, body) in zip(paths, answers, strict=True):
         if "tiles" not in path and path.endswith("json"):
             assert body == bodies[path]
-    assert grown < 600 << 10, f"{grown >> 10} MiB"  # kilobytes; the networks for a batch of 64 chunks are most of it
+    assert grown < 600 << 10, f"{grown >> 10} MiB"  # in KiB; the networks need most of it, for a batch of 64 chunks
     served = zarr.open_array(DecodedStore(tmp_path / "a.zarr"), mode="r")
     close(served[...], array[...], 1)
 
@@ -288,7 +288,7 @@ def test_the_command(archive, tmp_path):
     (["empty"], "zarr|node|found"),
     (["g.zarr", "--port", "70000"], "--port"),
 ])  # fmt: skip
-def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, small, arguments, reason):
+def test_the_command_refuses_bad_arguments(tmp_path, monkeypatch, capsys, small, arguments, reason):
     from zarr_cae.cli import main
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`ByteCache`, `SharedWork` and `ByteLimit`: what is kept, made once, and held back."""
+"""`ByteCache`, `SharedWork` and `ByteLimit`: values are kept, made once, and held back."""
 
 import asyncio
 import os
@@ -59,7 +59,7 @@ def test_a_child_forked_while_other_threads_use_the_cache():
         thread.join()
 
 
-def test_an_error_reaches_all_who_wait_and_is_not_kept():
+def test_an_error_reaches_all_waiting_callers_and_is_not_kept():
     calls = []
 
     async def fail():
@@ -126,7 +126,7 @@ def test_a_limit_is_kept_and_all_get_their_turn(works):
         found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         assert most <= 10
         assert served == found.count(None) >= sum(not cancel for *_, cancel in works)
-        async with limit.holding(10):  # nothing is held any more
+        async with limit.holding(10):  # no bytes are held now
             pass
 
     asyncio.run(main())

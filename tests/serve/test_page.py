@@ -31,7 +31,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def pictures(photograph, tmp_path_factory):
-    """A pyramid of three levels (its finest is 1024 x 2048), a stack of grey images, and a mask."""
+    """Return a pyramid of three levels (its finest is 1024 x 2048), a stack of grey images, and a mask."""
     folder = tmp_path_factory.mktemp("page") / "pictures.zarr"
     root = zarr.create_group(folder)
     finest = np.tile(photograph, (2, 4, 1))
@@ -71,7 +71,7 @@ def browser(tmp_path):
 
 
 class Page:
-    """What a person does and sees."""
+    """Acts on the page as a person does, and reads the screen."""
 
     def __init__(self, driver, folder):
         self.driver, self.folder = driver, folder
@@ -83,7 +83,7 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def tiles(self):
-        """Paths of the tiles that were requested since the last call."""
+        """Return the paths of the tiles that were requested since the last call."""
         names = self.run("const all = performance.getEntriesByType('resource'); performance.clearResourceTimings();"
                          "return all.map(entry => entry.name)")  # fmt: skip
         return [name.partition("/tiles/")[2] for name in names if "/tiles/" in name]
@@ -99,10 +99,10 @@ class Page:
         """Wait until all tiles on the screen are drawn."""
         script = "const world = viewer.world; return world.getItemCount() === 1 && world.getItemAt(0).getFullyLoaded()"
         self.wait(lambda: self.run(script))
-        time.sleep(0.3)  # a frame of the screen later
+        time.sleep(0.3)  # wait for the next frame of the screen
 
     def shot(self, name):
-        """The screen as an array, also kept as a file."""
+        """Return the screen as an array, and save it as a file."""
         path = self.folder / f"{name}.png"
         self.driver.save_screenshot(str(path))
         with Image.open(path) as image:
@@ -113,7 +113,7 @@ class Page:
 
 
 def middle(shot):
-    """The part of the screen where the picture is."""
+    """Return the part of the screen that shows the picture."""
     return shot[200:-100, 250:-250].astype(int)
 
 

@@ -1,4 +1,4 @@
-"""`Pictures`: which arrays are shown, from which level, and what is on a tile."""
+"""`Pictures`: the arrays that are shown, their levels, and their tiles."""
 
 import asyncio
 import io
@@ -26,7 +26,7 @@ def tile(pictures, *place, at=()):
 
 
 def whole(pictures, picture, kind, scale, at=()):
-    """All tiles of a scale, put together."""
+    """Return all tiles of a scale as one picture."""
     rows, row = [], 0
     while (first := tile(pictures, picture, kind, scale, 0, row, at=at)) is not None:
         tiles, column = [first], 1
@@ -40,7 +40,7 @@ def whole(pictures, picture, kind, scale, at=()):
 
 @pytest.fixture(scope="module")
 def pyramid(tmp_path_factory, photograph):
-    """A pyramid of uneven sizes: 400 x 510, 200 x 255 and 100 x 128."""
+    """Return a pyramid of uneven sizes: 400 x 510, 200 x 255 and 100 x 128."""
     folder = tmp_path_factory.mktemp("pictures") / "p.zarr"
     group = zarr.create_group(folder)
     pixels = [np.asarray(Image.fromarray(photograph[:400, :510]).reduce(2**level)) for level in range(3)]

@@ -23,7 +23,7 @@ def names_of(node):
 
 
 def assert_same(found, expected):
-    """The same pixels of 0 to 255, but for one grey level: batches of other sizes may sum in another order."""
+    """Check that pixels agree within one grey level: batches of other sizes may sum in another order."""
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert np.abs(found.astype(np.float64) - expected).max(initial=0) <= 1
 
@@ -226,7 +226,7 @@ def test_a_damaged_chunk_is_refused(small, pipeline):
 
 
 class Counting(WrapperStore):
-    """A store that remembers the keys that were read."""
+    """A store that records the keys that were read."""
 
     def __init__(self, store):
         super().__init__(store)
@@ -252,7 +252,7 @@ def test_requests_at_the_same_time_decode_a_chunk_once(small):
     assert store.read.count("c/0/0/0") == 1
     whole = read(view, "c/0/0/0")
     assert found == [whole[i : i + 2] for i in range(20)]
-    assert store.read.count("c/0/0/0") == 2  # nothing was kept
+    assert store.read.count("c/0/0/0") == 2  # no value was cached
 
 
 def test_chunks_are_kept_within_the_limit(small):

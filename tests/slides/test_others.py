@@ -12,12 +12,12 @@ from zarr_cae import CAECodec, open_bottleneck
 from zarr_cae.cli import main
 from zarr_cae.evaluation.measures import psnr
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the other libraries
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the other libraries
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory, tissue: np.ndarray) -> Path:
-    """An OME-Zarr image of three levels: 300 x 420, 150 x 210, 75 x 105."""
+    """Return an OME-Zarr image of three levels: 300 x 420, 150 x 210, 75 x 105."""
     tifffile = pytest.importorskip("tifffile")
     folder = tmp_path_factory.mktemp("image")
     metadata = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
@@ -81,7 +81,7 @@ def test_dask_and_xarray_read(image: Path, tissue: np.ndarray) -> None:
 
 
 def test_ngff_zarr_reads_metadata_but_no_pixels(image: Path) -> None:
-    """Its reader is written in Rust and knows a fixed list of codecs."""
+    """The reader is written in Rust and has a fixed list of codecs."""
     ngff_zarr = pytest.importorskip("ngff_zarr", minversion="0.50")
     with pytest.raises(Exception, match="codec cae is not supported"):
         ngff_zarr.from_ngff_zarr(str(image))

@@ -1,4 +1,4 @@
-"""Patches of a slide: where they lie, and that glass is left out."""
+"""Patches of a slide: positions, and glass is left out."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.errors import CAEConfigurationError, CAEError
 from zarr_cae.slides.sources import CachedRows, Slide, open_slide
 
 tifffile = pytest.importorskip("tifffile")
@@ -97,7 +97,7 @@ def test_resolution_profile_and_description(write: Write, tissue: np.ndarray) ->
     assert slide.metadata.further["description"] == "stained with H&E"
     slide.close()
     slide = open_slide(write("b.tif", tissue, resolution=(300, 300), resolutionunit="INCH"))
-    assert slide.metadata.pixel_size == {}  # of a print, not of a microscope
+    assert slide.metadata.pixel_size == {}  # the resolution of a print, not of a microscope
     assert slide.metadata.dpi == (300, 300)
     slide.close()
 
@@ -234,3 +234,24 @@ def test_damaged_files_are_refused(tmp_path: Path, tissue: np.ndarray) -> None:
         open_slide(tmp_path / "b.png")
     with pytest.raises(FileNotFoundError):
         open_slide(tmp_path / "none.tif")
+
+
+def test_damaged_tiffs_raise_our_errors(write: Write, tissue: np.ndarray, tmp_path: Path) -> None:
+    random, refused = np.random.default_rng(0), 0
+    for options in ({"compression": "zlib"}, {"tile": None, "compression": "lzw"}, {"compression": "jpeg"}):
+        content = write("a.tif", tissue[:100, :100], **options).read_bytes()
+        for place in random.integers(8, len(content), 25):
+            noise = bytearray(content)
+            noise[place : place + 4] = random.bytes(4)
+            for damaged in (content[:place], bytes(noise)):
+                (tmp_path / "b.tif").write_bytes(damaged)
+                try:
+                    slide = open_slide(tmp_path / "b.tif")
+                    try:
+                        if np.prod(slide.shape) < 10**7:
+                            whole(slide)
+                    finally:
+                        slide.close()
+                except (CAEError, OSError):
+                    refused += 1
+    assert refused > 40

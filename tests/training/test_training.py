@@ -25,10 +25,13 @@ from zarr_cae.training.data import Crops
 from zarr_cae.training.density import Density
 from zarr_cae.training.export import export, restore
 from zarr_cae.training.fitting import _learned_sources, fit
-from zarr_cae.training.loop import DECODER_ONLY_FROM, Recipe, Trainer, learning_rate, read_checkpoint, train
 from zarr_cae.training.loss import border_bias, mean_squared_error, multiscale_dissimilarity, rate_distortion
 from zarr_cae.training.model import Coded, GainedAutoencoder, default_lambdas
+from zarr_cae.training.patterns import draw_pattern
+from zarr_cae.training.run import train_network
+from zarr_cae.training.schedule import PHASES, learning_rate, phase_at
 from zarr_cae.training.soap import Soap
+from zarr_cae.training.trainer import Progress, Recipe, Trainer, read_checkpoint
 from zarr_cae.weights import registry
 
 
@@ -136,6 +139,27 @@ def test_a_tenth_of_the_crops_is_grey(crops: Crops) -> None:
     batch = crops.batch(400)
     grey = (batch[:, 0] == batch[:, 1]).flatten(1).all(1) & (batch[:, 1] == batch[:, 2]).flatten(1).all(1)
     assert 0.04 < float(grey.float().mean()) < 0.18
+
+
+def test_patterns_keep_shape_and_range() -> None:
+    random = np.random.default_rng(0)
+    grey, colour = (random.integers(0, 256, (32, 48, depth)) for depth in (1, 3))
+    kinds = set()
+    for _ in range(60):
+        for crop in (grey, colour):
+            found = draw_pattern(crop, random)
+            assert found.shape == (32, 48, 3)
+            assert found.dtype == np.uint8
+            assert not np.array_equal(found, np.broadcast_to(crop, found.shape))
+            kinds.add(len(np.unique(found)) > 2)
+    assert kinds == {True, False}  # two levels, and many
+
+
+def test_some_crops_become_patterns(folder: Path) -> None:
+    plain, mixed = (Crops([folder], crop=32, seed=0, patterns=share).batch(200) for share in (0, 0.2))
+    two_levels = [sum(len(one.unique()) <= 6 for one in batch) for batch in (plain, mixed)]
+    assert two_levels[0] == 0
+    assert 5 < two_levels[1] < 60
 
 
 @pytest.mark.parametrize(
@@ -452,9 +476,10 @@ def test_soap_is_adam_in_the_eigenbasis() -> None:
 def test_schedule() -> None:
     assert learning_rate(0, 0) == pytest.approx(1 / 200)
     assert learning_rate(0.01, 5000) > 0.99
-    assert learning_rate(DECODER_ONLY_FROM - 1e-6, 5000) == pytest.approx(0.03, abs=1e-3)
-    assert learning_rate(DECODER_ONLY_FROM, 5000) == pytest.approx(0.30, abs=1e-3)
+    assert learning_rate(PHASES[-1].begin - 1e-6, 5000) == pytest.approx(0.03, abs=1e-3)
+    assert learning_rate(PHASES[-1].begin, 5000) == pytest.approx(0.30, abs=1e-3)
     assert learning_rate(1, 5000) == pytest.approx(0.01)
+    assert [phase_at(share) for share in (0, 0.59, 0.6, 0.87, 0.88, 1)] == [PHASES[i] for i in (0, 0, 1, 1, 2, 2)]
 
 
 def test_a_few_steps_reduce_the_loss_of_a_batch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,14 +494,25 @@ def test_a_few_steps_reduce_the_loss_of_a_batch(trainer: Trainer, monkeypatch: p
     assert len(reports[-1].bits_per_pixel) == len(reports[-1].psnr) == 5
 
 
-def test_train_runs_to_its_end_in_all_phases(trainer: Trainer, tmp_path: Path) -> None:
-    reports = []
-    train(trainer, tmp_path / "c.pt", reports.append, every=5)
-    assert [report.step for report in reports if not report.validation] == list(range(1, 9))
-    assert [report.step for report in reports if report.validation] == [5, 8]
-    assert all(math.isfinite(report.loss) for report in reports if not report.validation)
-    assert read_checkpoint(tmp_path / "c.pt")["step"] == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+def test_train_network_runs_to_its_end_in_all_phases_and_resumes(folder: Path, tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    recipe = Recipe("low", steps=4, crop=32, crops_per_quality=1, patterns=0.5)
+
+    def report(progress: Progress) -> None:
+        reports.append(progress)
+        if len(reports) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_network([folder], tmp_path / "run", recipe, report=report)
+    assert read_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
+    info = train_network([folder], tmp_path / "run", recipe, resume=True, report=report)
+    assert [one.step for one in reports if not one.validation] == [1, 2, 3, 4]
+    assert [one.step for one in reports if one.validation] == [4]
+    assert all(math.isfinite(one.loss) for one in reports if not one.validation)
+    assert info.provenance["recipe"]["patterns"] == 0.5
+    names = {"checkpoint.pt", "log.csv", "run.json", info.path.name}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
 
 
 def test_resume_goes_on_as_if_nothing_had_happened(trainer: Trainer, folder: Path, tmp_path: Path) -> None:

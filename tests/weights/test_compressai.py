@@ -1,4 +1,4 @@
-"""CompressAI's checkpoints, with seeded random weights in the zoo's file form."""
+"""CompressAI's checkpoints, with seeded random weights in CompressAI's file format."""
 
 import hashlib
 import itertools
@@ -19,8 +19,7 @@ from zarr_cae.coder import rans
 from zarr_cae.coder.tables import PRECISION
 from zarr_cae.config import Settings
 from zarr_cae.networks.engine import Engine
-from zarr_cae.weights import compressai as zoo
-from zarr_cae.weights import registry
+from zarr_cae.weights import compressai, registry
 from zarr_cae.weights.file import ZOO_MODEL
 
 N, M = 8, 12
@@ -31,7 +30,7 @@ def reparametrised(value):
 
 
 def state_dict(seed=0):
-    """Keys and shapes of CompressAI 1.2.8's `FactorizedPrior(8, 12)`, with lively latents and no tables."""
+    """Return a state dict of CompressAI 1.2.8's `FactorizedPrior(8, 12)`, with varied latents and no tables."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -70,7 +69,7 @@ def cache(tmp_path, monkeypatch):
 
 def converted(state, folder, quality=3, metric="ms-ssim"):
     torch.save(state, folder / "checkpoint.pth.tar")
-    info = registry.store(zoo.convert(folder / "checkpoint.pth.tar", quality=quality, metric=metric))
+    info = registry.store(compressai.convert(folder / "checkpoint.pth.tar", quality=quality, metric=metric))
     return registry.load(info.path)
 
 
@@ -98,7 +97,7 @@ def test_names_of_older_and_newer_compressai(cache):
 
 
 def test_against_compressai_itself(cache):
-    """Same symbols, pixels within one grey level, payload as long as the density says."""
+    """The symbols are equal, pixels agree within one grey level, and the density predicts the payload."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -146,7 +145,7 @@ def test_through_zarr(cache):
 
 
 def test_tables_follow_the_density_when_the_checkpoint_has_none(cache):
-    """Ballé's density, computed here a second time with torch."""
+    """Return Ballé's density, computed independently with torch."""
     state = state_dict()
     loaded = converted(state, cache)
     for channel in range(M):
@@ -168,13 +167,13 @@ def test_tables_follow_the_density_when_the_checkpoint_has_none(cache):
 def test_files_that_are_no_checkpoints(cache, content):
     (cache / "x.pth.tar").write_bytes(content)
     with pytest.raises(CAEConfigurationError, match="not a checkpoint"):
-        zoo.convert(cache / "x.pth.tar", quality=1, metric="mse")
+        compressai.convert(cache / "x.pth.tar", quality=1, metric="mse")
 
 
 def test_checkpoints_of_something_else(cache):
     torch.save({"fc.weight": torch.zeros(3, 3)}, cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match="not a bmshj2018-factorized state dict"):
-        zoo.convert(cache / "x.pth.tar", quality=1, metric="mse")
+        compressai.convert(cache / "x.pth.tar", quality=1, metric="mse")
 
 
 class Evil:
@@ -185,17 +184,17 @@ class Evil:
 def test_nothing_is_unpickled(cache, capsys):
     torch.save({"g_a.0.weight": Evil()}, cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match="only tensors"):
-        zoo.convert(cache / "x.pth.tar", quality=1, metric="mse")
+        compressai.convert(cache / "x.pth.tar", quality=1, metric="mse")
     assert "owned" not in capsys.readouterr().out
 
 
 def without(*names):
-    """The state dict without the keys that have one of these in them."""
+    """Return the state dict without the keys that contain one of these strings."""
     return {key: value for key, value in state_dict().items() if not any(name in key for name in names)}
 
 
 def with_tables(**changed):
-    """The state dict with tables of 8 symbols a channel, as CompressAI stores them."""
+    """Return the state dict with tables of 8 symbols per channel, in CompressAI's form."""
     cdf = torch.tensor([0, 100, 800, 20000, 40000, 60000, 65000, 65500, 65520, 65536, 0, 0], dtype=torch.int32)
     stored = {
         "_quantized_cdf": cdf.repeat(M, 1), "_cdf_length": torch.full((M,), 10, dtype=torch.int32),
@@ -212,10 +211,10 @@ def test_tables_of_the_checkpoint_are_kept(cache):
 
 
 @pytest.mark.parametrize("name", sorted(key for key in without("pedestal", "_offset", "_cdf")))
-def test_whatever_lacks_is_named(cache, name):
+def test_a_missing_tensor_is_named(cache, name):
     torch.save(without(name), cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=rf"x\.pth\.tar is not a bmshj.* it has no {re.escape(name)}$"):
-        zoo.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
 
 
 ODD = {
@@ -243,7 +242,7 @@ def test_odd_checkpoints_are_refused_by_the_key(cache, case):
     changed, named = ODD[case]
     torch.save({**state_dict(), **changed}, cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=f"not a bmshj2018-factorized state dict: .*{re.escape(named)}"):
-        zoo.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +259,7 @@ def test_odd_tables_are_refused_by_the_key(cache, name, value):
         del state[f"entropy_bottleneck.{name}"]
     torch.save(state, cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=rf"state dict: .*entropy_bottleneck\.({name}|\* give no tables)"):
-        zoo.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
 
 
 @pytest.mark.parametrize(
@@ -268,10 +267,10 @@ def test_odd_tables_are_refused_by_the_key(cache, name, value):
     [{"state_dict": [torch.zeros(3)]}, [torch.zeros(3)], {1: torch.zeros(3)}, torch.zeros(3), {},
      {"g_a.0.weight": torch.zeros(8, 3, 5, 5, dtype=torch.bfloat16)}],
 )  # fmt: skip
-def test_what_is_no_dict_of_tensors(cache, state):
+def test_checkpoints_that_are_not_a_dict_of_tensors(cache, state):
     torch.save(state, cache / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=r"x\.pth\.tar is not a"):
-        zoo.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
 
 
 def test_safetensors_and_parameters_give_the_same_network(cache):
@@ -280,17 +279,17 @@ def test_safetensors_and_parameters_give_the_same_network(cache):
     expected = converted(state_dict(), cache).tensors
     tensors = converted({key: torch.nn.Parameter(value) for key, value in state_dict().items() if value.numel()}, cache)
     save_file(state_dict(), cache / "x.safetensors")
-    info = registry.store(zoo.convert(cache / "x.safetensors", quality=3, metric="mse"))
+    info = registry.store(compressai.convert(cache / "x.safetensors", quality=3, metric="mse"))
     for found in (tensors.tensors, registry.load(info.path).tensors):
         assert all((found[name] == value).all() for name, value in expected.items())
     (cache / "x.safetensors").write_bytes(b"junk of more than eight bytes")
     with pytest.raises(CAEConfigurationError, match=r"x\.safetensors is not a checkpoint"):
-        zoo.convert(cache / "x.safetensors", quality=3, metric="mse")
+        compressai.convert(cache / "x.safetensors", quality=3, metric="mse")
 
 
 @pytest.fixture
 def zoo_of_files(cache, monkeypatch):
-    """CompressAI's table of addresses, of files here; that of quality 2 is not what its name says."""
+    """Make a table of addresses of local files; the file of quality 2 does not match the digits in its name."""
     torch.save(state_dict(), cache / "x.pth.tar")
     content = (cache / "x.pth.tar").read_bytes()
     urls = {}
@@ -313,35 +312,35 @@ def test_fetch(zoo_of_files, monkeypatch, capfd):
         return download(url, *arguments, **keywords)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", counted)
-    path = zoo.fetch(quality=1, metric="mse")
+    path = compressai.fetch(quality=1, metric="mse")
     assert len(asked) == 1
     assert capfd.readouterr() == ("", "")  # no progress bar where there is no terminal
     (info,) = (info for info in registry.available() if info.path.parent == zoo_of_files / "cache")
     assert (info.path, info.model, info.metric, info.qualities) == (path, ZOO_MODEL, "mse", (1,))
     assert CAECodec(1, model=ZOO_MODEL).weights == info.digest
     monkeypatch.setitem(sys.modules, "compressai", None)
-    assert zoo.fetch(quality=1, metric="mse") == path
+    assert compressai.fetch(quality=1, metric="mse") == path
     assert len(asked) == 1  # nothing is downloaded again
 
 
 def test_fetch_shows_its_progress_on_a_terminal(zoo_of_files, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    zoo.fetch(quality=1, metric="mse")
+    compressai.fetch(quality=1, metric="mse")
     assert "100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("quality", "message"), [(2, "invalid hash value"), (3, "No such file")])
-def test_fetch_of_what_is_not_what_it_should_be(zoo_of_files, quality, message):
+def test_fetch_of_a_wrong_or_damaged_file(zoo_of_files, quality, message):
     with pytest.raises(CAEConfigurationError, match=f"prior-{quality}.* could not be fetched: .*{message}"):
-        zoo.fetch(quality=quality, metric="mse")
+        compressai.fetch(quality=quality, metric="mse")
     assert not (zoo_of_files / "cache").exists()
 
 
-def test_fetch_without_compressai_says_what_to_do(tmp_path):
+def test_fetch_without_compressai_names_the_remedy(tmp_path):
     code = (
         "import sys; sys.modules['compressai'] = None\n"
-        "from zarr_cae import CAEConfigurationError; from zarr_cae.weights import compressai as zoo\n"
-        "try: zoo.fetch(quality=1, metric='mse')\n"
+        "from zarr_cae import CAEConfigurationError; from zarr_cae.weights import compressai\n"
+        "try: compressai.fetch(quality=1, metric='mse')\n"
         "except CAEConfigurationError as error: assert 'weights import' in str(error)\n"
         "else: raise SystemExit('no error')"
     )

@@ -1,4 +1,4 @@
-"""The format of weights files: everything that is off is refused, from the header where that is possible."""
+"""The format of weights files: malformed files are refused, from the header if possible."""
 
 import json
 
@@ -20,19 +20,19 @@ def cache(tmp_path, monkeypatch):
 
 
 def with_metadata(metadata):
-    """A file whose header's `__metadata__` is of another kind."""
+    """Return a file whose header has a `__metadata__` of another type."""
     header = json.dumps({"__metadata__": metadata, "a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
     return len(header).to_bytes(8, "little") + header
 
 
 def deep():
-    """A file with very deep JSON as its header."""
+    """Return a file with deeply nested JSON as its header."""
     header = b"[" * 100_000 + b"]" * 100_000
     return len(header).to_bytes(8, "little") + header
 
 
 def bfloat16():
-    """A file whose gains say that they are bfloat16."""
+    """Return a file whose header gives the gains as bfloat16."""
     content = tiny()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

@@ -1,4 +1,4 @@
-"""Weights files: found by digest, verified, refused when anything is off."""
+"""Weights files: find them by digest, verify them, refuse bad ones."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def test_all_sixteen_configurations_are_bundled_once():
     assert sorted(found) == sorted((metric, quality) for metric in METRICS for quality in range(1, 9))
 
 
-def test_bundled_files_are_what_their_names_say_and_fit_the_wheel():
+def test_bundled_files_have_the_digests_in_their_names_and_fit_the_wheel():
     files = sorted(registry.bundled_folder().glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) < 40e6
     for file in files:

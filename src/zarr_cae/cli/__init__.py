@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _zarr_errors() -> tuple[type[Exception], ...]:
-    """Zarr's own exceptions; none if it was never imported."""
+    """Return zarr's own exceptions; none if zarr was never imported."""
     module: Any = sys.modules.get("zarr.errors")
     return () if module is None else (module.BaseZarrError,)
 

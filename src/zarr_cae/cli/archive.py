@@ -1,4 +1,4 @@
-"""`encode`, `decode` and `info`: images into Zarr and back, and what an array costs."""
+"""`encode`, `decode` and `info`: convert images to Zarr and back, and show the size of an array."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("paths", nargs="+", metavar="PATH", help="IMAGE... OUT.zarr: the images, and last the output")
     parser.add_argument("-q", "--quality", type=quality, default=8, help="1 (smallest) to 8 (best); default 8")
-    parser.add_argument("--metric", choices=METRICS, default="mse", help="what the network was trained for")
+    parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
     parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
     parser.add_argument("--chunks", type=pair, default=(256, 256), metavar="ROWS,COLS", help="default 256,256")
     parser.add_argument("--shards", type=pair, metavar="ROWS,COLS", help="files of many chunks; a multiple of --chunks")
     parser.add_argument(
         "--channel-axis", type=channel_axis, default="auto", metavar="N|none|auto",
-        help="axis of the colour channels in .npy and .zarr arrays; auto: the only axis of length 3",
+        help="axis of the colour channels in .npy and .zarr arrays; auto: the last axis, if its length is 3",
     )  # fmt: skip
     parser.add_argument(
         "--value-range", type=value_range, metavar="LO,HI",
@@ -77,7 +77,7 @@ def add(commands: Commands) -> None:
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    """`zarr-cae encode`."""
+    """Run `zarr-cae encode`."""
     *images, out = [Path(path) for path in arguments.paths]
     if not images or out.suffix != ".zarr":
         refuse(f"the last path is the output and ends in .zarr; got {out}")
@@ -108,7 +108,7 @@ def _summary(array: zarr.Array[Any]) -> str:
 
 
 def decode(arguments: argparse.Namespace) -> None:
-    """`zarr-cae decode`."""
+    """Run `zarr-cae decode`."""
     path: Path = arguments.image
     numpy_file = path.suffix.lower() == ".npy"
     name = None if numpy_file else picture_format(path)
@@ -135,7 +135,7 @@ def decode(arguments: argparse.Namespace) -> None:
 def _read(array: zarr.Array[Any], target: Pixels) -> None:
     """Decode an array into another in host memory, piece by piece.
 
-    On an event loop of its own, so that Ctrl-C stops all work before it returns.
+    It has an event loop of its own, so that Ctrl-C stops all work before it returns.
     """
     size = _positions(array) / 1e6
     with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:
@@ -152,7 +152,7 @@ async def _read_slabs(array: zarr.Array[Any], target: Pixels, advance: Callable[
 
 
 def _picture_axes(array: zarr.Array[Any], *, pages: bool) -> tuple[list[int], list[int]]:
-    """The axes that count pictures, without `pages` of length 1, and those of one: rows, columns, colours."""
+    """Return the axes that count pictures (without `pages` of length 1), and those of rows, columns and colours."""
     channels = _channel_axis(array)
     others = [axis for axis in range(array.ndim) if axis != channels]
     colours = [] if channels is None or array.shape[channels] == 1 else [channels]
@@ -160,13 +160,13 @@ def _picture_axes(array: zarr.Array[Any], *, pages: bool) -> tuple[list[int], li
     alpha = bool(colours) and names is not None and names[colours[0]] == RGBA
     pictures = len(others) >= 2 and (pages or all(array.shape[axis] == 1 for axis in others[:-2]))
     if not pictures or (colours and array.shape[colours[0]] != (4 if alpha else 3)):
-        refuse(f"an array of shape {array.shape} is no single grey or RGB picture; write it to .npy")
+        refuse(f"an array of shape {array.shape} is not a single grey or RGB picture; write it to .npy")
     page = [*others[-2:], *colours]
     return [axis for axis in range(array.ndim) if axis not in page], page
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """`zarr-cae info`."""
+    """Run `zarr-cae info`."""
     found = _arrays(arguments.array)
     if not found:
         refuse(f"{arguments.array} holds no arrays")
@@ -174,13 +174,13 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def _arrays(path: Path) -> list[zarr.Array[Any]]:
-    """The array at a path, or all arrays of the group there, by name."""
+    """Return the array at a path, or all arrays of the group there, by name."""
     array, members = arrays_at(path)
     return list(members.values()) if array is None else [array]
 
 
 def _codec(array: zarr.Array[Any]) -> CAECodec | None:
-    """The array's `cae` codec, also from inside a shard."""
+    """Return the array's `cae` codec, also from inside a shard."""
     from zarr.codecs import ShardingCodec
 
     from zarr_cae.codec.cae import CAECodec
@@ -196,7 +196,7 @@ def _codec(array: zarr.Array[Any]) -> CAECodec | None:
 
 
 def _channel_axis(array: zarr.Array[Any]) -> int | None:
-    """The axis of the channels as the codec has it, or, in arrays of other codecs, by the rule of `auto`."""
+    """Return the channel axis of the codec `cae`, or, for other codecs, the axis by the rule of `auto`."""
     codec = _codec(array)
     wanted = "auto" if codec is None or _transposed(array) else codec.channel_axis
     try:
@@ -212,7 +212,7 @@ def _transposed(array: zarr.Array[Any]) -> bool:
 
 
 def _positions(array: zarr.Array[Any]) -> int:
-    """Pixels of an array: its samples, all channels of a place counted as one."""
+    """Return the number of pixels of an array: all channels of a pixel count as one."""
     axis = _channel_axis(array)
     try:
         return max(1, array.size // Layout(array.shape, axis).channels)
@@ -248,7 +248,7 @@ def _describe(array: zarr.Array[Any]) -> str:
 
 
 def _latents(array: zarr.Array[Any]) -> str:
-    """The shape that `open_bottleneck` gives, or why it gives none."""
+    """Return the shape of the latents, or the reason why `open_bottleneck` refuses them."""
     from zarr_cae.latents.store import open_bottleneck
 
     try:

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and how their values are written."""
+"""Arguments that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Commands = Any
-"""What `add_subparsers` returns; argparse does not export its type."""
+"""The type that `add_subparsers` returns; argparse does not export it."""
 _Value = TypeVar("_Value")
 
 
 def command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-    """Add a command whose help is `text`, in full and (its first sentence) in the list of commands."""
+    """Add a command. Its help is `text`; the list of commands shows the first sentence."""
     parser = commands.add_parser(name, help=text.partition(". ")[0].rstrip("."), description=text)
     parser.set_defaults(run=run)
     return parser
 
 
 def several(item: Callable[[str], _Value]) -> Callable[[str], list[_Value]]:
-    """The type of an argument written `A,B,C`."""
+    """Return a parser of arguments of the form `A,B,C`."""
 
     def parse(text: str) -> list[_Value]:
         return [item(part.strip()) for part in text.split(",")]
@@ -36,7 +36,7 @@ def several(item: Callable[[str], _Value]) -> Callable[[str], list[_Value]]:
 
 
 def pair(text: str) -> tuple[int, int]:
-    """`ROWS,COLS`, or one number for both."""
+    """Parse `ROWS,COLS`, or one number for both."""
     rows, columns, *rest = text.split(",") if "," in text else (text, text)
     numbers = int(rows), int(columns)
     if rest or min(numbers) < 1:
@@ -45,18 +45,18 @@ def pair(text: str) -> tuple[int, int]:
 
 
 def value_range(text: str) -> tuple[float, float]:
-    """`LO,HI`."""
+    """Parse `LO,HI`."""
     low, high = (float(part) for part in text.split(","))
     return low, high
 
 
 def channel_axis(text: str) -> int | str | None:
-    """`auto`, `none` or the number of an axis."""
+    """Parse `auto`, `none` or the number of an axis."""
     return {"auto": "auto", "none": None}[text] if text in {"auto", "none"} else int(text)
 
 
 def quality(text: str) -> int:
-    """1 to 8."""
+    """Parse a quality, 1 to 8."""
     number = int(text)
     if number not in QUALITIES:
         raise ValueError
@@ -64,24 +64,24 @@ def quality(text: str) -> int:
 
 
 def refuse(message: str) -> NoReturn:
-    """Stop with one line on stderr: what was asked for cannot be."""
+    """Stop the command with one line on stderr."""
     raise CAEConfigurationError(message)
 
 
 def note(message: str) -> None:
-    """Tell the user something that is no error."""
+    """Print a message that is not an error on stderr."""
     print(f"zarr-cae: note: {message}", file=sys.stderr)
 
 
 def progress(total: float, unit: str, text: str, **options: Any) -> tqdm[NoReturn]:
-    """A progress bar on stderr, silent unless that is a terminal."""
+    """Return a progress bar on stderr, silent unless that is a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, unit=unit, desc=text, disable=None, leave=False, file=sys.stderr, **options)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Text columns: the first to the left, the others to the right."""
+    """Return a text table: the first column aligned left, the others right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(

@@ -38,7 +38,7 @@ def bottleneck(arguments: argparse.Namespace) -> None:
     if out.suffix.lower() not in {".zarr", ".npy"}:
         refuse(f"latents are written to a .zarr or .npy file; got {out}")
     array = _open(arguments.array)
-    # On an event loop of its own, so that Ctrl-C stops all work before it returns.
+    # It has an event loop of its own, so that Ctrl-C stops all work before it returns.
     if out.suffix.lower() == ".npy":
         with replacing(out) as partial:
             asyncio.run(_write_npy(array, partial))

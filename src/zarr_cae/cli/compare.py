@@ -29,7 +29,7 @@ _LARGEST = 1 << 24
 """Pixels that a page can hold: every version of the image is in it without loss."""
 _OTHERS = ["jpegxl", "avif", "webp", "jpeg"]
 _COLUMNS = [
-    "version", "bytes", "bit/px", "PSNR dB", "SSIM", "MS-SSIM", "colour difference (CIE76)", "encode s", "decode s",
+    "version", "bytes", "bit/px", "PSNR dB", "SSIM", "MS-SSIM", "colour difference (CIE76)", "encode ms", "decode ms",
 ]  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def _version(name: str, pixels: Pixels, point: Point | None, nbytes: int = 0) ->
     else:
         figures = [
             name, f"{nbytes:,}", f"{point.bpp:.3f}", f"{point.psnr:.2f}", _decimals(point.ssim),
-            _decimals(point.ms_ssim), f"{point.delta_e:.2f}", f"{point.encode_seconds:.3f}",
-            f"{point.decode_seconds:.3f}",
+            _decimals(point.ms_ssim), f"{point.delta_e:.2f}", f"{1000 * point.encode_seconds:.1f}",
+            f"{1000 * point.decode_seconds:.1f}",
         ]  # fmt: skip
     return {"name": name, "image": image, "figures": figures}
 

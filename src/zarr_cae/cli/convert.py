@@ -45,7 +45,9 @@ def add(commands: Commands) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Run `zarr-cae convert`."""
-    from zarr_cae.slides.convert import Choices, convert_here, convert_on_dask, create, prepare
+    from zarr_cae.slides.cluster import convert_on_dask
+    from zarr_cae.slides.conversion import Choices, create, prepare
+    from zarr_cae.slides.convert import convert_here
     from zarr_cae.slides.journal import Journal
 
     out = Path(arguments.out.absolute())

@@ -1,4 +1,4 @@
-"""`zarr-cae demo`: a photograph at three qualities, written and read through zarr, with figures and a picture.
+"""`zarr-cae demo`: write and read a photograph at three qualities through zarr, and show figures and a picture.
 
 PSNR is the only measure that it prints: the others need the extra `compare`; see `zarr-cae evaluate`.
 

@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--quality", type=several(quality), metavar="1,4,8", help="default: all of the weights")
     parser.add_argument(
         "--metric", type=several(one_of("metric", METRICS)), metavar="mse,ms-ssim",
-        help="what the networks were trained for, one or both; default mse, or that of --weights",
+        help="the measure that the networks were trained for, one or both; default mse, or that of --weights",
     )  # fmt: skip
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
     parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
@@ -67,14 +67,14 @@ def add(commands: Commands) -> None:
         "--points", type=int, metavar="N", help="measure other codecs at N settings only, spread over their range"
     )
     parser.add_argument(
-        "--published", type=Path, metavar="JSON|CSV", help="published curves, or what --csv wrote, to compare with"
+        "--published", type=Path, metavar="JSON|CSV", help="published curves, or a file of --csv, to compare with"
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every measurement")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves; .png, .pdf or .svg")
 
 
 def one_of(name: str, choices: tuple[str, ...]) -> Any:
-    """Return the type of an argument that is one of the choices; `name` says in errors what they are."""
+    """Return a parser of arguments that are one of the choices; errors call them `name`."""
 
     def parse(text: str) -> str:
         if text not in choices:
@@ -116,7 +116,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 axis = None if pixels.ndim == 2 else 2
                 codec = CAECodec(level, metric=metric, model=model, weights=arguments.weights or "", channel_axis=axis)
                 if not index:
-                    code(pixels[:64, :64], codec, 64)  # loads networks and coder: not part of the times
+                    code(pixels[:64, :64], codec, 64)  # load the networks and the coder before times are measured
                 coded = code(pixels, codec, arguments.chunks)
                 points.append(measure(f"{codec.model}-{codec.metric}", codec.quality, str(path), pixels, coded))
                 bar.update()
@@ -153,7 +153,7 @@ def _curves(path: Path) -> list[Curve]:
 
 
 def _configurations(arguments: argparse.Namespace) -> tuple[str, list[tuple[Any, int]]]:
-    """Return the model, and each metric with each quality. The weights say those that were not given."""
+    """Return the model, and each metric with each quality. The weights give those that the arguments leave out."""
     model, metrics, qualities = arguments.model, ["mse"], list(QUALITIES)
     if arguments.weights is not None:
         check_digest(arguments.weights)

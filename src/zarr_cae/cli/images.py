@@ -1,4 +1,4 @@
-"""Images in files: what Pillow reads, `.npy` and `.zarr` to arrays, and arrays back to files."""
+"""Read image files, `.npy` and `.zarr` as arrays, and write arrays to image files."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _FRAMES_MATTER = {"TIFF", "GIF", "WEBP", "PNG", "AVIF"}
 _TRANSPARENT = {"PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "TGA"}
 """Formats that keep an alpha channel with its 256 levels."""
 PAGES = {"TIFF"}
-"""Formats that a stack of pictures is decoded to: the only one of films that keeps pixels as they are."""
+"""Formats that a stack of pictures is decoded to: the only one with several pages that keeps pixels exact."""
 RGBA = "rgba"
-"""Name of the axis of a picture's colours and alpha. Four channels of another name are no picture."""
+"""Name of the axis of a picture's colours and alpha. Four channels of another name are not a picture."""
 _RGB_MODES = {"RGB", "RGBX", "P", "CMYK", "YCbCr", "LAB", "HSV"}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -46,12 +46,12 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
     "TIFF": {"compression": "tiff_lzw"},
 }
-"""So that a decoded image is not spoilt by the format it is put into."""
+"""Options of the formats that keep as much of a decoded image as possible."""
 _METADATA_DAMAGE = (AttributeError, KeyError, TypeError, ValueError)
 _CHUNK_DAMAGE = (EOFError, RuntimeError, ValueError, zlib.error)
-"""What zarr raises for metadata and zarr's codecs for chunks that make no sense."""
+"""The errors that zarr raises for malformed metadata, and its codecs for malformed chunks."""
 _CODEC_PACKAGES = {
-    "cae": "zarr-cae anew, whose codecs Python can't find",
+    "cae": "zarr-cae again: Python can't find its codecs",
     "imagecodecs_": "imagecodecs, and call imagecodecs.numcodecs.register_codecs() before the array is read",
     "numcodecs.": "a newer numcodecs and zarr",
     "zfpy": "numcodecs[zfpy]",
@@ -59,7 +59,7 @@ _CODEC_PACKAGES = {
     "wavpack": "wavpack-numcodecs",
     "flac": "flac-numcodecs",
 }
-"""What registers a codec, by the beginning of its name."""
+"""The package that registers a codec, by the beginning of its name."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,15 @@ class Source:
 
 
 def open_source(path: Path, *, series: int | None = None, level: int = 0) -> Source:
-    """Open an image file, a `.npy` file or a zarr array.
+    """Open an image file, a `.npy` file or a zarr array. Raise CAEConfigurationError, OSError or zarr's errors.
 
-    Raises CAEConfigurationError, OSError or zarr's errors. `series` and `level` are those of
-    `zarr_cae.slides.sources.open_slide`.
+    `series` and `level` are those of `zarr_cae.slides.sources.open_slide`.
     """
     if _is_array(path) and path.suffix.lower() != ".npy":
         return _open_zarr_source(path, level)
     if path.suffix.lower() == ".npy":
         try:
-            return Source(path.stem, np.lib.format.open_memmap(path, mode="r"), "auto")  # which takes no .npz
+            return Source(path.stem, np.lib.format.open_memmap(path, mode="r"), "auto")  # refuses .npz
         except (ValueError, OverflowError, TypeError, TokenError) as error:
             refuse(f"{path} is not a .npy file of numbers: {error}")
     slide = _open_tiff_source(path, series, level)
@@ -126,7 +125,7 @@ def _open_zarr_source(path: Path, level: int) -> Source:
 
 
 def _open_tiff_source(path: Path, series: int | None, level: int) -> Slide | None:
-    """Open a TIFF file through tifffile, window by window. Return None for what Pillow has to convert first."""
+    """Open a TIFF file through tifffile, window by window. Return None if Pillow must convert it first."""
     if not is_tiff(path):
         return None
     try:
@@ -165,8 +164,8 @@ def _is_array(path: Path) -> bool:
 
 
 @contextmanager
-def refusing_damage(what: str, errors: tuple[type[Exception], ...] = _CHUNK_DAMAGE) -> Iterator[None]:
-    """Refuse `what` for the errors by which other libraries say that stored bytes make no sense."""
+def refusing_damage(subject: str, errors: tuple[type[Exception], ...] = _CHUNK_DAMAGE) -> Iterator[None]:
+    """Turn the errors that other libraries raise for malformed bytes into CAEConfigurationError about `subject`."""
     try:
         yield
     except (CAEError, OSError):
@@ -174,12 +173,12 @@ def refusing_damage(what: str, errors: tuple[type[Exception], ...] = _CHUNK_DAMA
     except errors as error:
         if type(error).__name__ == "UnknownCodecError":  # of zarr, or of numcodecs for zarr v2
             name = str(error).partition(":")[2].strip(" '") or str(error)
-            refuse(f"{what} name the codec {name!r}, which is not installed; {_reader(name)}")
-        refuse(f"{what} can't be read; is it damaged? {type(error).__name__}: {error}")
+            refuse(f"{subject} name the codec {name!r}, which is not installed; {_reader(name)}")
+        refuse(f"{subject} can't be read; is it damaged? {type(error).__name__}: {error}")
 
 
 def _reader(codec: str) -> str:
-    """Say what reads a codec that is not installed."""
+    """Return advice about a codec that is not installed."""
     for beginning, package in _CODEC_PACKAGES.items():
         if codec.startswith(beginning):
             return f"install {package}"
@@ -189,17 +188,19 @@ def _reader(codec: str) -> str:
 def arrays_at(
     path: Path, open_node: Callable[[Path], zarr.Array[Any] | zarr.Group] | None = None
 ) -> tuple[zarr.Array[Any] | None, dict[str, zarr.Array[Any]]]:
-    """The array at a path, or else the arrays in the group there, by name; opened by `open_node` or by zarr, read only.
+    """Return the array at a path, or else the arrays in the group there, by name; open them by `open_node` or by zarr.
 
-    Raises CAEConfigurationError if there is nothing, or if its metadata are damaged.
+    Raise CAEConfigurationError if there is nothing, or if its metadata are damaged.
     """
     import zarr
+
+    from zarr_cae.codec import embedded
 
     if not path.exists():
         refuse(f"{path} does not exist")
     with refusing_damage(f"the metadata of {path}", _METADATA_DAMAGE):
         try:
-            node = zarr.open(path, mode="r") if open_node is None else open_node(path)
+            node = (open_node or embedded.open)(path)
         except FileNotFoundError:
             refuse(f"{path} holds no zarr array or group")
         if isinstance(node, zarr.Array):
@@ -209,7 +210,7 @@ def arrays_at(
 
 
 def open_array(path: Path) -> zarr.Array[Any]:
-    """The zarr array at a path, or the only one in the group there; read only."""
+    """Open the zarr array at a path, or the only one in the group there, read only."""
     array, members = arrays_at(path)
     if array is not None:
         return array
@@ -220,9 +221,9 @@ def open_array(path: Path) -> zarr.Array[Any]:
 
 
 def read_image(path: Path) -> Pixels:
-    """One opaque picture upright: (H, W, 3) uint8, (H, W) uint8, or (H, W) of the file's own deeper dtype.
+    """Return one opaque picture, upright: (H, W, 3) uint8, (H, W) uint8, or (H, W) of the file's own deeper dtype.
 
-    Raises CAEConfigurationError for transparent images and for those of several frames.
+    Raise CAEConfigurationError for transparent images and for those of several frames.
     """
     pixels, names = read_pixels(path)
     if names not in (("y", "x"), ("y", "x", "c")):
@@ -232,12 +233,12 @@ def read_image(path: Path) -> Pixels:
 
 
 def read_pixels(path: Path, *, level: int = 0) -> tuple[Pixels, tuple[str, ...]]:
-    """Return all that an image file holds, upright, and the names of its axes: some of "t", "y", "x", "c".
+    """Return all pixels of an image file, upright, and the names of its axes: some of "t", "y", "x", "c".
 
-    Several frames have the shape (T, H, W[, C]). If there are transparent pixels, the last axis is named `RGBA`. Of
-    frames that are smaller and smaller copies of one image, `level` chooses one.
+    Several frames have the shape (T, H, W[, C]). If there are transparent pixels, the last axis is named `RGBA`. If
+    the frames are the levels of a pyramid, `level` chooses one.
 
-    Raises CAEConfigurationError if frames are of different forms, or have more bits than can be read.
+    Raise CAEConfigurationError if frames are of different forms, or have more bits than can be read.
     """
     from PIL import ImageOps
 
@@ -248,17 +249,17 @@ def read_pixels(path: Path, *, level: int = 0) -> tuple[Pixels, tuple[str, ...]]
             deep = deep_pixels(path, image)
             pages.append(_pixels(ImageOps.exif_transpose(image)) if deep is None else deep)
     transparent = any(page.shape[2:] == (4,) for page in pages)
-    if transparent:  # which in a film may come and go
+    if transparent:  # in a film only some frames may be transparent
         pages = [_with_alpha(page) if page.shape[2:] == (3,) else page for page in pages]
     forms = {(page.shape, page.dtype) for page in pages}
     if len(forms) > 1:
-        refuse(f"{path} has frames of {len(forms)} sizes or modes; save them as separate images")
+        refuse(f"{path} has frames of several sizes or modes ({len(forms)}); save them as separate images")
     names = ("y", "x", RGBA if transparent else "c")[: pages[0].ndim]
     return (pages[0], names) if len(pages) == 1 else (np.stack(pages), ("t", *names))
 
 
 def _frame_numbers(path: Path, image: Image.Image, level: int) -> Sequence[int]:
-    """Return which frames to read, from their sizes in the header: all, or one level of a pyramid."""
+    """Return the numbers of the frames to read, from their sizes in the header: all, or one level of a pyramid."""
     frames = getattr(image, "n_frames", 1) if image.format in _FRAMES_MATTER else 1
     sizes = []
     for frame in range(frames if image.format == "TIFF" else 1):
@@ -267,14 +268,14 @@ def _frame_numbers(path: Path, image: Image.Image, level: int) -> Sequence[int]:
     image.seek(0)
     if len(set(sizes)) <= 1:
         if level:
-            refuse(f"{path} is no pyramid, so it has no level {level}")
+            refuse(f"{path} is not a pyramid, so it has no level {level}")
         return range(frames)
     copies = all(
         2 * small[0] <= large[0] + 1 and abs(large[0] / small[0] - large[1] / small[1]) < large[0] / small[0] / 4
         for large, small in itertools.pairwise(sizes)
     )
     if not copies:
-        refuse(f"{path} has frames of {len(set(sizes))} sizes; save them as separate images")
+        refuse(f"{path} has frames of several sizes ({len(set(sizes))}); save them as separate images")
     if not 0 <= level < len(sizes):
         refuse(f"{path} has no level {level}; its levels are {', '.join(f'{w} x {h}' for w, h in sizes)}")
     return [level]
@@ -300,7 +301,7 @@ def _pixels(image: Image.Image) -> Pixels:
 
 
 def picture_format(path: Path) -> str:
-    """Pillow's name of the format that a file name's suffix asks for."""
+    """Return Pillow's name of the format for a file name's suffix."""
     from PIL import Image
 
     suffixes = Image.registered_extensions()
@@ -311,7 +312,7 @@ def picture_format(path: Path) -> str:
 
 
 def picture(pixels: Pixels, path: Path) -> Image.Image:
-    """(H, W), RGB or RGBA pixels as an image that the format of `path` can hold; refused if it cannot."""
+    """Return (H, W), RGB or RGBA pixels as an image that the format of `path` can hold, or refuse them."""
     from PIL import Image
 
     name = picture_format(path)

@@ -1,4 +1,4 @@
-"""Outputs under a temporary name until they are complete: files, Zarr hierarchies, `.npy` files on full disks.
+"""Write outputs under a temporary name until they are complete: files, Zarr hierarchies, `.npy` files.
 
 A temporary name is `.NAME.partial-HOST-PID-TOKEN`, beside the output. A process that is killed leaves it behind, and
 the next run with the same output removes it, if its process ran on this machine and runs no longer.
@@ -28,7 +28,7 @@ __all__ = ["create_npy", "is_zarr", "refuse_existing", "replacing", "replacing_z
 
 _METADATA = ("zarr.json", ".zarray", ".zgroup")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""Of Linux's renameat2(2)."""
+"""A flag of Linux's renameat2(2)."""
 
 
 def is_zarr(path: Path) -> bool:
@@ -76,7 +76,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 
 
 def take_place(partial: Path, path: Path) -> None:
-    """Give a folder its final name. What had that name is removed afterwards.
+    """Give a folder its final name, and remove the folder that had that name.
 
     Linux exchanges the two names in one step, so that there is an output at every moment. Elsewhere the old folder
     has another name for a moment; if the process is killed then, the next run brings the old folder back.
@@ -124,7 +124,7 @@ def _temporary(path: Path, purpose: str) -> Path:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what killed processes left of this output; bring back an old output that was moved away last."""
+    """Remove files that killed processes left of this output; bring back an old output that was moved away last."""
     form = re.compile(rf"\.{re.escape(path.name)}\.(partial|old)-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}")
     for entry in list(path.parent.iterdir()):
         found = form.fullmatch(entry.name)
@@ -140,7 +140,7 @@ def _remove_stale(path: Path) -> None:
 
 def _runs(process: int) -> bool:
     if sys.platform == "win32":
-        return True  # os.kill would end it; stale names stay
+        return True  # os.kill would end the process there, so stale names stay
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -151,7 +151,7 @@ def _runs(process: int) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step. Return False where the system or the file system can't."""
+    """Exchange two names in one step. Return False if the system or the file system can't."""
     if not sys.platform.startswith("linux"):
         return False
     with contextlib.suppress(OSError, AttributeError):

@@ -1,9 +1,8 @@
-"""`train`: networks for the user's own images, from the start or from weights that are there."""
+"""`train`: the arguments and the display of `training.run.train_network`."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import signal
 import sys
@@ -11,19 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from zarr_cae.cli.arguments import Commands, command, note, progress, refuse
 from zarr_cae.cli.weights_files import described
-from zarr_cae.weights import registry
-from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, WeightsInfo
+from zarr_cae.weights.file import METRICS, WeightsInfo
 
 if TYPE_CHECKING:
-    from zarr_cae.training.data import Crops
-    from zarr_cae.training.loop import Progress, Recipe, Trainer
+    from zarr_cae.training.start import Start
+    from zarr_cae.training.trainer import Progress, Recipe
 
 _COLUMNS = ("step", "seconds", "quality", "bpp", "psnr", "ms_ssim")
 _FINE_TUNING_RATE = 4e-4
@@ -52,6 +49,10 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--holdout", type=_positive(float), metavar="SHARE", help="of the images, kept out of training; default 0.05"
     )
+    parser.add_argument(
+        "--patterns", type=_share, metavar="SHARE",
+        help="of the crops, that become checkerboards, dithers, mosaics and noise; default 0.03",
+    )  # fmt: skip
     parser.add_argument(
         "--lambdas", type=_numbers, metavar="A,B,...",
         help="weight of the distortion at each quality of the range, ascending: larger for a higher rate. With --from, "
@@ -91,6 +92,16 @@ def _positive(number: type[int | float]) -> Any:
     return parse
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+_share.__name__ = "share"
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
@@ -99,7 +110,7 @@ _numbers.__name__ = "list of numbers"
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """`zarr-cae train`."""
+    """Run `zarr-cae train`."""
     folder: Path = arguments.out
     checkpoint = folder / "checkpoint.pt"
     if (arguments.resume or arguments.export_only) and not checkpoint.is_file():
@@ -110,110 +121,52 @@ def train(arguments: argparse.Namespace) -> None:
         refuse("--density-only needs a trained network: give --from")
     if checkpoint.exists() and not (arguments.resume or arguments.export_only):
         refuse(f"{checkpoint} exists; go on with --resume, or give another --out")
-    crops = _export_only(arguments, checkpoint) if arguments.export_only else _run(arguments, folder, checkpoint)
-    info = _export(folder, checkpoint, crops)
+    info = _export(arguments) if arguments.export_only else _train(arguments, folder, checkpoint)
     print(described(info))
     print(f"Make it known with `zarr-cae weights import {info.path}`.")
 
 
-def _crops(arguments: argparse.Namespace, recipe: Recipe) -> Crops:
-    from zarr_cae.training.data import Crops
+def _export(arguments: argparse.Namespace) -> WeightsInfo:
+    from zarr_cae.training.run import choose_device, export_checkpoint, load_crops
+    from zarr_cae.training.trainer import Recipe, read_checkpoint
 
-    paths = [Path(path) for path in arguments.paths]
-    return Crops(paths, crop=recipe.crop, seed=recipe.seed, holdout=recipe.holdout)
-
-
-def _export_only(arguments: argparse.Namespace, checkpoint: Path) -> Crops:
-    """Only read the images."""
-    from zarr_cae.training.loop import Recipe, prepare, read_checkpoint
-
-    prepare(arguments.device, arguments.threads)
-    return _crops(arguments, Recipe(**read_checkpoint(checkpoint)["recipe"]))
+    choose_device(arguments.device, arguments.threads)
+    recipe = Recipe(**read_checkpoint(arguments.out / "checkpoint.pt")["recipe"])
+    return export_checkpoint(arguments.out, load_crops(arguments.paths, recipe))
 
 
-def _run(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> Crops:
-    """Set up a trainer, run it to the end of its schedule, and return its images."""
-    from zarr_cae.training.loop import Trainer, prepare, train
+def _train(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> WeightsInfo:
+    from zarr_cae.training.run import train_network
+    from zarr_cae.training.start import Start
 
-    device = prepare(arguments.device, arguments.threads)
-    start = None if arguments.start is None else _Start.find(arguments.start)
+    start = None if arguments.start is None else Start.find(arguments.start)
     recipe = _recipe(arguments, checkpoint, start)
-    crops = _crops(arguments, recipe)
-    trainer = Trainer(recipe, crops, device=device)
-    folder.mkdir(parents=True, exist_ok=True)
-    if arguments.resume:
-        trainer.load(checkpoint)
-    else:
-        run = {
-            "images": len(crops), "sources": [Path(path).name for path in arguments.paths], "device": device,
-            "torch": version("torch"), "from": arguments.start if start is None else start.name,
-        }  # fmt: skip
-        (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", "utf-8")
-        if start is not None:
-            start.put_into(trainer)
-    note(f"{len(crops)} images, {device}, {'resumed at' if arguments.resume else 'from'} step {trainer.step}")
-    with _Display(trainer, folder / "log.csv") as display, _interrupt_between_steps() as check:
+    with _Display(folder) as display, _interrupt_between_steps() as check:
 
         def report(progress: Progress) -> None:
             display(progress)
             check()
 
         try:
-            train(trainer, checkpoint, report)
+            return train_network(
+                arguments.paths, folder, recipe, start, arguments.resume, report,
+                device=arguments.device, threads=arguments.threads,
+            )  # fmt: skip
         except KeyboardInterrupt:
-            trainer.save(checkpoint)
-            note(f"saved {checkpoint} at step {trainer.step}; --resume goes on from it, --export-only exports it")
+            if checkpoint.is_file():
+                note(f"saved {checkpoint}; --resume goes on from it, --export-only exports it")
             raise
-    return crops
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where `--from` starts: an exported file or a checkpoint."""
-
-    name: str
-    rates: str
-    metric: str
-    lambdas: tuple[float, ...]
-    exported: WeightsInfo | None
-    checkpoint: Path | None
-
-    @classmethod
-    def find(cls, text: str) -> _Start:
-        from zarr_cae.training.loop import Recipe, read_checkpoint, trained_lambdas
-        from zarr_cae.training.model import RANGES
-
-        if not text.startswith("sha256:"):
-            if not Path(text).is_file():
-                refuse(f"{text} is neither sha256:<digest> nor a checkpoint file")
-            recipe = Recipe(**read_checkpoint(Path(text))["recipe"])
-            return cls(Path(text).name, recipe.rates, recipe.metric, recipe.lambdas, None, Path(text))
-        registry.check_digest(text)
-        info = next((info for info in registry.available() if info.digest == text), None)
-        if info is None:
-            refuse(f"weights {text} are not on this machine; see `zarr-cae weights list`")
-        rates = next((name for name, qualities in RANGES.items() if qualities == info.qualities), None)
-        if rates is None or info.model != DEFAULT_MODEL:
-            refuse(f"weights {text} are of {info.model!r}; only {DEFAULT_MODEL!r} can be trained")
-        return cls(info.digest, rates, info.metric, trained_lambdas(info), info, None)
-
-    def put_into(self, trainer: Trainer) -> None:
-        """Give the trainer's network these weights."""
-        if self.exported is not None:
-            trainer.start_from(registry.load(self.exported.path))
-        elif self.checkpoint is not None:
-            trainer.start_from_checkpoint(self.checkpoint)
-
-
-def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | None) -> Recipe:
+def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: Start | None) -> Recipe:
     """From the checkpoint or the defaults, and over these whatever was given."""
-    from zarr_cae.training.loop import Recipe, read_checkpoint
+    from zarr_cae.training.trainer import Recipe, read_checkpoint
 
     given = {
         "rates": arguments.range, "metric": arguments.metric, "crop": arguments.crop, "seed": arguments.seed,
         "crops_per_quality": arguments.crops_per_quality, "rate": arguments.rate,
         "bfloat16": arguments.bfloat16, "lambdas": arguments.lambdas, "density_only": arguments.density_only,
-        "holdout": arguments.holdout,
+    "holdout": arguments.holdout, "patterns": arguments.patterns,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     length: dict[str, Any] = {}
@@ -239,32 +192,11 @@ def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: _Start | Non
     return Recipe(**{**chosen, **given, **length})
 
 
-def _export(folder: Path, checkpoint: Path, crops: Crops) -> WeightsInfo:
-    """The averaged network of a checkpoint as a weights file, its tables fitted to the images."""
-    from zarr_cae.training.export import export
-    from zarr_cae.training.loop import Recipe, read_checkpoint
-    from zarr_cae.training.model import GainedAutoencoder
-
-    state = read_checkpoint(checkpoint)
-    recipe = Recipe(**state["recipe"])
-    model = GainedAutoencoder(recipe.rates)
-    model.load_state_dict(state["average"])
-    model.project()
-    run = folder / "run.json"
-    provenance = {
-        "recipe": asdict(recipe), "steps": state["step"], "minutes": round(state["seconds"] / 60, 1),
-        **(json.loads(run.read_text("utf-8")) if run.is_file() else {}),
-    }  # fmt: skip
-    return registry.store(export(model, recipe.metric, provenance, crops.tiles()), folder)
-
-
 class _Display:
-    """The progress bar, and validations in log.csv and on stderr."""
+    """The progress bar, and validations on stderr."""
 
-    def __init__(self, trainer: Trainer, log: Path) -> None:
-        self._trainer, self._log, self._shown = trainer, log, 0.0
-        qualities = trainer.model.qualities
-        self._rows = sorted({0, len(qualities) // 2, len(qualities) - 1})
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._begun, self._shown = folder, False, 0.0
 
     def __enter__(self) -> Self:
         self._bar = progress(1, "run", "train", bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}")
@@ -274,40 +206,31 @@ class _Display:
         self._bar.close()
 
     def __call__(self, report: Progress) -> None:
+        if not self._begun:
+            self._begun = True
+            run = json.loads((self._folder / "run.json").read_text("utf-8"))
+            note(f"{run['images']} images, {run['device']}, from step {report.step - (not report.validation)}")
         if report.validation:
-            self._write(report)
+            if not self._bar.disable:
+                self._bar.write(f"step {report.step}, held-out images: {_points(report)}", file=sys.stderr)
         elif time.monotonic() - self._shown > 0.5:
             self._shown = time.monotonic()
             self._bar.n = report.fraction
-            self._bar.set_postfix_str(f"step {report.step}, loss {report.loss:.3f}, {self._points(report)}")
+            self._bar.set_postfix_str(f"step {report.step}, loss {report.loss:.3f}, {_points(report)}")
 
-    def _points(self, report: Progress) -> str:
-        qualities = self._trainer.model.qualities
-        return ", ".join(
-            f"q{qualities[row]} {report.bits_per_pixel[row]:.3f} bpp {report.psnr[row]:.2f} dB" for row in self._rows
-        )
 
-    def _write(self, report: Progress) -> None:
-        if not self._bar.disable:
-            self._bar.write(f"step {report.step}, held-out images: {self._points(report)}", file=sys.stderr)
-        new = not self._log.exists()
-        with self._log.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(_COLUMNS)
-            for row, level in enumerate(self._trainer.model.qualities):
-                similarity = "" if report.ms_ssim is None else f"{report.ms_ssim[row]:.5f}"
-                writer.writerow(
-                    [
-                        report.step, f"{self._trainer.seconds:.1f}", level, f"{report.bits_per_pixel[row]:.4f}",
-                        f"{report.psnr[row]:.3f}", similarity,
-                    ]
-                )  # fmt: skip
+def _points(report: Progress) -> str:
+    """Return rate and PSNR at the lowest, the middle and the highest quality."""
+    last = len(report.qualities) - 1
+    return ", ".join(
+        f"q{report.qualities[row]} {report.bits_per_pixel[row]:.3f} bpp {report.psnr[row]:.2f} dB"
+        for row in sorted({0, (last + 1) // 2, last})
+    )
 
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[Any]:
-    """Put Ctrl-C off to the next call of what this gives, so that no checkpoint is of half a step."""
+    """Put Ctrl-C off until the next call of the function that this yields, between two steps."""
     asked = threading.Event()
 
     def check() -> None:

@@ -28,14 +28,14 @@ def verify(arguments: argparse.Namespace) -> None:
     """Run `zarr-cae verify`."""
     from zarr_cae.cli.images import arrays_at
     from zarr_cae.cli.writing import many_chunks_at_once
-    from zarr_cae.codec import verify as checks
+    from zarr_cae.codec.verify import verify as verify_array
 
     array, members = arrays_at(arguments.array)
     found = members if array is None else {"": array}
     bad = 0
     with many_chunks_at_once(), progress(0, "chunk", "verify") as bar:
         for name, member in found.items():
-            result = checks.verify(member, deep=arguments.deep, advance=bar.update)
+            result = verify_array(member, deep=arguments.deep, advance=bar.update)
             bad += len(result.bad)
             bar.clear()
             print(f"{name or arguments.array}: {_described(member, result)}")

@@ -1,4 +1,4 @@
-"""`weights`: the weights files on this machine, and how to add to them."""
+"""`zarr-cae weights`: list, import, embed and fetch weights files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, ZOO_MODEL, WeightsInfo
 
 
 def add(commands: Commands) -> None:
-    """Declare `weights list`, `path`, `import` and `fetch`."""
+    """Declare `weights list`, `path`, `import`, `embed` and `fetch`."""
     parser = commands.add_parser(
         "weights", help="List, import or fetch weights files", description="Weights files on this machine."
     )
@@ -20,12 +20,18 @@ def add(commands: Commands) -> None:
     command(actions, "path", show_path, f"Show the folder of imported weights; ${registry.CACHE_VARIABLE} changes it.")
     importing = command(
         actions, "import", import_file,
-        "Make a weights file known by its digest. FILE is what `zarr-cae train` exported (.safetensors), or a "
+        "Store weights under their digest. FILE is an export of `zarr-cae train` (.safetensors), an archive that "
+        "holds its weights (OUT.zarr), or a "
         f"CompressAI checkpoint of {ZOO_MODEL} (.pth.tar, .pt), which needs --quality and --metric.",
     )  # fmt: skip
     importing.add_argument("file", type=Path, metavar="FILE")
     importing.add_argument("--quality", type=quality, help="of a CompressAI checkpoint")
     importing.add_argument("--metric", choices=METRICS, help="of a CompressAI checkpoint")
+    embedding = command(
+        actions, "embed", embed,
+        "Store the weights of an archive in the archive, so that it opens on other machines with `zarr_cae.open`.",
+    )  # fmt: skip
+    embedding.add_argument("archive", type=Path, metavar="OUT.zarr")
     fetching = command(
         actions, "fetch", fetch,
         f"Download CompressAI's weights of {ZOO_MODEL}. Needs compressai and a network.",
@@ -35,25 +41,35 @@ def add(commands: Commands) -> None:
 
 
 def list_weights(_: argparse.Namespace) -> None:
-    """`zarr-cae weights list`."""
+    """Run `zarr-cae weights list`."""
     rows = [
         [
-            info.model, info.metric, ",".join(map(str, info.qualities)), f"{info.path.stat().st_size / 1e6:.1f} MB",
+            _name(info), info.model, info.metric, ",".join(map(str, info.qualities)),
+            f"{info.path.stat().st_size / 1e6:.1f} MB",
             "bundled" if info.path.parent == registry.bundled_folder() else "imported", info.digest,
         ]
         for info in registry.available()
     ]  # fmt: skip
-    print(table(["model", "metric", "qualities", "size", "from", "digest"], rows))
+    print(table(["name", "model", "metric", "qualities", "size", "from", "digest"], rows))
+
+
+def _name(info: WeightsInfo) -> str:
+    return info.name or (registry.DEFAULT_NAME if info.path.parent == registry.bundled_folder() else "-")
 
 
 def show_path(_: argparse.Namespace) -> None:
-    """`zarr-cae weights path`."""
+    """Run `zarr-cae weights path`."""
     print(registry.cache_folder())
 
 
 def import_file(arguments: argparse.Namespace) -> None:
-    """`zarr-cae weights import`."""
+    """Run `zarr-cae weights import`."""
     path: Path = arguments.file
+    if path.is_dir():
+        from zarr_cae.codec.embedded import import_weights
+
+        print("\n".join(map(described, import_weights(path))))
+        return
     if path.suffix == ".safetensors" and arguments.quality is arguments.metric is None:
         content = path.read_bytes()
     else:
@@ -67,8 +83,19 @@ def import_file(arguments: argparse.Namespace) -> None:
     print(described(registry.store(content)))
 
 
+def embed(arguments: argparse.Namespace) -> None:
+    """Run `zarr-cae weights embed`."""
+    from zarr_cae.codec.embedded import embed_weights
+
+    path: Path = arguments.archive
+    if not path.is_dir():
+        refuse(f"{path} does not exist")
+    for digest in embed_weights(path):
+        print(digest)
+
+
 def fetch(arguments: argparse.Namespace) -> None:
-    """`zarr-cae weights fetch`."""
+    """Run `zarr-cae weights fetch`."""
     from zarr_cae.weights.compressai import fetch
 
     path = fetch(quality=arguments.quality, metric=arguments.metric)
@@ -76,7 +103,7 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 
 def described(info: WeightsInfo) -> str:
-    """What to do with a weights file, and the codec that uses it."""
+    """Return the digest and path of a weights file, and the codec that uses it."""
     qualities = ", ".join(map(str, info.qualities))
     model = "" if info.model == DEFAULT_MODEL else f"model={info.model!r}, "
     metric = "" if info.metric == "mse" else f"metric={info.metric!r}, "

@@ -1,4 +1,4 @@
-"""Arrays into a Zarr hierarchy: chunk grids, bounded memory, nothing half-written under the final name."""
+"""Write arrays into a Zarr hierarchy: choose chunk grids, bound memory, leave nothing half-written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CONCURRENCY = 64
 
 @dataclass(frozen=True)
 class Options:
-    """How an array is to be encoded."""
+    """The options by which an array is encoded."""
 
     quality: int = 8
     metric: Literal["mse", "ms-ssim"] = "mse"
@@ -57,7 +57,7 @@ class NewArray:
 
 
 def new_array(source: Source, options: Options) -> NewArray:
-    """Choose codec, grid and fill value. Raises CAEConfigurationError for what cannot be encoded."""
+    """Choose codec, grid and fill value. Raise CAEConfigurationError if the array can't be encoded."""
     from zarr_cae.codec.cae import CAECodec
 
     wanted = source.channel_axis if options.channel_axis == "auto" else options.channel_axis
@@ -98,7 +98,7 @@ def _value_range(source: Source, chosen: tuple[float, float] | None) -> tuple[fl
 def _grid(
     layout: Layout, chunks: tuple[int, int], shards: tuple[int, int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Chunks and shards over all axes: no larger than the image, all channels of a pixel together, one of the rest."""
+    """Return the shapes of chunks and shards: no larger than the image, with all channels, and 1 along other axes."""
     sides = [1] * len(layout.shape)
     if layout.channel_axis is not None:
         sides[layout.channel_axis] = layout.channels
@@ -114,7 +114,7 @@ def _grid(
 
 
 def slabs(shape: tuple[int, ...], block: tuple[int, ...], samples: int = _SLAB_SAMPLES) -> Iterator[tuple[slice, ...]]:
-    """Windows that cover an array: whole blocks, as many along the last axes as fit into `samples`, at least one."""
+    """Yield windows that cover an array: whole blocks, as many along the last axes as fit `samples`, at least one."""
     steps = list(block)
     for axis in reversed(range(len(shape))):
         others = math.prod(steps) // steps[axis]
@@ -129,7 +129,7 @@ def slabs(shape: tuple[int, ...], block: tuple[int, ...], samples: int = _SLAB_S
 def write(arrays: Iterable[NewArray], path: Path, megapixels: float, *, group: bool) -> None:
     """Encode one array at the root of `path`, or several as members of a group; `megapixels` is for the progress bar.
 
-    On an event loop of its own, so that Ctrl-C stops all work before it returns.
+    It has an event loop of its own, so that Ctrl-C stops all work before it returns.
     """
     with (
         many_chunks_at_once(),
@@ -187,7 +187,7 @@ async def _write_one(item: NewArray, path: Path, advance: Callable[[float], obje
 
 
 def stored_bytes(array: zarr.Array[Any]) -> int:
-    """Bytes of an array's chunks in its store, without its metadata."""
+    """Return the bytes of an array's chunks in its store, without its metadata and embedded weights."""
     store, folder = array.store_path.store, array.store_path.path
 
     async def total() -> int:
@@ -196,6 +196,7 @@ def stored_bytes(array: zarr.Array[Any]) -> int:
             key = f"{folder}/{name}" if folder else name
             if await store.exists(key):
                 size -= await store.getsize(key)
-        return size
+        embedded = f"{folder}/.cae" if folder else ".cae"
+        return size - await store.getsize_prefix(embedded)
 
     return asyncio.run(total())

@@ -33,14 +33,14 @@ from zarr_cae.pixels.convert import resolve_value_range
 from zarr_cae.pixels.layout import RGB, Layout, ValueRange, ValueTransform, resolve_channel_axis
 from zarr_cae.pixels.mask import find_mask
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
-from zarr_cae.weights.registry import check_digest, default_digest, find, load
+from zarr_cae.weights.registry import check_digest, default_digest, find, load, resolve
 
 NAME = "cae"
 ChannelAxis = int | Literal["auto"] | None
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LARGEST_PSNR = 200
 _EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
-"""Whether zarr gives each codec the spec that the codecs before it leave; older releases give all the array's own."""
+"""Whether zarr passes each codec the spec that the codecs before it leave; older releases pass the array's own."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,14 +60,14 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     model
         "cae-v1", the bundled family, or "bmshj2018-factorized" of CompressAI, once its weights are on this machine.
     weights
-        `sha256:...` of a weights file on this machine; by default the one for model, quality and metric. Metadata
-        store the digest.
+        `sha256:...` of a weights file on this machine, or the name of a family of weights; by default the family
+        "photographs". Metadata store the digest.
     channel_axis
         The axis of the colour channels in the array, counted from the end (-1 is the last axis) or from the front.
         An axis of length 3 is coded as RGB, any other as independent grey planes; None means that there is no such
         axis. Of the other axes the last two are rows and columns. "auto" takes the last axis if it has length 3, and
         otherwise none. Metadata store the number counted from the end. Codecs before this one, such as transpose, come
-        first: the axis is one of what they make.
+        first: the axis is one of their output.
     value_range
         (lowest, highest) value of the data. uint8 has the default (0, 255); every other dtype needs it.
     nodata
@@ -105,8 +105,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     value_transform: ValueTransform = None
     min_psnr: float | None = None
     _origin: Literal["made", "guessed", "stored"] = field(default="made", init=False, repr=False, compare=False)
-    """Whether the codec was made by a user, its channel axis guessed from "auto", or read from metadata. What was
-    stored once must open, so some checks are for new arrays only."""
+    """Whether the codec was made by a user, its channel axis guessed from "auto", or read from metadata. Stored
+    arrays must open, so some checks are for new arrays only."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -121,7 +121,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         put("nodata", _nodata(self.nodata))
         put("min_psnr", _min_psnr(self.min_psnr))
         _check_choice("value_transform", self.value_transform, (None, "sqrt"))
-        put("weights", check_digest(self.weights or default_digest(self.model, self.quality, self.metric)))
+        weights = resolve(self.weights or None, model=self.model, quality=self.quality, metric=self.metric)
+        put("weights", weights)
 
     def __repr__(self) -> str:
         default = {field.name: field.default for field in fields(self) if field.init}
@@ -152,12 +153,14 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
             raise CAEConfigurationError(
                 f"cae: configuration has unknown fields {unknown}; it was written by a newer zarr-cae: install that"
             )
+        if "weights" in configuration:
+            check_digest(configuration["weights"])  # names may stand for other weights on another machine
         codec = cls(**configuration)
         object.__setattr__(codec, "_origin", "stored")
         return codec
 
     def to_dict(self) -> dict[str, JSON]:
-        """Return what `zarr.json` holds: all that decoding needs, and nothing of the machine."""
+        """Return the entry for `zarr.json`: all that decoding needs, and no settings of the machine."""
         configuration: dict[str, JSON] = {
             "model": self.model,
             "quality": self.quality,
@@ -176,7 +179,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         return {"name": NAME, "configuration": configuration}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
-        """Return the codec with its channel axis resolved; refuse what cannot be coded.
+        """Return the codec with its channel axis resolved; refuse arrays that can't be coded.
 
         zarr calls this when an array is created or opened. Weights for another model, metric or quality are refused
         here too. Missing weights are refused here for a new array only: an archive whose weights are missing opens.
@@ -208,7 +211,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         if self._origin != "guessed" or self.channel_axis is None:
             return
         axis = cast("int", self.channel_axis)
-        # zarr passes the grid as it is before any transpose, so the colours may be along another of its axes.
+        # zarr passes the grid from before any transpose, so the colours may lie along another of its axes.
         if any(set(_chunk_lengths(chunk_grid, one)) == {RGB} for one in range(len(shape))):
             return
         chunks = tuple(max(_chunk_lengths(chunk_grid, one)) for one in range(len(shape)))
@@ -219,7 +222,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         )
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        """Unknown before coding."""
+        """Raise NotImplementedError: the size is not known before coding."""
         raise NotImplementedError
 
     def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
@@ -267,7 +270,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
 
 def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
     buffer = spec.prototype.nd_buffer
-    # A tensor stays on its device: what zarr has there takes what knows its `__cuda_array_interface__`.
+    # A tensor stays on its device: zarr's GPU buffers accept objects with `__cuda_array_interface__`.
     return buffer.from_numpy_array(pixels) if isinstance(pixels, np.ndarray) else buffer.from_ndarray_like(pixels)
 
 
@@ -299,7 +302,7 @@ def _chunk_lengths(chunk_grid: Any, axis: int) -> tuple[int, ...]:
 
 
 def _after_filters(codec: CAECodec, array_spec: ArraySpec, frame: FrameType | None) -> ArraySpec:
-    """The spec as it reaches `codec`, for zarr < 3.2, which hands over the array's own even after a transpose.
+    """Return the spec as it reaches `codec`: zarr < 3.2 passes the array's own spec even after a transpose.
 
     The chain of codecs stands only in the caller: the metadata's constructor, or the sharding codec.
     """
@@ -320,7 +323,7 @@ def _after_filters(codec: CAECodec, array_spec: ArraySpec, frame: FrameType | No
 
 
 def _integer(value: object) -> object:
-    """NumPy's integers as Python's, which JSON can hold; anything else as it is."""
+    """Return a NumPy integer as a Python integer, which JSON can hold; return anything else unchanged."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
@@ -392,6 +395,6 @@ def _resolve_nodata(dtype: np.dtype[Any], nodata: float | str | None) -> float |
 
 
 def _number(value: Any) -> float:
-    """An integer where `value` is one and a float holds it exactly, or where it came as one."""
+    """Return an integer if `value` has an integer type, or is a whole number that a float holds exactly."""
     number = float(value)
     return int(value) if isinstance(value, Integral) or (number.is_integer() and abs(number) <= 1 << 53) else number

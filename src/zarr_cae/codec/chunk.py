@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.convert import from_root, to_chunk, to_planes, to_root
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
+from zarr_cae.threads import lazy_property
 from zarr_cae.weights.file import Weights
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChunkCoder:
-    """The means to code the chunks of one array: their layout, the weights and the engine."""
+    """Everything that coding the chunks of one array needs: their layout, the weights and the engine."""
 
     layout: Layout
     spec: ArraySpec
@@ -65,12 +65,12 @@ class ChunkCoder:
     min_psnr: float | None = None
     """The PSNR in dB of the value range that each chunk must reach; None if there is no such demand."""
 
-    @cached_property
+    @lazy_property
     def weights(self) -> Weights:
         """The weights. Raises WeightsNotFoundError if they are not on this machine."""
         return self.load()
 
-    @cached_property
+    @lazy_property
     def settings(self) -> Settings:
         """The settings of this process, from `zarr.config`."""
         try:
@@ -78,7 +78,7 @@ class ChunkCoder:
         except TypeError as error:
             raise CAEConfigurationError(f"cae: zarr.config key cae.*: {error}") from error
 
-    @cached_property
+    @lazy_property
     def engine(self) -> Engine:
         """The engine that runs the networks; the first call in a process imports torch."""
         from zarr_cae.networks.engine import engine_for
@@ -166,7 +166,7 @@ class ChunkCoder:
         return self.engine.synthesise(symbols, self.quality, self.components, self.settings)
 
     def to_planes(self, pixels: Chunk, layout: Layout) -> Planes:
-        """Return pixels of this chunk, all of them or a box with this layout, as planes (N, 3 or 1, H, W)."""
+        """Return pixels as planes (N, 3 or 1, H, W): the whole chunk, or a box of it with this layout."""
         if self.nodata is None:
             planes = to_planes(pixels, layout, self.value_range)
         else:

@@ -130,10 +130,13 @@ def _extent(coder: ChunkCoder) -> float:
 
 def _squares(values: npt.NDArray[Any], known: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     if known.dtype.kind == "f":
-        return np.square(values.astype(np.float64) - known)
-    larger, smaller = np.maximum(values, known), np.minimum(values, known)  # float64 can't tell large ones apart
-    unsigned = np.dtype(f"u{known.dtype.itemsize}")
-    return np.square((larger.view(unsigned) - smaller.view(unsigned)).astype(np.float64))
+        difference = values.astype(np.float64) - known
+    else:
+        larger, smaller = np.maximum(values, known), np.minimum(values, known)  # float64 can't tell large ones apart
+        unsigned = np.dtype(f"u{known.dtype.itemsize}")
+        difference = (larger.view(unsigned) - smaller.view(unsigned)).astype(np.float64)
+    squares: npt.NDArray[np.float64] = np.square(difference)
+    return squares
 
 
 def _cut(header: FrameHeader, tile: Tile, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -4,8 +4,8 @@ Reading fetches, decodes and synthesises only the tiles under the selection and 
 have a CRC32C for each tile; frames of version 1 have only one for all: see `read_selection`.
 
 Writing replaces only latents that the written pixels reach. All other latents keep their symbols, and tiles without a
-changed symbol keep their bytes. So however often parts of a chunk are written, the rest of it stays what it was. Exact
-tiles stay exact, and the mask follows the written pixels.
+changed symbol keep their bytes. So the rest of a chunk does not change, however often parts of it are written.
+Exact tiles stay exact, and the mask follows the written pixels.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from zarr_cae.threads import over_cores
 Pixels: TypeAlias = npt.NDArray[Any]
 _FIXED_BYTES = 20
 _LENGTH_BYTES = 3
-"""Bytes of the header, and of each tile's length: what is fetched first, which is less than the smallest frame."""
+"""Bytes of the first request, for the header and for the length of each tile: fewer than the smallest frame has."""
 _SLACK = 0.1
-"""Root mean square, in grey levels, up to which a write counts as writing back what was read."""
+"""Largest root mean square difference, in grey levels, of pixels that count as read from the chunk and unchanged."""
 
 
 def read_selection(coder: ChunkCoder, selection: Any, *, ranges: bool) -> Plan[Any]:
@@ -47,7 +47,7 @@ def read_selection(coder: ChunkCoder, selection: Any, *, ranges: bool) -> Plan[A
     coder
         Codes the chunks of the array.
     selection
-        A selection of the chunk's pixels, as NumPy has them.
+        A NumPy selection of the chunk's pixels.
     ranges
         Whether fetching parts of the frame is cheaper than fetching all of it. All of it is fetched, too, if the
         selection needs more than half of the tiles. Otherwise each part is checked by itself: the header against the
@@ -92,7 +92,7 @@ def _fetch_parts(coder: ChunkCoder, box: Box, patch: Patch) -> Plan[Parts]:
 
 
 def _fetch_index(coder: ChunkCoder) -> Plan[FrameIndex | memoryview]:
-    """Fetch the index of a frame, from as few of its first bytes as it takes; the whole frame if that is what came."""
+    """Fetch the index of a frame with as few bytes as possible; return the whole frame if the store sends that."""
     head, more = b"", _FIXED_BYTES + _LENGTH_BYTES * coder.geometry.tile_count
     while True:
         (part,) = yield Fetch([(len(head), len(head) + more)])
@@ -133,7 +133,7 @@ def _fetch_tiles(coder: ChunkCoder, index: FrameIndex, numbers: Sequence[int]) -
 
 
 def _whole(part: memoryview, end: int) -> memoryview:
-    """Return a longer answer than was asked for, if it is a whole frame: some servers ignore byte ranges."""
+    """Return an answer that is longer than the request, if it is a whole frame: some servers ignore byte ranges."""
     if bytes(part[:4]) != b"ZCAE":
         raise FrameError(
             f"cae: the store answered a request for bytes up to {end} of the chunk with {len(part)} other bytes; "
@@ -161,7 +161,7 @@ def write_selection(coder: ChunkCoder, selection: Any, value: Any) -> Plan[None]
     coder
         Codes the chunks of the array.
     selection
-        A selection of the chunk's pixels, as NumPy has them.
+        A NumPy selection of the chunk's pixels.
     value
         A scalar, or an array of the selection's shape with or without its axes of length 1; a NumPy array or an array
         on a GPU. The latter stays there if it is the whole chunk.
@@ -200,9 +200,9 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     Three patches lie around the latents under the selection, each wider than the one before by `HALO`: the latents
     that the new pixels can reach (`reached`), the latents under pixels that take part in these (`seen`), and the
     latents that take part in such pixels (`source`). The pixels over `seen` are decoded once, and analysed both as
-    they were and as they shall be. Symbols under the selection are replaced; other symbols in `reached` only if the
-    two analyses differ there. So pixels nearby wear no more than they must, and to write back what was read changes
-    nothing at all.
+    they were and with the new values. Symbols under the selection are replaced; other symbols in `reached` only if the
+    two analyses differ there. So pixels nearby lose no more quality than they must, and writing back unchanged pixels
+    changes nothing at all.
     """
     given, parts = coder, _unpack(frame, coder)
     header, coder = parts.header, coder.of_frame(parts.header)
@@ -277,7 +277,7 @@ def _new_exact(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> dic
 
 
 def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bool:
-    """Return whether pixels differ by no more than two decodings of the same latents do: one may have been read.
+    """Return whether pixels differ no more than two decodings of the same latents do: they may have been read here.
 
     Sums of bfloat16 depend a little on the shape of the planes that are decoded together. Up to one pixel in a
     thousand is rounded to the other side, or, in floats, most pixels differ by some hundredths of a grey level.
@@ -313,7 +313,7 @@ def _changed_tiles(decoded: Sequence[tuple[Tile, Symbols]], new: Symbols, reache
 
 
 def _store(coder: ChunkCoder, chunk: Any) -> Plan[None]:
-    """Store a whole chunk, or delete it where zarr keeps none."""
+    """Store a whole chunk, or delete it if zarr would not keep it."""
     frame = None if _blank(coder, chunk) else (yield from encode_chunk(coder, chunk))
     yield Put(frame)
 
@@ -327,7 +327,7 @@ def _blank(coder: ChunkCoder, pixels: Any) -> bool:
 
 
 def _fitted(value: Pixels, shape: tuple[int, ...]) -> Pixels:
-    """Return the value in this shape if it has as many numbers: zarr drops axes that a selection takes one index of."""
+    """Return the value in this shape if it has as many elements: zarr drops axes that an integer selects from."""
     return value.reshape(shape) if value.ndim and value.shape != shape and value.size == math.prod(shape) else value
 
 

@@ -1,9 +1,9 @@
 """Plans, and the two runners that take them to their end: one for threads, one for coroutines.
 
-zarr calls a codec from threads and from coroutines. A plan is written once for both, as a generator. It yields what has
-to be waited for: bytes from the store (`Fetch`, `Put`), or the future of a network's work. It is sent the result. What
-it computes in between runs on the thread of the runner; `run_async` uses the pool's threads for that, so that zarr's
-event loop stays free. (httpx runs its authentication flows in this way.)
+zarr calls a codec from threads and from coroutines. A plan is written once for both, as a generator. It yields each
+operation that it waits for: bytes from the store (`Fetch`, `Put`), or the future of a network's work. The runner sends
+the result back. The plan computes on the thread of the runner; `run_async` uses the pool's threads for that, so that
+zarr's event loop stays free. (httpx runs its authentication flows in this way.)
 """
 
 from __future__ import annotations
@@ -107,16 +107,16 @@ def run(plan: Plan[_Result], store: Any = None) -> _Result:
 
 
 async def run_async(plan: Plan[_Result], store: Any = None) -> _Result:
-    """Run a plan from a coroutine: like `run`, but what the plan computes runs on the pool's threads.
+    """Run a plan from a coroutine: like `run`, but the plan computes on the pool's threads.
 
-    To cancel the task withdraws the work that is queued for a network.
+    Cancelling the task withdraws the work that is queued for a network.
     """
     step, result = await _advance_on_pool(plan, None)
     while step is not None:
         try:
             answer = await (asyncio.wrap_future(step) if isinstance(step, Future) else step.later(store))
         finally:
-            step = None  # a failed future that a frame of its own traceback holds would stay in memory
+            step = None  # else a failed future would be held by its own traceback, and stay in memory
         step, result = await _advance_on_pool(plan, answer)
         answer = None
     return cast("_Result", result)
@@ -145,7 +145,7 @@ def _withdraw(advance: Future[tuple[Step | None, Any]]) -> None:
     """Cancel the network's work that a plan has queued after its task was cancelled."""
     try:
         step, _ = advance.result()
-    except (Exception, CancelledError):  # noqa: BLE001 - the plan ended; nobody waits for its error
+    except (Exception, CancelledError):  # noqa: BLE001 - the plan ended; no caller waits for its error
         return
     if isinstance(step, Future):
         step.cancel()

@@ -50,7 +50,7 @@ class Verified:
     highest: float | None = None
 
     def add(self, pixels: Any) -> None:
-        """Take pixels into the range. NaN does not count."""
+        """Extend the range by these pixels. NaN does not count."""
         if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f":
             pixels = pixels[~np.isnan(pixels)]
             if not pixels.size:
@@ -73,7 +73,7 @@ def verify(
     deep
         Whether to decode all chunks to pixels. Otherwise headers, lengths and checksums of frames are checked.
     advance
-        Is called with the number of chunks or shards that were checked since; for progress bars.
+        Called with the number of newly checked chunks or shards; for progress bars.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def verify(
 
 @dataclass(frozen=True, repr=False)
 class _CheckingCodec(CAECodec):
-    """The codec of an array, but its decoding checks whole chunks."""
+    """The codec of an array, with a decoder that checks whole chunks."""
 
     deep: bool = field(default=False, kw_only=True, compare=False)
     result: Any = field(default=None, kw_only=True, compare=False)

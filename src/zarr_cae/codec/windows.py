@@ -32,12 +32,12 @@ class Box:
     indices: tuple[Indices, ...]
     """The indices along each axis of the chunk; without gaps along rows, columns and the axis of RGB."""
     inside: Any
-    """The selection, as one of an array of the box alone: a tuple with an `Index` for each axis. It is of any other
-    kind only where the box is the whole chunk."""
+    """The same selection relative to the box: a tuple with an `Index` for each axis. It has another form only if the
+    box is the whole chunk."""
 
     @property
     def layout(self) -> Layout:
-        """The layout of an array of the box alone."""
+        """The layout of an array that holds only the box."""
         return Layout(tuple(map(len, self.indices)), self.chunk.channel_axis)
 
     @property
@@ -83,7 +83,7 @@ class Box:
             begin = side.start * STRIDE
             by = int(self.indices[axis][0]) - begin
             indices[axis] = range(begin, min(side.stop * STRIDE, self.chunk.shape[axis]))
-            if by:  # never where the box is the whole chunk, whose selection may be of any kind
+            if by:  # never if the box is the whole chunk, where the selection may have any form
                 inside = (*inside[:axis], _shifted(inside[axis], by), *inside[axis + 1 :])
         return replace(self, indices=tuple(indices), inside=inside)
 
@@ -94,8 +94,8 @@ def enclosing(selection: object, chunk: Layout) -> Box:
     Parameters
     ----------
     selection
-        A selection of NumPy as zarr makes it: integers, slices with a positive step, and integer or one-dimensional
-        boolean arrays, one for each axis; axes left out at the end are taken whole.
+        A NumPy selection in the form that zarr passes: integers, slices with a positive step, and integer or
+        one-dimensional boolean arrays, one for each axis; axes left out at the end are taken whole.
     chunk
         The layout of the chunk.
 
@@ -130,7 +130,7 @@ def enclosing(selection: object, chunk: Layout) -> Box:
 
 
 def _along(part: object, length: int) -> tuple[Indices, Index] | None:
-    """Return the indices that a part of a selection means along its axis, and the part without negative numbers."""
+    """Return the indices that a part of a selection selects along its axis, and the part without negative numbers."""
     if isinstance(part, slice):
         wanted = range(length)[part]
         if len(wanted) == 0 or wanted.step < 0:
@@ -166,7 +166,7 @@ def _shifted(index: Index, by: int) -> Index:
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield first and last of each run of neighbours among tile numbers: their streams lie side by side in a frame."""
+    """Yield the first and last tile of each run of consecutive numbers: their streams are adjacent in a frame."""
     ordered = sorted(numbers)
     first = 0
     for place, number in enumerate(ordered):

@@ -1,7 +1,7 @@
 """Contexts: which row of a channel's frequency tables codes a symbol.
 
-A factorized prior treats all positions of a channel alike. But where earlier channels are busy, a channel is busy too.
-So each channel has K rows, and the magnitudes of earlier channels around a position choose the row; the decoder knows
+A factorized prior treats all positions of a channel alike. But channels tend to be large at the same positions. So
+each channel has K rows, and the magnitudes of earlier channels around a position choose the row; the decoder knows
 them already. A few slowly varying channels are coded as differences from their neighbours. All of it is integer
 arithmetic, exact on every machine. Within a channel no position waits for another.
 
@@ -28,7 +28,7 @@ LARGEST_WEIGHTS = 273
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """The contexts of M channels with S sources and K classes each. Holds read-only copies of the given arrays.
+    """The contexts of M channels with S sources and K classes each. It holds read-only copies of the arrays.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def scores(around_of: NDArray[np.uint8], source: NDArray[np.int16], weight: NDAr
 
 
 def around(activity: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-    """Return activities (..., h, w) in [0, 15] weighted over the neighbourhood of each position: uint8, same shape."""
+    """Return the weighted sum of activities (..., h, w) in [0, 15] around each position: uint8, same shape."""
     padded = np.pad(activity.astype(np.uint8), [(0, 0)] * (activity.ndim - 2) + [(1, 1), (1, 1)])
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     return np.asarray(rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:], np.uint8)

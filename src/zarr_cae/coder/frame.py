@@ -11,127 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-import crc32c
 import numpy as np
-from numpy.typing import NDArray
 
+from zarr_cae.coder.fields import CHECKSUM_BYTES, VARINT_END, Reader, TooShortError, check_checksum, sealed, varint
+from zarr_cae.coder.header import MAX_LOG2_TILE, STRIDE, VERSIONS, FrameHeader, Symbols
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
 __all__ = ["STRIDE", "Frame", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_frame", "parse_index", "unpack"]
 
-STRIDE = 16
-"""Pixels per latent position, along each edge."""
-
-Symbols = NDArray[np.int16]
-"""Quantised latents: int16 (..., M, rows, columns) with M latent channels."""
-
 _MAGIC = b"ZCAE"
-_VERSIONS = (1, 2, 3)
 _GREY, _MASKED, _EXACT = 1, 2, 4
 _FLAGS = {1: _GREY, 2: _GREY, 3: _GREY | _MASKED | _EXACT}
-_CHECKSUM_BYTES = 4
-_MAX_LOG2_TILE = 10
-_MAX_ROW = 255
-_MAX_VARINT_BYTES = 5
-_VARINT_END = 1 << 32
-
-
-@dataclass(frozen=True)
-class FrameHeader:
-    """The shape of a chunk and the version of its frame.
-
-    Parameters
-    ----------
-    planes
-        Number of planes, N. An RGB image is one plane.
-    height, width
-        Size of a plane in pixels.
-    grey
-        Whether planes have one component; RGB planes have three.
-    tile
-        Edge of a tile in latent positions: a power of two in [1, 1024].
-    version
-        Version of the frame: 1, 2 or 3.
-    row
-        Which row of the weights file coded the chunk, 0 to 255. Only frames of version 3 store it; it is None in the
-        others.
-
-    Raises
-    ------
-    CAEConfigurationError
-        If a value is out of its range.
-    """
-
-    planes: int
-    height: int
-    width: int
-    grey: bool
-    tile: int = 32
-    version: int = 1
-    row: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("planes", "height", "width"):
-            value = getattr(self, name)
-            if not 1 <= value < _VARINT_END:
-                raise CAEConfigurationError(f"cae: frame's {name} must be in [1, 2^32); got {value}")
-        if self.version not in _VERSIONS:
-            raise CAEConfigurationError(f"cae: frame's version must be one of {_VERSIONS}; got {self.version}")
-        if self.tile not in {1 << n for n in range(_MAX_LOG2_TILE + 1)}:
-            raise CAEConfigurationError(
-                f"cae: frame's tile must be a power of two in [1, {1 << _MAX_LOG2_TILE}]; got {self.tile}"
-            )
-        if self.row is not None and (self.version < 3 or not 0 <= self.row <= _MAX_ROW):
-            raise CAEConfigurationError(
-                f"cae: frame's row must be in [0, {_MAX_ROW}] in version 3, and None in versions 1 and 2; got "
-                f"{self.row} in version {self.version}"
-            )
-
-    def row_of(self, rows: int, default: int) -> int:
-        """Return the row of the weights file that coded the chunk.
-
-        Parameters
-        ----------
-        rows
-            Number of rows (qualities) of the weights file.
-        default
-            The row of the array's quality, which holds for frames that do not store their row.
-
-        Raises
-        ------
-        FrameError
-            If the weights file has no such row.
-        """
-        if self.row is None:
-            return default
-        if self.row >= rows:
-            raise FrameError(
-                f"cae: frame's row must be below {rows}, the qualities of the array's weights file; got {self.row}: "
-                "it was written with other weights"
-            )
-        return self.row
-
-    @property
-    def components(self) -> int:
-        """Number of components of a plane, C."""
-        return 1 if self.grey else 3
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        """Rows and columns of latent positions of a plane."""
-        return -(-self.height // STRIDE), -(-self.width // STRIDE)
-
-    @property
-    def tile_grid(self) -> tuple[int, int]:
-        """Rows and columns of tiles of a plane."""
-        rows, columns = self.latent_shape
-        return -(-rows // self.tile), -(-columns // self.tile)
-
-    @property
-    def tile_count(self) -> int:
-        """Number of tiles of all planes."""
-        rows, columns = self.tile_grid
-        return self.planes * rows * columns
 
 
 @dataclass(frozen=True)
@@ -158,7 +48,7 @@ class FrameIndex:
     @property
     def frame_bytes(self) -> int:
         """Number of bytes of the whole frame."""
-        return self.offsets[-1] + (_CHECKSUM_BYTES if self.header.version == 1 else 0)
+        return self.offsets[-1] + (CHECKSUM_BYTES if self.header.version == 1 else 0)
 
     def stream(self, tile: int, stored: memoryview) -> memoryview:
         """Return the stream of a tile from its stored bytes; see `parts`."""
@@ -174,15 +64,15 @@ class FrameIndex:
         """
         if self.header.version == 1:
             return stored, None
-        content = stored[:-_CHECKSUM_BYTES]
-        _check_checksum(f"tile {tile}'s", content, stored[-_CHECKSUM_BYTES:])
+        content = stored[:-CHECKSUM_BYTES]
+        check_checksum(f"tile {tile}'s", content, stored[-CHECKSUM_BYTES:])
         pixels = self.exact.get(tile, 0)
         return content[: len(content) - pixels], content[len(content) - pixels :] if pixels else None
 
     def mask_section(self, stored: memoryview) -> memoryview:
         """Return the mask section from its stored bytes. Raises FrameError if its checksum does not match."""
-        _check_checksum("mask's", stored[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:])
-        return stored[:-_CHECKSUM_BYTES]
+        check_checksum("mask's", stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:])
+        return stored[:-CHECKSUM_BYTES]
 
 
 @dataclass(frozen=True)
@@ -239,24 +129,24 @@ def pack(
     frame = bytearray(_MAGIC)
     frame += bytes([header.version, flags])
     for value in (header.planes, header.height, header.width):
-        frame += _varint(value)
+        frame += varint(value)
     frame.append(header.tile.bit_length() - 1)
     if header.row is not None:
         frame.append(header.row)
     if mask is not None:
-        frame += _varint(len(mask))
+        frame += varint(len(mask))
     if exact:
         chosen = np.zeros(header.tile_count, np.bool_)
         chosen[list(exact)] = True
         frame += np.packbits(chosen, bitorder="little").tobytes()
     for stream in streams:
-        frame += _varint(len(stream))
+        frame += varint(len(stream))
     for tile in sorted(exact):
-        frame += _varint(len(exact[tile]))
+        frame += varint(len(exact[tile]))
     if header.version == 1:
-        return _sealed(frame + b"".join(streams))
-    stored = [_sealed(b"".join([stream, exact.get(tile, b"")])) for tile, stream in enumerate(streams)]
-    return b"".join([_sealed(frame), b"" if mask is None else _sealed(mask), *stored])
+        return sealed(frame + b"".join(streams))
+    stored = [sealed(b"".join([stream, exact.get(tile, b"")])) for tile, stream in enumerate(streams)]
+    return b"".join([sealed(frame), b"" if mask is None else sealed(mask), *stored])
 
 
 def _check_parts(
@@ -271,7 +161,7 @@ def _check_parts(
         )
     sections = [*exact.values(), *([] if mask is None else [mask])]
     longest = max(map(len, [*streams, *sections]))
-    if longest >= _VARINT_END:
+    if longest >= VARINT_END:
         raise CAEConfigurationError(f"cae: frame's parts must be shorter than 2^32 bytes; got {longest}")
     if header.version == 3 and header.row is None:
         raise CAEConfigurationError("cae: frame of version 3 needs the row of the weights file that coded it")
@@ -284,21 +174,8 @@ def _check_parts(
         )
 
 
-def _sealed(content: bytes | bytearray | memoryview) -> bytes:
-    return bytes(content) + crc32c.crc32c(content).to_bytes(_CHECKSUM_BYTES, "little")
-
-
-def _check_checksum(whose: str, content: memoryview, checksum: memoryview, hint: str = "") -> None:
-    computed, stored = crc32c.crc32c(content), int.from_bytes(checksum, "little")
-    if computed != stored:
-        raise FrameError(
-            f"cae: frame's {whose} checksum must be {stored:#010x}; its bytes have {computed:#010x}: "
-            f"the stored chunk is damaged{hint}"
-        )
-
-
 def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, Sequence[memoryview]]:
-    """Check a whole frame and return its header and the stream of each tile: all that the latents need.
+    """Check a whole frame and return its header and the stream of each tile, which is enough to read latents.
 
     See `parse_frame`, which returns masks and exact tiles as well.
     """
@@ -324,12 +201,12 @@ def parse_frame(frame: bytes | memoryview, expected: FrameHeader) -> Frame:
     """
     view = memoryview(frame).cast("B")
     _check_magic(view)
-    smallest = len(_MAGIC) + 1 + _CHECKSUM_BYTES
+    smallest = len(_MAGIC) + 1 + CHECKSUM_BYTES
     if len(view) < smallest:
         raise FrameError(f"cae: frame needs at least {smallest} bytes; got {len(view)}: the stored chunk is truncated")
-    if view[4] not in _VERSIONS[1:]:
-        hint = "" if view[4] in _VERSIONS else f" (or written by a zarr-cae with frame version {view[4]}: upgrade)"
-        _check_checksum("whole", view[:-_CHECKSUM_BYTES], view[-_CHECKSUM_BYTES:], hint)
+    if view[4] not in VERSIONS[1:]:
+        hint = "" if view[4] in VERSIONS else f" (or written by a zarr-cae with frame version {view[4]}: upgrade)"
+        check_checksum("whole", view[:-CHECKSUM_BYTES], view[-CHECKSUM_BYTES:], hint)
     index = parse_index(view, expected)
     missing = index if isinstance(index, int) else max(index.frame_bytes - len(view), 0)
     if missing:
@@ -363,7 +240,7 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
     Returns
     -------
     FrameIndex or int
-        If `head` is too short, the number of further bytes that are needed at the least. Repeated reads of that many
+        If `head` is too short, the least number of further bytes that are needed. Repeated reads of that many
         bytes come to an end after at most 5 reads per number.
 
     Raises
@@ -375,54 +252,20 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
     view = memoryview(head).cast("B")
     _check_prefix(view)
     try:
-        return _parse(_Reader(view), expected)
-    except _TooShortError as error:
+        return _parse(Reader(view), expected)
+    except TooShortError as error:
         return error.missing
 
 
-class _TooShortError(Exception):
-    """Raised when the beginning of a frame ends; `missing` bytes follow at the least."""
-
-    def __init__(self, missing: int) -> None:
-        super().__init__(missing)
-        self.missing = missing
-
-
-class _Reader:
-    """Reads the beginning of a frame, byte by byte, and raises _TooShortError at its end."""
-
-    def __init__(self, view: memoryview) -> None:
-        self.view, self.at = view, 0
-
-    def need(self, count: int, after: int = 0) -> None:
-        """Raise _TooShortError if fewer than `count` bytes are left; `after` more bytes must follow them."""
-        if self.at + count > len(self.view):
-            raise _TooShortError(self.at + count + after - len(self.view))
-
-    def take(self, count: int, after: int) -> memoryview:
-        """Return the next `count` bytes."""
-        self.need(count, after)
-        self.at += count
-        return self.view[self.at - count : self.at]
-
-    def varint(self, name: str, after: int) -> int:
-        """Return the next varint. Raises FrameError, which names it, if it is malformed."""
-        value, end = _read_varint(self.view, self.at, name)
-        if end > len(self.view):
-            raise _TooShortError(end + after - len(self.view))
-        self.at = end
-        return value
-
-
-def _parse(reader: _Reader, expected: FrameHeader) -> FrameIndex:
+def _parse(reader: Reader, expected: FrameHeader) -> FrameIndex:
     reader.need(len(_MAGIC) + 7)  # version, flags, three varints, the size of a tile and the length of one tile
     version, flags = reader.take(len(_MAGIC) + 2, 0)[4:]
     dimensions = [reader.varint(name, 4 - n) for n, name in enumerate(("plane count", "height", "width"))]
     _check_expected(dimensions, version, bool(flags & _GREY), expected)
     (log2_tile,) = reader.take(1, 1)
-    if log2_tile > _MAX_LOG2_TILE:
+    if log2_tile > MAX_LOG2_TILE:
         raise FrameError(
-            f"cae: frame's log2 of the tile size must be 0 to {_MAX_LOG2_TILE}; got {log2_tile}: "
+            f"cae: frame's log2 of the tile size must be 0 to {MAX_LOG2_TILE}; got {log2_tile}: "
             "the stored chunk is damaged"
         )
     row = reader.take(1, 1)[0] if version == 3 else None
@@ -431,7 +274,7 @@ def _parse(reader: _Reader, expected: FrameHeader) -> FrameIndex:
     mask = _checked_section(reader.varint("length of the mask", count), "mask") if flags & _MASKED else 0
     exact = _exact_tiles(reader.take(-(-count // 8), count), count) if flags & _EXACT else []
     numbers = count + len(exact)
-    reader.need(numbers)  # each length takes a byte: no loop over more lengths than there are bytes
+    reader.need(numbers)  # each length takes a byte, so a hostile count is refused before the loop over it
     lengths = [reader.varint(f"length of tile {tile}", numbers - tile - 1) for tile in range(count)]
     pixels = {
         tile: _checked_section(
@@ -442,9 +285,9 @@ def _parse(reader: _Reader, expected: FrameHeader) -> FrameIndex:
     if version == 1:
         return FrameIndex(header, tuple(accumulate(lengths, initial=reader.at)))
     end = reader.at
-    _check_checksum("index's", reader.view[:end], reader.take(_CHECKSUM_BYTES, 0))
-    first = reader.at + mask + _CHECKSUM_BYTES if mask else reader.at
-    stored = [length + pixels.get(tile, 0) + _CHECKSUM_BYTES for tile, length in enumerate(lengths)]
+    check_checksum("index's", reader.view[:end], reader.take(CHECKSUM_BYTES, 0))
+    first = reader.at + mask + CHECKSUM_BYTES if mask else reader.at
+    stored = [length + pixels.get(tile, 0) + CHECKSUM_BYTES for tile, length in enumerate(lengths)]
     return FrameIndex(header, tuple(accumulate(stored, initial=first)), (reader.at, first) if mask else None, pixels)
 
 
@@ -476,9 +319,9 @@ def _check_magic(view: memoryview) -> None:
 
 def _check_prefix(view: memoryview) -> None:
     _check_magic(view)
-    if len(view) > 4 and view[4] not in _VERSIONS:
-        advice = "upgrade zarr-cae to read this array" if view[4] > max(_VERSIONS) else "the stored chunk is damaged"
-        raise FrameError(f"cae: frame's version must be one of {_VERSIONS}; got {view[4]}: {advice}")
+    if len(view) > 4 and view[4] not in VERSIONS:
+        advice = "upgrade zarr-cae to read this array" if view[4] > max(VERSIONS) else "the stored chunk is damaged"
+        raise FrameError(f"cae: frame's version must be one of {VERSIONS}; got {view[4]}: {advice}")
     if len(view) > 5 and view[5] & ~_FLAGS[view[4]]:
         raise FrameError(
             f"cae: frame's flags must be 0 to {_FLAGS[view[4]]} in version {view[4]}; got {view[5]}: "
@@ -504,28 +347,3 @@ def _check_expected(dimensions: list[int], version: int, grey: bool, expected: F
 
 def _described(header: FrameHeader) -> str:
     return f"{header.planes} {'grey' if header.grey else 'RGB'} planes of {header.height} x {header.width}"
-
-
-def _varint(value: int) -> bytes:
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
-
-
-def _read_varint(view: memoryview, start: int, name: str) -> tuple[int, int]:
-    """Return the value and the end of the varint at `start`; an end beyond the view if the view ends within it."""
-    value = 0
-    for n, byte in enumerate(view[start : start + _MAX_VARINT_BYTES]):
-        value |= (byte & 0x7F) << 7 * n
-        if byte < 0x80:
-            if n and byte == 0:
-                raise FrameError(f"cae: frame's {name} has a superfluous last byte: the stored chunk is damaged")
-            if value >= _VARINT_END:
-                raise FrameError(f"cae: frame's {name} must be below 2^32; got {value}: the stored chunk is damaged")
-            return value, start + n + 1
-    if len(view) - start >= _MAX_VARINT_BYTES:
-        raise FrameError(f"cae: frame's {name} must have at most 5 bytes: the stored chunk is damaged")
-    return 0, len(view) + 1

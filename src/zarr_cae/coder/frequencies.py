@@ -22,8 +22,8 @@ def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
     Parameters
     ----------
     probability
-        float64 (n,), finite and not negative, 2 <= n <= 2^PRECISION; the last is that of the escape. The sum need not
-        be 1.
+        float64 (n,), finite and not negative, 2 <= n <= 2^PRECISION; the last is the probability of the escape. The
+        sum need not be 1.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
     Raises
     ------
     CAEConfigurationError
-        If `probability` is not as described.
+        If `probability` has another shape, or values that are negative, not finite or all zero.
     """
     p = _probabilities(probability, 2, _TOTAL)
     frequency = np.maximum(np.rint(p * (_TOTAL / p.sum())), 1.0)
@@ -59,7 +59,7 @@ def trimmed_frequencies(probability: NDArray[np.float64], first: int) -> tuple[i
     Parameters
     ----------
     probability
-        float64 (n,): probabilities of the integers first, first + 1, ...; the rest up to 1 is that of all others.
+        float64 (n,): probabilities of the integers first, first + 1, ...; all others share the remainder up to 1.
     first
         The smallest integer, within int16.
 
@@ -71,7 +71,7 @@ def trimmed_frequencies(probability: NDArray[np.float64], first: int) -> tuple[i
     Raises
     ------
     CAEConfigurationError
-        If `probability` is not as described for `frequencies`, or its integers leave [-32768, 32766].
+        If `probability` is not valid for `frequencies`, or its integers leave [-32768, 32766].
     """
     p = _probabilities(probability, 1, 1 << 16)
     if first < -(1 << 15) or first + p.size - 1 > (1 << 15) - 2:

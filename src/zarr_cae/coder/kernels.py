@@ -56,7 +56,7 @@ def classify(  # noqa: C901 - inner calls cost compile time
     for p in range(positions):
         largest = max(largest, score[_U(p)])
     k, end = channel * thresholds, (channel + 1) * thresholds
-    while k + 3 < end:  # four at a time, up to the largest score: a pass costs little more than its loop
+    while k + 3 < end:  # four thresholds at a time, up to the largest score: a pass costs little more than its loop
         a, b, c, d = threshold[_U(k)], threshold[_U(k + 1)], threshold[_U(k + 2)], threshold[_U(k + 3)]
         k += 4
         if largest < a and largest < b and largest < c and largest < d:
@@ -141,7 +141,7 @@ def encode(
 ) -> tuple[int, int]:
     """Encode a tile: fill `words` from its end and `escapes` in reverse order, and leave the lanes in `state`.
 
-    Returns the number of unused words and the number of escapes.
+    Return the number of unused words and the number of escapes.
     """
     channels = coded.size
     positions = symbols.size // channels
@@ -222,7 +222,7 @@ def decode(  # noqa: C901, PLR0912, PLR0915 - one kernel: inner calls cost compi
     `sparse` says that most symbols are the likely symbol of their row. Then the loop tries that symbol first, and the
     processor can predict the branch instead of waiting for the tables. The result is the same.
 
-    Returns the number of words read and the number of escapes. Both may exceed the stream: `words` is padded for the
+    Return the number of words read and the number of escapes. Both may exceed the stream: `words` is padded for the
     symbols of one channel, and surplus escapes are only counted.
     """
     channels = coded.size

@@ -37,7 +37,7 @@ def encode(symbols: Symbols, tables: Tables, version: int) -> bytes:
     Parameters
     ----------
     symbols
-        int16 (M, h, w), h and w >= 1. Any values: those outside a table's alphabet take the escape.
+        int16 (M, h, w), h and w >= 1. Values outside a table's alphabet are coded by the escape.
     tables
         Tables of the same M channels.
     version
@@ -79,7 +79,7 @@ def encode(symbols: Symbols, tables: Tables, version: int) -> bytes:
     words = np.empty(np.count_nonzero(zero_flag) + np.count_nonzero(coded) * positions, np.uint16)
     escapes = np.empty(words.size, np.int16)  # untouched pages cost no memory
     lanes, better = 0, _lanes(bits / 8)
-    while lanes != better:  # guessed from the tables; once more if the payload asks for another number
+    while lanes != better:  # the tables give a first guess; encode again if the payload calls for another number
         lanes, retry = better, not lanes
         state = np.full(lanes, START_STATE, np.uint32)
         free, count = encoders().encode(

@@ -7,7 +7,6 @@ machine. `frequencies` makes tables from probabilities. The section "Streams" of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from zarr_cae.coder.contexts import LARGEST_ACTIVITY, Contexts, around, to_differences
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.threads import lazy_property
 
 __all__ = ["BUCKETS", "PRECISION", "Tables", "escape_bytes", "ideal_bits", "rows_of"]
 
@@ -29,7 +29,9 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Integer frequency tables of M channels with K rows each, R = M K. Holds read-only copies of the given arrays.
+    """Integer frequency tables of M channels with K rows each, R = M K.
+
+    It holds read-only copies of the arrays.
 
     Parameters
     ----------
@@ -99,18 +101,18 @@ class Tables:
         """Version of the frames that releases before frame version 3 wrote with these tables: 1 or 2."""
         return 1 if self.contexts is None else 2
 
-    @cached_property
+    @lazy_property
     def offset(self) -> NDArray[np.uint32]:
         """uint32 (R,): where each row begins in `frequency`."""
         return _frozen((np.cumsum(self.length) - self.length).astype(np.uint32))
 
-    @cached_property
+    @lazy_property
     def interval(self) -> NDArray[np.uint32]:
         """uint32 (sum(length),): each entry's frequency << 16 | start."""
         before = np.cumsum(self.frequency, dtype=np.uint64) - self.frequency
         return _frozen((self.frequency << np.uint32(16)) | (before % _TOTAL).astype(np.uint32))
 
-    @cached_property
+    @lazy_property
     def reciprocal(self) -> NDArray[np.uint64]:
         """uint64 (sum(length),): ceil(2^(32 + PRECISION) / frequency).
 
@@ -121,7 +123,7 @@ class Tables:
         divisor = self.frequency.astype(np.uint64)
         return _frozen(((1 << 32 + PRECISION) + divisor - 1) // divisor)
 
-    @cached_property
+    @lazy_property
     def lookup(self) -> NDArray[np.uint8]:
         """uint8 (R * 2^BUCKETS,): the entry that owns the first slot of each bucket of each row, at most 255.
 
@@ -133,7 +135,7 @@ class Tables:
         firsts = np.searchsorted(np.cumsum(self.frequency, dtype=np.int64), slots, side="right") - self.offset[:, None]
         return _frozen(np.minimum(firsts, 255).astype(np.uint8).reshape(-1))
 
-    @cached_property
+    @lazy_property
     def likely(self) -> tuple[NDArray[np.uint32], NDArray[np.int16]]:
         """uint32 (R,) and int16 (R,): interval and symbol of the entry that has at least half of its row.
 
@@ -146,13 +148,13 @@ class Tables:
         interval[owner[found]], symbol[owner[found]] = self.interval[found], self.minimum[owner[found]] + entry[found]
         return _frozen(interval), _frozen(symbol)
 
-    @cached_property
+    @lazy_property
     def entropy(self) -> NDArray[np.float32]:
         """float32 (R,): expected bits per symbol. Only the first guess of the number of lanes uses it."""
         bits = self.frequency * (PRECISION - np.log2(self.frequency)) / _TOTAL
         return _frozen(np.add.reduceat(bits, self.offset.astype(np.intp)).astype(np.float32))
 
-    @cached_property
+    @lazy_property
     def largest(self) -> NDArray[np.int32]:
         """int32 (R,): the largest symbol of each row's alphabet."""
         return _frozen(self.minimum + self.length - 2)
@@ -194,7 +196,7 @@ class Tables:
         if version >= 3:
             flag = np.where(always, _TOTAL - 1, flag)
         flag = _frozen(np.where(flag >= _LEAST_ZERO_FLAG, flag, 0).astype(np.uint32))
-        if len(self._flags) >= 64:  # a chunk's tiles have at most four sizes
+        if len(self._flags) >= 64:  # enough: a chunk's tiles have at most four sizes
             self._flags.clear()
         self._flags[key] = flag
         return flag

@@ -1,4 +1,4 @@
-"""Latents of a chunk, as integer symbols (N, M, h, w), to its frame and back, tile by tile.
+"""Code the integer symbols (N, M, h, w) of a chunk to its frame and back, tile by tile.
 
 The planes of a chunk are cut into tiles. Each tile is coded to a stream of its own, on several cores.
 """
@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.coder import frame as frames
 from zarr_cae.coder import rans
-from zarr_cae.coder.frame import FrameHeader, Symbols
+from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
 from zarr_cae.coder.tables import Tables
 from zarr_cae.threads import over_cores
 
@@ -40,7 +39,7 @@ class Patch:
         return Patch(rows, columns)
 
     def within(self, outer: Patch) -> tuple[slice, slice]:
-        """Return the slices that cut this patch, as far as both overlap, from an array of `outer`."""
+        """Return the slices of an array of `outer` that hold this patch, as far as both overlap."""
         rows, columns = (
             slice(max(own.start, other.start) - other.start, min(own.stop, other.stop) - other.start)
             for own, other in ((self.rows, outer.rows), (self.columns, outer.columns))
@@ -55,7 +54,7 @@ class Patch:
         )
 
     def scaled(self, samples: int) -> tuple[slice, slice]:
-        """Return the slices of the patch in an array with this many samples a position along each axis."""
+        """Return the slices of the patch in an array with this many samples per position along each axis."""
         rows, columns = (slice(side.start * samples, side.stop * samples) for side in (self.rows, self.columns))
         return rows, columns
 
@@ -66,7 +65,7 @@ class Tile(NamedTuple):
     number: int
     """Position of its stream among those of the frame."""
     plane: int
-    """Index of its plane among those that were asked for."""
+    """Index of its plane among the requested planes."""
     patch: Patch
     """The latent positions that it holds."""
 
@@ -121,7 +120,7 @@ def encode_streams(symbols: Symbols, header: FrameHeader, tables: Tables) -> lis
 
 def encode(symbols: Symbols, header: FrameHeader, tables: Tables) -> bytes:
     """Return the frame of a chunk's symbols (N, M, h, w); N, h and w are those of the header."""
-    return frames.pack(header, encode_streams(symbols, header, tables))
+    return pack(header, encode_streams(symbols, header, tables))
 
 
 def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, list[tuple[Tile, memoryview]]]:
@@ -132,12 +131,12 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeade
     FrameError
         If the frame is malformed. Nothing of the chunk's size is allocated before it is checked.
     """
-    header, streams = frames.unpack(frame, expected)
-    return header, list(zip(tiles(header), streams, strict=True))
+    parsed = parse_frame(frame, expected)
+    return parsed.header, list(zip(tiles(parsed.header), parsed.streams, strict=True))
 
 
 def decode_each(
-    found: Sequence[tuple[Tile, memoryview]], tables: Tables, version: int, put: Callable[[Tile, Symbols], None]
+    found: Sequence[tuple[Tile, bytes | memoryview]], tables: Tables, version: int, put: Callable[[Tile, Symbols], None]
 ) -> None:
     """Decode tiles, and call `put` with each tile and its symbols (M, h, w), in any order and from several threads.
 
@@ -149,7 +148,7 @@ def decode_each(
         If a stream is malformed. `put` may have been called for other tiles by then.
     """
 
-    def code(one: tuple[Tile, memoryview]) -> None:
+    def code(one: tuple[Tile, bytes | memoryview]) -> None:
         tile, stream = one
         put(tile, decode_tile(stream, tile.patch.shape, tables, version))
 
@@ -164,10 +163,11 @@ def decode(frame: bytes | memoryview, expected: FrameHeader, tables: Tables) -> 
     FrameError, StreamError
         If the frame or a stream in it is malformed.
     """
-    return decode_streams(*frames.unpack(frame, expected), tables)
+    parsed = parse_frame(frame, expected)
+    return decode_streams(parsed.header, parsed.streams, tables)
 
 
-def decode_streams(header: FrameHeader, streams: Sequence[memoryview], tables: Tables) -> Symbols:
+def decode_streams(header: FrameHeader, streams: Sequence[bytes | memoryview], tables: Tables) -> Symbols:
     """Return the symbols (N, M, h, w) of the streams of all tiles; `tables` are those of the row that coded them.
 
     Raises

@@ -2,7 +2,7 @@
 
 All work on one thread, at 4:4:4 where the format can, so that times and rates compare with one another. They take RGB
 or grey images of 8 bits. AVIF and JPEG XL come from imagecodecs (extra `compare`), the others from Pillow. The choice
-of parameters was measured on Kodak with imagecodecs 2026.1.14 and Pillow 13.0; each function names what matters.
+of parameters was measured on Kodak with imagecodecs 2026.1.14 and Pillow 13.0; each function names the important ones.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class ClassicalCodec:
     title : str
         Its name in texts and plots.
     limits : (float, float)
-        The least and the greatest setting with a meaning of its own.
+        The least and the greatest distinct setting.
     settings : tuple of float
-        Settings in order of rising rate, about 0.1 to 2 bits per pixel of a photograph, or what the format reaches.
+        Settings in order of rising rate, about 0.1 to 2 bits per pixel of a photograph, as far as the format reaches.
     encode : callable
         `encode(pixels, setting)` returns the bytes of a file; pixels are (H, W, 3) RGB or (H, W) grey, uint8.
     decode : callable
@@ -95,7 +95,7 @@ def _encode_webp(pixels: Pixels, setting: float) -> bytes:
 def _encode_avif(pixels: Pixels, setting: float) -> bytes:
     """Encode as AVIF by libaom: 4:4:4 YCbCr (BT.601), speed 6; the setting is libavif's quality (100 is lossless).
 
-    Grey images become equal colours: imagecodecs codes two-dimensional arrays without loss, whatever the level, and
+    Grey images become equal colours: imagecodecs codes two-dimensional arrays without loss at every level, and
     flat chroma planes cost some 20 bytes.
     """
     colours = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
@@ -126,8 +126,8 @@ def _decode_jpegxl(data: bytes, grey: bool = False) -> Pixels:
 def _encode_jpeg2000(pixels: Pixels, setting: float) -> bytes:
     """Encode as JPEG 2000 by OpenJPEG: irreversible 9/7 wavelet and colour transform, one tile, bare codestream.
 
-    The setting is the target in bits per pixel, as published JPEG 2000 curves have it, hence Pillow: imagecodecs
-    aims at a PSNR instead. That gives the same files image by image, but a mean curve more than 1 dB lower (Kodak at
+    The setting is the target in bits per pixel, as in published JPEG 2000 curves. Hence Pillow: imagecodecs aims at a
+    PSNR instead. That gives the same files image by image, but a mean curve more than 1 dB lower (Kodak at
     0.6 bit/px), because hard images then take most of the mean rate.
     """
     colour = pixels.ndim == 3
@@ -167,7 +167,7 @@ def spread(settings: Sequence[float], count: int | None) -> tuple[float, ...]:
 
 
 def code_classical(codec: ClassicalCodec, pixels: Pixels, setting: float) -> Coded:
-    """Encode and decode an image, (H, W, 3) RGB or (H, W) grey, uint8. Raises CAEConfigurationError for others."""
+    """Encode and decode an image, (H, W, 3) RGB or (H, W) grey, uint8. Raise CAEConfigurationError for others."""
     grey = pixels.ndim == 2
     if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise CAEConfigurationError(
@@ -188,11 +188,11 @@ def match(codec: ClassicalCodec, pixels: Pixels, by: Literal["bytes", "psnr"], t
     Parameters
     ----------
     codec : ClassicalCodec
-        Its rate and PSNR are taken to rise from each setting to the next.
+        Its rate and PSNR are assumed to rise from each setting to the next.
     pixels : ndarray
         (H, W, 3) RGB or (H, W) grey, uint8.
     by : {"bytes", "psnr"}
-        What to match.
+        The quantity to match.
     target : float
         In bytes, or in dB.
 

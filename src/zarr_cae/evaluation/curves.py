@@ -1,4 +1,4 @@
-"""Rate-distortion points and curves: measuring, averaging over images, tables in CSV, published curves.
+"""Rate-distortion points and curves: measure, average over images, write and read CSV, load published curves.
 
 Nothing here knows a codec. A caller that has coded an image passes the original and the result to `measure`, which
 returns a `Point`. Points are averaged over images into a `Curve` for each codec.
@@ -45,7 +45,7 @@ class Point:
     setting : float
         The codec's own quality number.
     image : str
-        Its name; for means, of how many images.
+        Its name; "mean of N" for means over N images.
     bpp : float
         Bits per pixel.
     psnr : float
@@ -94,13 +94,13 @@ class Curve:
         raise CAEConfigurationError(f"cae: a curve has 'psnr' and 'ms_ssim', not {measure!r}")
 
     def bd_rate(self, anchor: Curve, measure: Measure = "psnr") -> float:
-        """Return the percentage of bytes above the anchor's at equal quality. It raises as `bd_rate.bd_rate` does."""
+        """Return the excess of bytes over the anchor in percent at equal quality; see `bd_rate.bd_rate` for errors."""
         return bd_rate(anchor.bpp, anchor.quality(measure), self.bpp, self.quality(measure))
 
 
 @dataclass(frozen=True)
 class Coded:
-    """An image that was encoded and decoded: its pixels, the bytes between, and wall-clock times in seconds."""
+    """An image that was encoded and decoded: its pixels, the number of bytes, and wall-clock times in seconds."""
 
     pixels: NDArray[Any]
     nbytes: int
@@ -178,7 +178,7 @@ def average(points: Iterable[Point]) -> list[Point]:
 
 
 def to_curves(points: Iterable[Point]) -> dict[str, Curve]:
-    """Average the points of every codec and return its curve, by name. It raises as `average` does."""
+    """Average the points of every codec and return its curve, by name. It raises the errors of `average`."""
     groups: dict[str, list[Point]] = defaultdict(list)
     for point in average(points):
         groups[point.codec].append(point)
@@ -218,7 +218,7 @@ def write_csv(points: Iterable[Point], path: str | Path) -> None:
 
 
 def read_csv(path: str | Path) -> list[Point]:
-    """Read what `write_csv` wrote.
+    """Read points from a file of `write_csv`.
 
     Raises
     ------

@@ -19,7 +19,7 @@ def import_extra(module: str, purpose: str) -> Any:
     module : str
         Its full name, for instance "skimage.metrics".
     purpose : str
-        What needs it, for the message, as the subject of a sentence: "plots", "SSIM and CIE76".
+        The feature that needs it, as the plural subject of the message: "plots", "SSIM and CIE76".
 
     Returns
     -------

@@ -23,7 +23,7 @@ SMALLEST_MS_SSIM = 161
 def psnr(a: ArrayLike, b: ArrayLike, peak: float = 255.0) -> float:
     """Return the peak signal-to-noise ratio, 10 log10(peak^2 / MSE).
 
-    By hand, as it is one line of numpy, so that `demo` needs no extra; a test compares it with scikit-image's.
+    It is computed here, so that `demo` needs no extra. A test compares it with scikit-image's.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def ssim(a: ArrayLike, b: ArrayLike, peak: float = 255.0) -> float:
     Raises
     ------
     CAEConfigurationError
-        If the arrays differ in shape, are no images or are too small; if scikit-image is missing.
+        If the arrays differ in shape, are not images or are too small; if scikit-image is missing.
 
     References
     ----------
@@ -101,7 +101,7 @@ def ms_ssim(a: ArrayLike, b: ArrayLike, peak: float = 255.0) -> float:
     Raises
     ------
     CAEConfigurationError
-        If the arrays differ in shape, are no images or are too small; if pytorch-msssim is missing.
+        If the arrays differ in shape, are not images or are too small; if pytorch-msssim is missing.
 
     References
     ----------
@@ -161,7 +161,7 @@ def colour_difference(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     x, y = _same_shape(a, b)
     if x.dtype != np.uint8 or y.dtype != np.uint8 or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] == 3)):
         raise CAEConfigurationError(
-            f"cae: CIE76 is of uint8 (H, W, 3) or (H, W) images, not of {x.dtype} {x.shape} and {y.dtype} {y.shape}"
+            f"cae: CIE76 needs uint8 (H, W, 3) or (H, W) images, got {x.dtype} {x.shape} and {y.dtype} {y.shape}"
         )
     color = import_extra("skimage.color", "SSIM and CIE76")
     first, second = (color.rgb2lab(np.repeat(image[..., None], 3, 2) if x.ndim == 2 else image) for image in (x, y))

@@ -180,8 +180,8 @@ class CAEBottleneckCodec(ArrayBytesCodec):
     async def decode(self, chunks_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]) -> Iterable[NDBuffer | None]:
         """Decode a batch of chunks; a missing chunk stays None.
 
-        zarr's default pipeline passes one chunk at a time. For one chunk this skips zarr's gathering of tasks, which
-        took a fifth of the time.
+        zarr's default pipeline passes one chunk at a time. For one chunk this skips `asyncio.gather`, which took a
+        fifth of the time.
         """
         batch = list(chunks_and_specs)
         if len(batch) != 1:
@@ -213,7 +213,7 @@ class _ChunkConstants(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _chunk_constants(codec: CAEBottleneckCodec) -> _ChunkConstants:
-    """Raise WeightsNotFoundError if the weights are not on this machine."""
+    """Return the constants of an array. Raise WeightsNotFoundError if the weights are not on this machine."""
     weights, layout = loaded(codec.cae), codec.layout
     row = weights.row(codec.cae.quality)
     version = weights.tables[row].frame_version

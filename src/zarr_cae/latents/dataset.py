@@ -1,4 +1,4 @@
-"""Patches of latents by number, to train on an archive directly."""
+"""Read patches of latents by number, to train on an archive directly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def as_torch_dataset(
     Returns
     -------
     LatentPatches
-        A sequence of patches; see there.
+        A sequence of patches.
 
     Raises
     ------
@@ -136,7 +136,7 @@ class LatentPatches:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many patches lie along rows and columns."""
+        """Numbers of patches along rows and columns."""
         rows, columns = self._grid[-2:]
         return rows, columns
 

@@ -15,13 +15,14 @@ The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape`
   in the same data set. This holds for rows, columns and the channel axis. If 16 does not divide the chunk's edge c, the
   name is `y_latent_c` (`y_latent_100`), since its length depends on c. An additional axis is named `latent`, if other
   axes have names. Other axes keep their names.
-* Attributes stay, but for the CF attributes that say how to unpack pixels (`PIXEL_ATTRIBUTES`): xarray would apply them
-  to the latents. The attribute `cae_bottleneck` describes the latents, and holds the attributes that were removed. If
-  the array has an attribute of this name itself, it does not appear here, but stays in the archive.
+* Attributes stay, except for the CF attributes that say how to unpack pixels (`PIXEL_ATTRIBUTES`): xarray would apply
+  them to the latents. The attribute `cae_bottleneck` describes the latents, and holds the attributes that were removed.
+  If the array has an attribute of this name itself, it does not appear here, but stays in the archive.
 * dtype float32. Chunks that were never written read as NaN, the fill value. (zarr does not store chunks that are all
   fill value.) Their latents do not exist, and no number is a good stand-in. NaN does not raise by itself: one such
-  patch turns a network in training to NaN. So `as_torch_dataset` raises on NaN, unless it is told what to put there.
-  Other readers must look for NaN, or the archive be written with `config={"write_empty_chunks": True}`.
+  patch turns a network in training to NaN. So `as_torch_dataset` raises on NaN, unless `missing` gives a
+  replacement. Other readers must look for NaN, or the archive must be written with
+  `config={"write_empty_chunks": True}`.
 
 Supported: a transpose before `cae`, bytes-to-bytes codecs after it, sharding around it, also nested. These raise
 CAEConfigurationError when the array is opened: other filters before `cae`, chunk grids that are not regular, and
@@ -36,10 +37,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zarr_cae.codec import cae as cae_codec
+from zarr_cae.codec.cae import NAME as CAE_NAME
+from zarr_cae.codec.cae import CAECodec, loaded
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.latents import codec as latents_codec
+from zarr_cae.latents.codec import NAME as LATENTS_NAME
+from zarr_cae.latents.codec import CAEBottleneckCodec, latent_shape
 from zarr_cae.latents.view import rewrite_arrays
 from zarr_cae.pixels.layout import resolve_channel_axis
 
@@ -80,7 +83,7 @@ def rewrite(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rewrite_if_cae(array: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not has_codec(array.get("codecs"), cae_codec.NAME):
+    if not has_codec(array.get("codecs"), CAE_NAME):
         return array
     try:
         return _rewrite_array(array)
@@ -111,9 +114,9 @@ def has_codec(codecs: object, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _View:
-    """The codec that decodes the latents, and the axis of the array that each of its axes is."""
+    """The codec that decodes the latents, and the axis of the array for each of the codec's axes."""
 
-    codec: latents_codec.CAEBottleneckCodec
+    codec: CAEBottleneckCodec
     axes: tuple[int, ...]
     channels: int
 
@@ -143,7 +146,7 @@ class _View:
     def shape(self, shape: Sequence[int], axes: Sequence[int]) -> list[int]:
         """Return the shape of the latents for a shape in pixels whose axis i is axis axes[i] of the array."""
         length = dict(zip(axes, shape, strict=True))
-        found = latents_codec.latent_shape([length[axis] for axis in self.axes], self.codec.layout, self.channels)
+        found = latent_shape([length[axis] for axis in self.axes], self.codec.layout, self.channels)
         own = dict(zip(self.axes, found, strict=False))
         return [*(own[axis] for axis in axes), *([self.channels] if self.adds_axis else [])]
 
@@ -171,7 +174,7 @@ def _rewrite_array(array: Mapping[str, Any]) -> Document:
     }
     if view.adds_axis:
         encoding = {"encoding": array["chunk_key_encoding"]}
-        changed["chunk_key_encoding"] = {"name": latents_codec.NAME, "configuration": encoding}
+        changed["chunk_key_encoding"] = {"name": LATENTS_NAME, "configuration": encoding}
     if array.get("dimension_names") is not None:
         changed["dimension_names"] = _dimension_names(array["dimension_names"], view)
     return {**array, **changed}
@@ -217,16 +220,16 @@ def _find(codecs: Sequence[object], axes: tuple[int, ...], shape: Sequence[int],
         elif name == SHARDING:
             inner = configuration["chunk_shape"]
             return _find(configuration["codecs"], axes, inner, inner)
-        elif name == cae_codec.NAME:
-            cae = cae_codec.CAECodec.from_dict({"name": name, "configuration": configuration})
+        elif name == CAE_NAME:
+            cae = CAECodec.from_dict({"name": name, "configuration": configuration})
             axis = resolve_channel_axis(tuple(shape), cae.channel_axis)
             own = {**configuration, "channel_axis": axis, "weights": cae.weights, "chunk_shape": list(chunk)}
-            found = latents_codec.CAEBottleneckCodec.from_dict({"name": latents_codec.NAME, "configuration": own})
-            return _View(found, axes, cae_codec.loaded(cae).latent_channels)
+            found = CAEBottleneckCodec.from_dict({"name": LATENTS_NAME, "configuration": own})
+            return _View(found, axes, loaded(cae).latent_channels)
         else:
             raise CAEConfigurationError(
-                f"cae: latents behind filter {name!r} can't be served: how it changes shapes is not known here; only "
-                "'transpose' is"
+                f"cae: latents behind filter {name!r} can't be served: its effect on shapes is unknown; only "
+                "'transpose' is supported"
             )
     raise CAEConfigurationError(
         "cae: the metadata of the array are malformed: a shard without 'cae' stands before 'cae' in the chain of codecs"
@@ -246,7 +249,7 @@ def _rewrite_codecs(codecs: Sequence[Any], axes: tuple[int, ...], view: _View) -
             inside = _rewrite_codecs(configuration["codecs"], axes, view)
             changed = {"chunk_shape": view.shape(configuration["chunk_shape"], axes), "codecs": inside}
         else:
-            result.append(view.codec.to_dict() if name == cae_codec.NAME else entry)
+            result.append(view.codec.to_dict() if name == CAE_NAME else entry)
             continue
         result.append({**entry, "configuration": {**configuration, **changed}})
     return result

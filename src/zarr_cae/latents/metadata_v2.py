@@ -27,12 +27,12 @@ Document = Mapping[str, Any]
 
 
 def is_metadata(key: str) -> bool:
-    """Return whether a key is that of a document of zarr v2 which may have to be rewritten."""
+    """Return whether a key belongs to a document of zarr v2 that may need rewriting."""
     return key.rpartition("/")[2] in (_ARRAY, _ATTRIBUTES, _CONSOLIDATED)
 
 
 def sources(key: str) -> tuple[str, ...]:
-    """Return the keys from whose values `make` makes the value of a key."""
+    """Return the keys whose values `make` needs for the value of a key."""
     folder, slash, name = key.rpartition("/")
     return (f"{folder}{slash}{_ARRAY}", key) if name == _ATTRIBUTES else (key,)
 

@@ -21,9 +21,9 @@ _SPATIAL = ("rows", "columns")
 
 
 def level_paths(document: Mapping[str, Any]) -> list[str]:
-    """Return the paths of the levels of all images of a group's metadata; empty if it is no OME-Zarr image.
+    """Return the paths of the levels of all images of a group's metadata; empty if it is not an OME-Zarr image.
 
-    The paths are relative to the group and lead to places inside it; other ones are left out.
+    The paths are relative to the group; paths that lead out of it are left out.
     """
     try:
         entries = document["attributes"]["ome"]["multiscales"]

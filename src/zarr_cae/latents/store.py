@@ -34,15 +34,15 @@ class BottleneckStore(StoreView):
     Parameters
     ----------
     store
-        A Store, or what zarr can make one of: a path, a URL, a dictionary.
+        A Store, or anything that zarr can make a Store from: a path, a URL, a dictionary.
     storage_options
         Options for the file system of a URL.
 
     Raises
     ------
     CAEConfigurationError
-        If `store` is a StorePath with a path; from every method that writes; and when the metadata are read of an
-        array whose latents can't be served.
+        If `store` is a StorePath with a path; from every method that writes; and from reading the metadata of an array
+        whose latents can't be served.
 
     Examples
     --------
@@ -77,7 +77,7 @@ class BottleneckStore(StoreView):
         return await asyncio.to_thread(_rewritten, content, levels)
 
     async def _read_once(self, key: str) -> bytes | None:
-        """Read a key of the store beneath; reads of the same key at the same time are one request."""
+        """Read a key of the store beneath; concurrent reads of the same key share one request."""
         place = (asyncio.get_running_loop(), key)
         reading = self._being_read.get(place)
         if reading is None:
@@ -90,7 +90,7 @@ class BottleneckStore(StoreView):
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Return the same as `get`, without an event loop. Raise TypeError if the store beneath can't do that."""
+        """Return the same as `get`, without an event loop. Raise TypeError if the store beneath can't do so."""
         if metadata_v2.is_metadata(key):
             values = [read_sync(self._store, name, prototype) for name in metadata_v2.sources(key)]
             made = metadata_v2.make(key, [None if value is None else value.to_bytes() for value in values])
@@ -111,10 +111,10 @@ class BottleneckStore(StoreView):
 
 
 def _rewritten(content: bytes, levels: Mapping[str, bytes]) -> bytes:
-    """Return a `zarr.json` document for latents. `levels` holds those of the levels of an OME-Zarr image, by path."""
+    """Return a `zarr.json` document for latents. `levels` holds those of an OME-Zarr image's levels, by path."""
     documents = {}
     for path, level in levels.items():
-        with suppress(CAEConfigurationError, ValueError):  # of levels that raise it when they are opened themselves
+        with suppress(CAEConfigurationError, ValueError):  # such levels raise it when they are opened themselves
             documents[path] = json.loads(rewritten(level, rewrite))
     return rewritten(content, lambda document: rewrite_multiscales(rewrite(document), documents))
 

@@ -32,7 +32,7 @@ class StoreView(WrapperStore[Store]):
     Parameters
     ----------
     store
-        A Store, or what zarr can make one of: a path, a URL, a dictionary.
+        A Store, or anything that zarr can make a Store from: a path, a URL, a dictionary.
     storage_options
         Options for the file system of a URL.
 
@@ -62,7 +62,7 @@ class StoreView(WrapperStore[Store]):
 
     @abstractmethod
     def _refuse_writing(self) -> NoReturn:
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
 
     def _with_store(self, store: Store) -> Self:
         return type(self)(store)
@@ -78,17 +78,17 @@ class StoreView(WrapperStore[Store]):
 
     @property
     def read_only(self) -> bool:
-        """True."""
+        """Whether the store is read only: always True."""
         return True
 
     @property
     def supports_writes(self) -> bool:
-        """False."""
+        """Whether the store can write: always False."""
         return False
 
     @property
     def supports_deletes(self) -> bool:
-        """False."""
+        """Whether the store can delete: always False."""
         return False
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
@@ -141,34 +141,34 @@ class StoreView(WrapperStore[Store]):
         self._refuse_writing()
 
     async def set(self, key: str, value: Buffer) -> NoReturn:  # noqa: ARG002
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
         self._refuse_writing()
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> NoReturn:  # noqa: ARG002
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
         self._refuse_writing()
 
     async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> NoReturn:  # noqa: ARG002
         self._refuse_writing()
 
     def set_sync(self, key: str, value: Buffer) -> NoReturn:  # noqa: ARG002
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
         self._refuse_writing()
 
     async def delete(self, key: str) -> NoReturn:  # noqa: ARG002
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
         self._refuse_writing()
 
     def delete_sync(self, key: str) -> NoReturn:  # noqa: ARG002
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
         self._refuse_writing()
 
     async def delete_dir(self, prefix: str) -> NoReturn:  # noqa: ARG002
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
         self._refuse_writing()
 
     async def clear(self) -> NoReturn:
-        """Raise CAEConfigurationError."""
+        """Raise CAEConfigurationError: the view is read only."""
         self._refuse_writing()
 
 

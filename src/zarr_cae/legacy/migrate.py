@@ -16,7 +16,6 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import zarr
@@ -33,6 +32,7 @@ from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.legacy.codec import ConvolutionalAutoencoder
 from zarr_cae.legacy.weights import with_margin
 from zarr_cae.pixels.layout import RGB
+from zarr_cae.threads import lazy_property
 from zarr_cae.weights.file import ZOO_MODEL, Weights
 
 __all__ = ["Migrated", "migrate"]
@@ -82,15 +82,15 @@ class _Array:
 class _CAEArray(_Array):
     """An array of the codec `cae`."""
 
-    @cached_property
+    @lazy_property
     def codec(self) -> ConvolutionalAutoencoder:
         return cast("Any", self.array.metadata).compressor  # type: ignore[no-any-return]
 
-    @cached_property
+    @lazy_property
     def weights(self) -> Weights:
         return self.codec.loaded()
 
-    @cached_property
+    @lazy_property
     def header(self) -> FrameHeader:
         height, width, _ = self.array.chunks
         return FrameHeader(1, height, width, grey=False, version=self._tables.frame_version)

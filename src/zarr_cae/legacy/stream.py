@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from zarr_cae.coder.compile import _compiled, _once
 from zarr_cae.coder.frame import Symbols
 from zarr_cae.errors import CAEConfigurationError, StreamError
+from zarr_cae.threads import lazy_property
 
 __all__ = ["CumulativeTables", "decode"]
 
@@ -109,7 +109,7 @@ class CumulativeTables:
         """M, the number of channels."""
         return len(self.length)
 
-    @cached_property
+    @lazy_property
     def least_bits(self) -> float:
         """The bits that one position, with a symbol of each channel, takes at the least."""
         frequency = np.diff(self.cumulative.astype(np.int64), axis=1).max(axis=1)

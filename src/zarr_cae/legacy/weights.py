@@ -8,7 +8,7 @@ from pathlib import Path
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.legacy.stream import CumulativeTables
 from zarr_cae.weights import registry
-from zarr_cae.weights.file import ZOO_MODEL, Weights, WeightsInfo
+from zarr_cae.weights.file import ZOO_MODEL, Weights, WeightsInfo, pack
 
 __all__ = ["cumulative_tables", "find", "with_margin"]
 
@@ -66,7 +66,7 @@ def with_margin(weights: Weights) -> Weights:
     if _has_margin(weights.info):
         return weights
     info = weights.info
-    content = registry.pack(
+    content = pack(
         {name: tensor for name, tensor in weights.tensors.items() if name not in _TENSORS},
         model=info.model,
         metric=info.metric,

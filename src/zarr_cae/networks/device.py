@@ -58,17 +58,17 @@ _lock = threading.Lock()
 
 def use_threads(count: int, usual: int) -> None:
     """Set torch's thread count for this thread only; other threads go on with `usual`."""
-    if torch.get_num_threads() == count:  # asked first: the first operation of a thread would undo what was set before
+    if torch.get_num_threads() == count:  # ask first: a thread's first torch operation would undo an earlier setting
         return
     with _lock:
-        torch.set_num_threads(count)  # this also sets the count of every thread that starts later, so set that back:
+        torch.set_num_threads(count)  # this also sets the count of all threads that start later, so reset that:
         other = threading.Thread(target=torch.set_num_threads, args=(usual,))
         other.start()
         other.join()
 
 
 def _after_fork() -> None:
-    """Use one thread in a forked child: OpenMP's threads are gone there, and would be waited for without end."""
+    """Use one thread in a forked child: OpenMP's threads do not exist there, and torch would wait for them for ever."""
     torch.set_num_threads(1)
 
 

@@ -45,7 +45,7 @@ _GPU_LANES = 2
 
 @dataclass(frozen=True)
 class _BatchKey:
-    """What requests have in common that may share a batch."""
+    """The properties that requests must share to run in one batch."""
 
     direction: Literal["analyse", "synthesise"]
     quality: int
@@ -56,13 +56,13 @@ class _BatchKey:
 
 
 class _Request(NamedTuple):
-    """The input of one request, and how it gets on the device and its result off it."""
+    """The input of one request, and the functions that move it to the device and its result back."""
 
     source: Any
     load: Callable[[Any], Tensor]
-    """Makes the source a tensor on the device: planes (N, components, H, W) or symbols (N, M, h, w)."""
+    """Turns the source into a tensor on the device: planes (N, components, H, W) or symbols (N, M, h, w)."""
     finish: Callable[[Tensor], Any]
-    """Makes the result of the network, as a tensor on the device, the result of the request."""
+    """Turns the result of the network, a tensor on the device, into the result of the request."""
 
 
 class Engine:
@@ -86,7 +86,7 @@ class Engine:
         self.weights, self.device = weights, device
         self._analysis, self._synthesis = _networks(weights)
         for name, module in (("analysis", self._analysis), ("synthesis", self._synthesis)):
-            module.float()  # whatever torch's default dtype is in this process
+            module.float()  # torch's default dtype may be another one in this process
             state = {
                 key.removeprefix(f"{name}."): torch.from_numpy(value.astype(np.float32))
                 for key, value in weights.tensors.items()
@@ -97,7 +97,7 @@ class Engine:
             except RuntimeError as error:
                 raise CAEConfigurationError(f"cae: weights file {weights.info.path}: {error}") from error
             prepare(module, precision, device)
-        if compiled:  # for batches of any number and size: otherwise each new one would be compiled
+        if compiled:  # with dynamic shapes: otherwise each new size of a batch would be compiled
             self._analysis, self._synthesis = (
                 cast("nn.Module", torch.compile(network, dynamic=True)) for network in self.networks
             )
@@ -136,7 +136,7 @@ class Engine:
         Returns
         -------
         Future
-            Of the symbols (N, M, H / 16, W / 16) int16. To cancel it withdraws what has not begun.
+            Its result is the symbols (N, M, H / 16, W / 16) int16. Cancelling it withdraws work that has not begun.
         """
         key = _BatchKey("analyse", quality, planes.shape[1:], planes.shape[1], settings)
         return self._submit(key, planes, self.weights.latent_channels, STRIDE, 1)
@@ -147,8 +147,8 @@ class Engine:
         Returns
         -------
         Future
-            Of the planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]. To cancel it withdraws what has not
-            begun.
+            Its result is the planes (N, components, 16 h, 16 w) float32, nominally in [0, 1]. Cancelling it withdraws
+            work that has not begun.
         """
         key = _BatchKey("synthesise", quality, symbols.shape[1:], components, settings)
         return self._submit(key, symbols, components, 1, STRIDE)
@@ -156,7 +156,7 @@ class Engine:
     def analyse_chunk(self, pixels: Any, form: PixelFormat, quality: int, settings: Settings) -> Future[Symbols]:
         """Queue a whole chunk for the analysis transform.
 
-        On a GPU the chunk goes there as it is, if torch knows its dtype; otherwise it becomes planes here.
+        A GPU gets the chunk in its own dtype, if torch knows that; otherwise the host makes planes of it.
 
         Parameters
         ----------
@@ -170,7 +170,7 @@ class Engine:
         Returns
         -------
         Future
-            Of the symbols (N, M, H / 16, W / 16) int16.
+            Its result is the symbols (N, M, H / 16, W / 16) int16.
 
         Raises
         ------
@@ -196,7 +196,7 @@ class Engine:
         Returns
         -------
         Future
-            Of the chunk: a NumPy array, or a tensor on the GPU if the form says that arrays stay there.
+            Its result is the chunk: a NumPy array, or a tensor on the GPU if the form says that arrays stay there.
         """
         components = form.plane_shape[0]
         key = _BatchKey("synthesise", quality, symbols.shape[1:], components, settings)
@@ -223,7 +223,7 @@ class Engine:
         return self.batcher.submit(key, _Request(symbols, self._to_tensor, finish), form.pixels)
 
     def _runs_whole(self, form: PixelFormat) -> bool:
-        """Return whether such chunks go to the device as they are: on GPUs, up to a size, in dtypes of torch."""
+        """Return whether such chunks go to the device in their own dtype: on GPUs, if torch has it, up to a size."""
         fits = form.pixels <= PASS_PIXELS[self.device.type]
         return self.device.type != "cpu" and fits and on_device.supported(form.dtype)
 
@@ -236,10 +236,10 @@ class Engine:
         made: int,
         finish: Callable[[Array], Any] = lambda result: result,
     ) -> Future[Any]:
-        """Queue a request of NumPy arrays, in pieces of bounded size with their surroundings if it is large.
+        """Queue a request of NumPy arrays; cut a large one into pieces of bounded size with their surroundings.
 
-        The source has `given` samples a latent position along rows and columns, the result `made`, and `channels`.
-        `finish` makes the result of the network that of the request, on a thread of the batcher.
+        The source has `given` samples per latent position along rows and columns. The result has `made`, and `channels`
+        channels. `finish` turns the result of the network into that of the request, on a thread of the batcher.
         """
         rows, columns = (side // given for side in source.shape[2:])
         patches = list(pieces((rows, columns), key.settings.tile // STRIDE))
@@ -277,7 +277,7 @@ class Engine:
             return [request.finish(result) for request, result in zip(requests, results, strict=True)]
 
     def _stream(self) -> AbstractContextManager[Any]:
-        """Return the context of this thread's own stream on a GPU; on a CPU one that does nothing."""
+        """Return the context of this thread's own stream on a GPU, or an empty context on a CPU."""
         if self.device.type == "cpu":
             return nullcontext()
         if not hasattr(self._streams, "own"):
@@ -322,11 +322,11 @@ class _Whole:
         self._target, self._finish = target, finish
         self._lock = threading.Lock()
         self._parts: set[Future[Array]] = set()
-        """Parts that are not done: one that is done would keep the whole in memory, whose callback knows it."""
+        """Parts that are not done. Finished parts are removed: their callbacks would keep the whole in memory."""
         self._missing = 1
 
     def add(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
-        """Add a part, whose `inner` goes to a place in the whole."""
+        """Add a part; its `inner` is copied to `place` in the whole."""
         with self._lock:
             self._missing += 1
             self._parts.add(part)
@@ -334,7 +334,7 @@ class _Whole:
 
     def complete(self) -> None:
         """Finish adding parts."""
-        parts, lock = self._parts, self._lock  # not `self`, which holds the future
+        parts, lock = self._parts, self._lock  # not `self`: that refers to the future
 
         def withdraw(_: Future[Array]) -> None:
             with lock:
@@ -394,7 +394,7 @@ _lock = threading.Lock()
 
 
 def engine_for(weights: Weights, settings: Settings) -> Engine:
-    """Return the engine of these weights on the device and in the precision of the settings, made once a process."""
+    """Return the engine of these weights on the device and in the precision of the settings, made once per process."""
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     key = (weights.info.digest, str(device), precision, settings.compile)

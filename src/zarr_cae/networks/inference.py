@@ -3,8 +3,8 @@
 Rounding to bfloat16 does more harm in some layers than in others. A residual branch adds a small correction to values
 that stay in float32, so its rounding hardly shows in the pixels. Rounding in the other convolutions and in GDN shows by
 a few grey levels at most (`tests/networks/test_inference.py` tests both; `benchmarks/networks.py` measures the speeds).
-In "float32" GPUs still multiply in TF32 in convolutions, as is torch's default. Its rounding is an eighth as coarse as
-that of bfloat16, and shows in no pixel.
+In "float32" GPUs still multiply in TF32 in convolutions, which is torch's default. Its rounding is an eighth as coarse
+as that of bfloat16, and shows in no pixel.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class SubpixelConv(nn.Module):
     """An `Upsampling` as a 2 x 2 convolution and a pixel shuffle: (N, I, h, w) to (N, O, s h, s w).
 
-    Each s x s block of the output, shifted by s / 2, depends on 2 x 2 inputs. This form is faster where the outputs are
-    few, as in the last layer: transposed convolutions of that kind are slow on CPUs.
+    Each s x s block of the output, shifted by s / 2, depends on 2 x 2 inputs. This form is faster if there are
+    few outputs, as in the last layer: CPUs are slow at such transposed convolutions.
     """
 
     def __init__(self, transposed: Upsampling) -> None:

@@ -32,13 +32,13 @@ Result = TypeVar("Result")
 Limit: TypeAlias = int | Callable[[], int]
 """A positive weight, or a function that returns one (a configuration that may change)."""
 
-# A worker ends when it was idle for so long. Then an unused batcher, and the network that `run` holds, can be freed.
+# A worker ends after so many idle seconds, so that an unused batcher, and the network that `run` holds, can be freed.
 # The time is long enough to make the cost of starting threads, and the thread pools that numerical libraries keep for
 # each of them, negligible.
 IDLE_SECONDS = 60.0
 
-# At interpreter exit a running batch is waited for, but not for ever: a daemon thread that is cut off inside C++ code
-# can abort the process.
+# The interpreter waits at its exit for running batches, since a daemon thread that is cut off inside C++ code can abort
+# the process, but not for ever.
 EXIT_SECONDS = 10.0
 
 
@@ -87,8 +87,8 @@ class MicroBatcher(Generic[Request, Result]):
 
     The queue is bounded: threads that add to a full queue wait, unless they must not.
 
-    Workers are daemon threads. They start when requests come, end when they were idle for a minute, and start again
-    when needed. At interpreter exit running batches get `EXIT_SECONDS` to finish, and queued requests are cancelled. A
+    Workers are daemon threads. They start when requests come, end after an idle minute, and start again when
+    needed. At interpreter exit running batches get `EXIT_SECONDS` to finish, and queued requests are cancelled. A
     forked child starts with an empty queue; futures made before the fork belong to the parent. A fork waits until no
     batch runs.
 
@@ -144,7 +144,7 @@ class MicroBatcher(Generic[Request, Result]):
         Returns
         -------
         Future
-            Of the result. To cancel it before it runs withdraws the request.
+            It gets the result. Cancelling it before it runs withdraws the request.
 
         Raises
         ------
@@ -165,7 +165,7 @@ class MicroBatcher(Generic[Request, Result]):
 
     @property
     def statistics(self) -> BatchStatistics:
-        """The counts at this moment."""
+        """The present counts."""
         with self._lock:
             return BatchStatistics(self._batches, self._requests, self._pending)
 
@@ -206,7 +206,7 @@ class MicroBatcher(Generic[Request, Result]):
         self._batches = 0
         self._requests = 0
         self._workers: dict[threading.Thread, int] = {}
-        """The lanes that each uses now; 0 if it waits for work."""
+        """Number of lanes that each worker uses now; 0 if it waits for work."""
 
     def _enqueue(self, key: Hashable, request: Request, weight: int) -> tuple[Future[Result], int]:
         """Queue a request, even if the queue is full, and return its future and the `max_pending` that applies."""
@@ -241,7 +241,7 @@ class MicroBatcher(Generic[Request, Result]):
             pass
 
     def _work_once(self) -> bool:
-        """Wait for a batch and run it. Return False if the worker shall end."""
+        """Wait for a batch and run it. Return False if the worker must end."""
         taken = self._take()
         if taken is None:
             return False
@@ -250,7 +250,7 @@ class MicroBatcher(Generic[Request, Result]):
             if not self._attempt(key, batch, lanes):
                 for index in range(len(batch)):
                     self._attempt(key, batch[index : index + 1], lanes)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
+        except BaseException as error:  # noqa: BLE001 - after any error no request may be left waiting
             # The exception itself would end the event loop or the thread that receives it.
             self._fail(batch, f"was interrupted by {error!r}", error)
         batch.clear()  # this frame can be kept alive by the traceback of an exception of `run`
@@ -288,7 +288,7 @@ class MicroBatcher(Generic[Request, Result]):
                 del self._queues[key]
             self._space.notify_all()
             if self._queues:
-                self._work.notify()  # of the lanes that are left
+                self._work.notify()  # for the remaining lanes
             return key, batch, lanes
 
     def _oldest(self) -> Hashable:

@@ -10,10 +10,10 @@ HALO = 6
 """Latent positions around a piece that can reach into it: 84 px in the analysis transform of `cae-v1`, 5.25 positions
 in its synthesis transform."""
 LEAST_COLUMNS = 51
-"""Latent columns that a network is given of a plane that has so many.
+"""Least number of latent columns in the input of a network, if the plane has as many.
 
-In bfloat16 oneDNN sums a convolution whose output has more than 50 columns in another order than a narrower one. For
-that a few symbols in a million were rounded to the other side, which showed as two grey levels. If pieces are on the
+In bfloat16 oneDNN sums a convolution whose output has more than 50 columns in another order than a narrower one. That
+rounded a few symbols in a million to the other side, which showed as two grey levels. If pieces are on the
 same side of 50 columns as the whole plane, at every scale, they get the same symbols.
 """
 
@@ -21,8 +21,8 @@ same side of 50 columns as the whole plane, at every scale, they get the same sy
 def pieces(shape: tuple[int, int], edge: int) -> Iterator[tuple[Patch, Patch]]:
     """Cut a plane of `shape` latent positions into patches of about `edge` positions a side, row by row.
 
-    Each comes as a pair: the patch that the network must be given, which has a margin of `HALO` and at least
-    `LEAST_COLUMNS` columns where the plane has them, and the patch itself.
+    Yield pairs: the patch that the network needs as input, with a margin of `HALO` and at least `LEAST_COLUMNS` columns
+    if the plane has them, and the patch itself.
     """
     across = shape[1] if shape[1] <= LEAST_COLUMNS else max(edge, LEAST_COLUMNS - 2 * HALO)
     for top in range(0, shape[0], edge):

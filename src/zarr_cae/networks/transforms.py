@@ -1,12 +1,12 @@
 """The networks, read top to bottom: analysis, synthesis, `cae-v1` and `bmshj2018-factorized`.
 
-Every transform maps float32 NCHW to float32 NCHW. Pixels are in [0, 1]; latents sit at 1/16 of the image's height
-and width. Nothing here knows of quality: the per-quality gains stand outside the convolutions (see `engine`).
-Parameters may be of a lower precision (see `inference`): what goes into a convolution is cast to its dtype.
+Every transform maps float32 NCHW to float32 NCHW. Pixels are in [0, 1]; latents have 1/16 of the image's
+height and width. Nothing here depends on the quality: the gains of each quality are applied outside the convolutions
+(see `engine`). Parameters may have a lower precision (see `inference`): convolutions cast their input to their dtype.
 
 Sources: Ballé et al. 2018, "Variational image compression with a scale hyperprior" (arXiv:1802.01436), the
 factorized-prior model; Johnston et al. 2019 (arXiv:1912.08771) for GDN with exponents of one; Cui et al. 2021
-(arXiv:2003.02012) for gains in place of one network a quality.
+(arXiv:2003.02012) for gains in place of one network per quality.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from zarr_cae.coder.frame import STRIDE
 class GDN(nn.Module):
     """Generalised divisive normalisation, `y = x / (beta + gamma |x|)`; the inverse multiplies (arXiv:1912.08771).
 
-    beta: (C,), gamma: (C, C), both non-negative. Training projects them back after each step (`project`), so that
-    what is stored is what is used and nothing has to be folded at load.
+    beta: (C,), gamma: (C, C), both non-negative. Training projects them back after each step (`project`), so the
+    stored parameters are used as they are, and nothing is folded when they are loaded.
     """
 
     def __init__(self, channels: int, *, inverse: bool = False) -> None:
@@ -39,12 +39,12 @@ class GDN(nn.Module):
         return norm.mul_(x) if self.inverse else torch.div(x, norm, out=norm)
 
     def norm(self, x: Tensor) -> Tensor:
-        """`beta + gamma x` at each position."""
+        """Return `beta + gamma x` at each position."""
         weight = self.gamma[:, :, None, None]
         plain = x.device.type == "cpu" and x.dtype == torch.float32
         plain = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if plain and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            # On one thread torch takes 1 x 1 convolutions past oneDNN, which has them up to twice as fast.
+            # On one thread torch runs 1 x 1 convolutions without oneDNN, although that is up to twice as fast.
             return torch.mkldnn_convolution(x, weight, self.beta, (0, 0), (1, 1), (1, 1), 1)
         return nn.functional.conv2d(x, weight, self.beta)
 
@@ -56,7 +56,7 @@ class GDN(nn.Module):
 
 
 class SquareGDN(GDN):
-    """GDN as CompressAI has it, `y = x / sqrt(beta + gamma x^2)`; the inverse multiplies (arXiv:1511.06281)."""
+    """GDN in CompressAI's form, `y = x / sqrt(beta + gamma x^2)`; the inverse multiplies (arXiv:1511.06281)."""
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm(x * x)
@@ -64,14 +64,14 @@ class SquareGDN(GDN):
 
 
 class Downsampling(nn.Conv2d):
-    """Stride s, kernel 2 s, edges continued by s / 2 of their values: (N, I, s h, s w) to (N, O, h, w)."""
+    """Convolution of stride s, kernel 2 s, padded with s / 2 edge values: (N, I, s h, s w) to (N, O, h, w)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__(inputs, outputs, 2 * stride, stride, stride // 2, padding_mode="replicate")
 
 
 class Upsampling(nn.ConvTranspose2d):
-    """The transposed form, its input continued by its edge values: (N, I, h, w) to (N, O, s h, s w)."""
+    """Transposed convolution of stride s, padded with edge values: (N, I, h, w) to (N, O, s h, s w)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__(inputs, outputs, 2 * stride, stride, stride + stride // 2)
@@ -130,14 +130,14 @@ class Analysis(nn.Module):
         self.residual3 = Residual(w.latent, w.latent_hidden)
 
     def fine(self, x: Tensor) -> Tensor:
-        """Pixels to features (N, C, H/8, W/8): most of the arithmetic, and little harmed by half precision."""
+        """Map pixels to features (N, C, H/8, W/8): most of the arithmetic, and little harmed by half precision."""
         x = (x - 0.5).to(self.conv1.weight.dtype)
         x = self.residual1(self.gdn1(self.conv1(x)))
         features: Tensor = self.residual2(self.gdn2(self.conv2(x)))
         return features
 
     def coarse(self, features: Tensor) -> Tensor:
-        """Features to latents, of which some are in the hundreds and rounded to integers."""
+        """Map features to latents, some of which are in the hundreds. They are rounded to integers later."""
         latents: Tensor = self.residual3(self.conv3(features.to(self.conv3.weight.dtype)))
         return latents
 
@@ -161,12 +161,12 @@ class Synthesis(nn.Module):
         self.conv1 = Upsampling(w.quarter, 3, 4)
 
     def coarse(self, y: Tensor) -> Tensor:
-        """Latents to features (N, C, 2 h, 2 w)."""
+        """Map latents to features (N, C, 2 h, 2 w)."""
         features: Tensor = self.conv3(self.residual3(y))
         return features
 
     def fine(self, features: Tensor) -> Tensor:
-        """Features to pixels: most of the arithmetic, and little harmed by half precision."""
+        """Map features to pixels: most of the arithmetic, and little harmed by half precision."""
         y = self.residual2(features.to(self.conv2.weight.dtype))
         y = self.conv2(self.gdn2(y))
         centred: Tensor = self.conv1(self.gdn1(self.residual1(y)))
@@ -177,7 +177,7 @@ class Synthesis(nn.Module):
 
 
 def _with_margin(x: Tensor, margin: int) -> Tensor:
-    """Continue (N, C, H, W) by reflection, by `margin` rows and columns on each side; also where H or W are smaller."""
+    """Pad (N, C, H, W) by reflection with `margin` rows and columns on each side, which may exceed H or W."""
     for axis in (2, 3):
         length = x.shape[axis]
         place = torch.arange(-margin, length + margin, device=x.device) % max(2 * length - 2, 1)
@@ -188,8 +188,8 @@ def _with_margin(x: Tensor, margin: int) -> Tensor:
 class FactorizedAnalysis(nn.Sequential):
     """`bmshj2018-factorized` analysis transform: (N, 3, H, W) in [0, 1] to (N, M, H/16, W/16).
 
-    With a `margin` the input is continued by reflection first, by so many latent positions on each side, and the
-    latents there are cut off. caecodec does so with a margin of 1.
+    With a `margin` the input is first padded by reflection, by so many latent positions on each side, and the latents
+    there are cut off. caecodec does so with a margin of 1.
     """
 
     def __init__(self, hidden: int, latent: int, margin: int = 0) -> None:
@@ -211,7 +211,7 @@ class FactorizedAnalysis(nn.Sequential):
 class FactorizedSynthesis(nn.Sequential):
     """`bmshj2018-factorized` synthesis transform: (N, M, h, w) to (N, 3, 16 h, 16 w), nominally in [0, 1].
 
-    With a `margin` the latents are continued by reflection first, and the pixels there are cut off.
+    With a `margin` the latents are first padded by reflection, and the pixels there are cut off.
     """
 
     def __init__(self, hidden: int, latent: int, margin: int = 0) -> None:
@@ -234,6 +234,6 @@ class FactorizedSynthesis(nn.Sequential):
 
 
 def _checked_margin(margin: int) -> int:
-    if type(margin) is not int or not 0 <= margin <= 2:  # what lies around a piece of a large plane must reach further
+    if type(margin) is not int or not 0 <= margin <= 2:  # the halo of a piece must be wider
         raise ValueError(f"margin must be 0, 1 or 2, got {margin!r}")
     return margin

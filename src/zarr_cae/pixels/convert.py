@@ -43,7 +43,7 @@ def resolve_value_range(dtype: np.dtype[Any], value_range: ValueRange | None) ->
         )
     low, high = value_range
     if dtype.kind == "f":
-        largest = float(np.finfo(dtype).max)  # a float of Python: NumPy's would convert what it is compared with
+        largest = float(np.finfo(dtype).max)  # a Python float: NumPy's would convert the other operand of a comparison
         fits = -largest <= low < high <= largest and math.isfinite(float(high) - float(low))
     else:
         fits = np.iinfo(dtype).min <= low < high <= np.iinfo(dtype).max and low == int(low) and high == int(high)
@@ -61,7 +61,7 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
     Raises
     ------
     CAEDataError
-        If a value lies outside the range: it could not be given back.
+        If a value lies outside the range: decoding could not return it.
     """
     low, high = value_range
     if not (chunk.dtype == np.uint8 and value_range == (0, 255)):
@@ -82,7 +82,7 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
 
 
 def _above(integers: Chunk, low: int) -> Chunk:
-    """Return the distance of integers from `low`, exactly: as unsigned numbers, since their dtype may not hold it."""
+    """Return the exact distance of integers from `low`, as unsigned integers: their own dtype may be too small."""
     if low == 0:
         return integers
     distance = integers.astype(f"u{integers.itemsize}")
@@ -97,7 +97,7 @@ def _check_range(chunk: Chunk, value_range: ValueRange) -> None:
 
 
 def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
-    """Return the error for pixels outside their range; NaN, if there is any, counts as lowest and highest."""
+    """Return the error message for pixels outside their range; a NaN is both the lowest and the highest value."""
     if lowest != lowest:  # noqa: PLR0124
         return (
             f"cae: pixels have NaN, which does not fit value_range {value_range}; if NaN stands for pixels without "
@@ -111,7 +111,7 @@ def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
 
 
 def to_root(planes: Planes, value_range: ValueRange) -> Planes:
-    """Return planes under the value transform "sqrt", which makes the noise of photon counts equally strong everywhere.
+    """Return planes under the value transform "sqrt", which equalises the noise of photon counts.
 
     With E = highest - lowest and a = sqrt(3/8), a sample x in [0, 1] becomes
 
@@ -165,7 +165,7 @@ def root_constants(value_range: ValueRange) -> tuple[float, float, float]:
 def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
     """Return planes (N, 3 or 1, H', W') as a chunk: cropped, clipped to the range, rounded if dtype is integer."""
     low, high = value_range
-    # Only some rows at a time become floats: a chunk may be large.
+    # Convert some rows at a time, to bound memory.
     values = np.empty((len(planes), layout.height, layout.width, planes.shape[1]), dtype).transpose(0, 3, 1, 2)
     count = max(1, _AT_A_TIME // planes[:, :, 0].size)
     for top in range(0, layout.height, count):

@@ -1,8 +1,8 @@
-"""Chunks to planes and back on the device of the network: `pixels` for tensors.
+"""Convert chunks to planes and back as tensors, on the device where the network runs.
 
-Where the network runs on a GPU, chunks go there and come back in their own dtype, a quarter of the bytes of float32
-planes, and no core of the host touches a pixel; arrays that are on the device already (cupy's, by zarr's
-`config.enable_gpu()`) stay there. The numbers are those of `pixels`, whose rules and errors hold here too.
+A GPU gets and returns chunks in their own dtype, with a quarter of the bytes of float32 planes, and the host converts
+no pixel. Arrays that are on the GPU already (cupy's, with zarr's `config.enable_gpu()`) stay there. The functions
+follow the rules of `pixels.convert` and raise the same errors.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _DTYPES = {
     np.dtype(name): getattr(torch, name)
     for name in ("uint8", "int8", "uint16", "int16", "float16", "float32", "float64")
 }
-"""Those that torch can compute with, or pass through an integer that holds them."""
+"""The dtypes that torch can compute with, directly or after a cast to a wider integer."""
 
 
 def supported(dtype: np.dtype[Any]) -> bool:
-    """Whether chunks of this dtype can be coded here; `pixels` can code all."""
+    """Return whether chunks of this dtype can be coded as tensors; `pixels.convert` codes all dtypes."""
     return dtype in _DTYPES
 
 
 def to_tensor(array: Any, device: torch.device) -> Tensor:
-    """An array of numpy, or one of the device that speaks DLPack (cupy's), as a tensor on the device.
+    """Return a NumPy array, or an array on a GPU that supports DLPack (cupy's), as a tensor on the device.
 
-    What is on the device is not copied. From the host it goes to a GPU by way of pinned memory, so that the copy
-    overlaps with what the device computes. On a CPU the tensor may share the array's memory: do not write to it.
+    An array on the device is not copied. A host array is copied to a GPU from pinned memory, so that the copy overlaps
+    with computation. On a CPU the tensor may share the array's memory: do not write to it.
     """
     if not isinstance(array, np.ndarray):
         return torch.utils.dlpack.from_dlpack(array).to(device)
@@ -46,9 +46,12 @@ def to_tensor(array: Any, device: torch.device) -> Tensor:
 
 
 def to_planes(chunk: Tensor, layout: Layout, value_range: ValueRange) -> Tensor:
-    """A chunk as planes (N, 3 or 1, H', W') float32 in [0, 1]; see `pixels.to_planes`.
+    """Return a chunk as planes (N, 3 or 1, H', W') float32 in [0, 1]; see `convert.to_planes`.
 
-    Raises CAEDataError for values outside the range.
+    Raises
+    ------
+    CAEDataError
+        If a value lies outside the range.
     """
     low, high = value_range
     ordered = chunk.permute(layout.channels_first)
@@ -56,7 +59,7 @@ def to_planes(chunk: Tensor, layout: Layout, value_range: ValueRange) -> Tensor:
         ordered = ordered.to(torch.int32) if chunk.dtype != torch.uint8 or value_range != (0, 255) else ordered
     if ordered.dtype != torch.uint8:
         lowest, highest = (value.item() for value in torch.aminmax(ordered))
-        if not (low <= lowest and highest <= high):  # also for nan
+        if not (low <= lowest and highest <= high):  # true for NaN, too
             raise CAEDataError(outside_message(lowest, highest, value_range))
     if chunk.is_floating_point():
         values = ((ordered.to(torch.float64) - low) / (float(high) - float(low))).to(torch.float32)
@@ -84,7 +87,7 @@ def from_root(planes: Tensor, value_range: ValueRange) -> Tensor:
 
 
 def to_chunk(planes: Tensor, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Tensor:
-    """Planes (N, 3 or 1, H', W') back to a chunk: cropped, clipped, rounded where dtype is integer; contiguous."""
+    """Return planes (N, 3 or 1, H', W') as a contiguous chunk: cropped, clipped, rounded if dtype is integer."""
     low, high = value_range
     inside = planes[:, :, : layout.height, : layout.width]
     if dtype.kind == "f":

@@ -19,7 +19,7 @@ from zarr_cae.errors import CAEConfigurationError
 
 RGB = 3
 _IMAGE_ASPECT = 4
-"""A side of an image that is so many times shorter than its neighbours may be an axis of channels."""
+"""An axis that is so many times shorter than its neighbours may hold channels."""
 
 Chunk = npt.NDArray[Any]
 Planes = npt.NDArray[np.float32]
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def planes(self) -> int:
-        """Number of planes: images, times channels where these are grey."""
+        """Number of planes: images, times channels if the planes are grey."""
         return math.prod(self.shape) // (self.height * self.width * (1 if self.grey else RGB))
 
     @property

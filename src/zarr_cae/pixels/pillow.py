@@ -1,4 +1,4 @@
-"""What reading image files with Pillow takes wherever it is done: no limit of size, and what damaged files raise."""
+"""Read image files with Pillow: lift its size limit, and list the errors that damaged files raise."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ IMAGE_DAMAGE = (
     EOFError, IndexError, KeyError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
     zlib.error,
 )  # fmt: skip
-"""What Pillow's plugins raise, besides OSError, for images that make no sense."""
+"""The errors, besides OSError, that Pillow's plugins raise for malformed images."""
 
 
 @contextmanager
 def no_size_limit() -> Iterator[None]:
-    """Without Pillow's limit against bombs: the user named the file, and it may be large."""
+    """Lift Pillow's limit against decompression bombs: the user named the file, and it may be large."""
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

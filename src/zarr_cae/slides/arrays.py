@@ -48,8 +48,8 @@ def _array(path: Path, array: zarr.Array[Any], names: Any, attributes: Mapping[s
 
 
 def _image(path: Path, group: zarr.Group, level: int) -> Slide:
-    attributes = group.attrs.asdict()
-    ome = attributes.get("ome", attributes)  # version 0.4 has the same fields at the top
+    attributes: dict[str, Any] = dict(group.attrs.asdict())
+    ome: Any = attributes.get("ome", attributes)  # version 0.4 has the same fields at the top
     found = ome.get("multiscales") if isinstance(ome, dict) else None
     if not found:
         members = [member for _, member in group.members(max_depth=None) if isinstance(member, zarr.Array)]

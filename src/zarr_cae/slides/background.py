@@ -44,7 +44,7 @@ class WritingCodec(CAECodec):
 
     __init__ = CAECodec.__init__
 
-    async def _encode_single(self, chunk_array: Any, chunk_spec: Any) -> Buffer | None:
+    async def _encode_single(self, chunk_array: Any, chunk_spec: Any) -> Buffer:
         colour = self._colour(chunk_array)
         content = _known(colour)
         if content is None:
@@ -53,7 +53,7 @@ class WritingCodec(CAECodec):
         _count(chunk_spec)
         return content
 
-    def _encode_sync(self, chunk_array: Any, chunk_spec: Any) -> Buffer | None:
+    def _encode_sync(self, chunk_array: Any, chunk_spec: Any) -> Buffer:
         colour = self._colour(chunk_array)
         content = _known(colour) or _keep(colour, super()._encode_sync(chunk_array, chunk_spec))
         _count(chunk_spec)
@@ -93,8 +93,8 @@ def _known(key: tuple[Any, ...] | None) -> Buffer | None:
     return None if content is None else default_buffer_prototype().buffer.from_bytes(content)
 
 
-def _keep(key: tuple[Any, ...] | None, content: Buffer | None) -> Buffer | None:
-    if key is not None and content is not None:
+def _keep(key: tuple[Any, ...] | None, content: Buffer) -> Buffer:
+    if key is not None:
         with _lock:
             _colours[key] = content.to_bytes()
             while len(_colours) > _MOST:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,9 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.files import atomic_write
 from zarr_cae.slides.pyramid import Block
 
-__all__ = ["Journal", "read_reduced", "write_reduced"]
+__all__ = ["Journal", "is_recorded", "journal_folder", "read_reduced", "remove_reduced", "write_reduced"]
 
 _VERSION = 1
 
@@ -138,7 +138,8 @@ class Journal:
         if known is None or not (self.out / "zarr.json").exists():
             self._clear()
             (self.folder / "reduced").mkdir()
-            _write_whole(path, json.dumps(settings, indent=1).encode())
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(settings, indent=1))
             return False
         if known != settings:
             names = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
@@ -164,13 +165,18 @@ def journal_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.converting")
 
 
+def is_recorded(folder: Path, block: Block) -> bool:
+    """Return whether a journal that another process writes records a block as complete."""
+    try:
+        return block.name.encode() in (folder / "done").read_bytes().split()
+    except FileNotFoundError:
+        return False
+
+
 def write_reduced(folder: Path, block: Block, pixels: npt.NDArray[Any]) -> None:
     """Write the reduced copy of a block, whole or not at all."""
-    path = _reduced(folder, block)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with partial.open("wb") as file:
+    with atomic_write(_reduced(folder, block)) as partial, partial.open("wb") as file:
         np.save(file, pixels, allow_pickle=False)
-    partial.replace(path)
 
 
 def read_reduced(folder: Path, block: Block) -> npt.NDArray[Any]:
@@ -185,12 +191,3 @@ def remove_reduced(folder: Path, block: Block) -> None:
 
 def _reduced(folder: Path, block: Block) -> Path:
     return folder / "reduced" / (block.name.replace("/", "-") + ".npy")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".new")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -60,7 +60,8 @@ def open_with_openslide(path: Path, *, level: int = 0) -> Slide:
         if axis in sizes_found:
             sizes_found[axis] = sizes_found[axis][0] * factor, "micrometer"
     power = slide.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
-    profile = slide.color_profile.tobytes() if getattr(slide, "color_profile", None) is not None else None
+    colours = slide.color_profile
+    profile = None if colours is None else colours.tobytes()
     metadata = SlideMetadata(
         sizes_found,
         icc_profile=profile,

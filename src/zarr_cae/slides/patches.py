@@ -10,11 +10,11 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import StoreLike
 
+from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.latents.dataset import LatentPatches
 from zarr_cae.latents.metadata import ATTRIBUTE
 from zarr_cae.latents.store import open_bottleneck
-from zarr_cae.pixels.layout import STRIDE
 
 __all__ = ["SlidePatches", "slide_patches", "tissue_mask"]
 
@@ -110,7 +110,7 @@ def slide_patches(
     CAEConfigurationError
         If there is no such level, its chunks are not multiples of 16 pixels, or the sizes do not fit.
     """
-    options = {} if storage_options is None else {"storage_options": storage_options}
+    options: dict[str, Any] = {} if storage_options is None else {"storage_options": storage_options}
     latents = open_bottleneck(slide, **options)
     pixels = zarr.open_group(slide, mode="r", **options)
     paths = _paths(pixels)
@@ -143,7 +143,7 @@ def tissue_mask(array: zarr.Array[Any], threshold: float = _THRESHOLD) -> npt.ND
     pixels = np.asarray(array[...]).astype(np.float64)
     low, high = _range(array)
     different = np.abs(pixels - float(cast("Any", array.fill_value))) > threshold * (high - low)
-    return different.reshape(-1, *array.shape[-2:]).any(axis=0)
+    return np.asarray(different.reshape(-1, *array.shape[-2:]).any(axis=0))
 
 
 def _range(array: zarr.Array[Any]) -> tuple[float, float]:
@@ -189,4 +189,4 @@ def _tissue_parts(
     last = np.minimum((grid + extent + factor - 1) // factor, mask.shape)
     top, left, bottom, right = first[:, 0], first[:, 1], last[:, 0], last[:, 1]
     counts = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-    return counts / np.maximum(1, (bottom - top) * (right - left))
+    return np.asarray(counts / np.maximum(1, (bottom - top) * (right - left)))

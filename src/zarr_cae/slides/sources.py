@@ -13,6 +13,8 @@ The first two and the arrays are read window by window. Pillow decodes the whole
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,15 +26,20 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.errors import CAEConfigurationError, CAEDataError, CAEError
 from zarr_cae.slides.metadata import SlideMetadata, unit_name
 
-__all__ = ["CachedRows", "Sliceable", "Slide", "open_slide"]
+__all__ = ["DAMAGE", "CachedRows", "Sliceable", "Slide", "open_slide"]
 
 Pixels = npt.NDArray[Any]
 _ORDER = "tczyx"
 _TIFF_MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 _OPENSLIDE = {".mrxs", ".vms", ".vmu", ".vsi", ".czi", ".svslide", ".zvi"}
+DAMAGE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError, struct.error, zlib.error,
+)  # fmt: skip
+"""What readers of files raise, besides OSError, for bytes that make no sense."""
 _CACHED_BYTES = 512 << 20
 _BLOCK_BYTES = 32 << 20
 
@@ -120,7 +127,15 @@ class Slide:
         if self.orientation >= 5:
             wanted["y"], wanted["x"] = wanted["x"], wanted["y"]
         selection = tuple(wanted.get(axis, slice(0, 1)) for axis in self.stored)
-        pixels = np.asarray(self.array[selection])
+        try:
+            pixels = np.asarray(self.array[selection])
+        except (CAEError, OSError):
+            raise
+        except DAMAGE as error:
+            place = ", ".join(f"{axis} {part.start}:{part.stop}" for axis, part in zip(self.axes, window, strict=True))
+            raise CAEDataError(
+                f"cae: {self.name} can't be read at {place}; is it damaged? {type(error).__name__}: {error}"
+            ) from error
         kept = [axis for axis in self.stored if axis != "-"]
         pixels = pixels.reshape([n for n, axis in zip(pixels.shape, self.stored, strict=True) if axis != "-"])
         pixels = pixels.transpose([kept.index(axis) for axis in self.axes])

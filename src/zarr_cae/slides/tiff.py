@@ -11,9 +11,9 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.errors import CAEConfigurationError, CAEError
 from zarr_cae.slides.metadata import MICROMETRES_PER_INCH, SlideMetadata
-from zarr_cae.slides.sources import CachedRows, Sliceable, Slide, with_unit
+from zarr_cae.slides.sources import DAMAGE, CachedRows, Sliceable, Slide, with_unit
 
 __all__ = ["EXTRA", "MissingLibraryError", "open_tiff"]
 
@@ -34,39 +34,51 @@ def open_tiff(path: Path, *, series: int | None = None, level: int = 0) -> Slide
     """Open a TIFF file. Parameters and errors are those of `open_slide`."""
     try:
         import tifffile
-        import zarr
     except ImportError as error:
         raise MissingLibraryError(f"cae: {path} is a TIFF file, which tifffile reads: {EXTRA}") from error
+    file = None
     try:
         file = tifffile.TiffFile(path)
-        found = file.series
-    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CAEConfigurationError(f"cae: {path} is not a TIFF file, or damaged: {error}") from error
-    try:
-        chosen, levels = _choose(path, found, series)
-        one = _level(path, levels, level)
-        page = one.keyframe
-        stored, rgb = _axes(path, one.axes, one.shape, page)
-        array: Sliceable
-        by_rows = not page.is_tiled
-        if page.is_memmappable and one.dataoffset is not None:
-            array = np.memmap(path, file.byteorder + page.dtype.char, "r", one.dataoffset, one.shape)
-            by_rows = False
-        else:
-            array = zarr.open_array(one.aszarr(level=0), mode="r")
-            if by_rows:
-                rows = stored.index("y")
-                array = CachedRows(array, rows, stored.index("x"), array.chunks[rows])
-        metadata = _metadata(file, one, levels[0], found.index(chosen))
-        orientation = page.tags.valueof("Orientation", 1)
-    except BaseException:
-        file.close()
+        return _opened(path, file, series, level)
+    except BaseException as error:
+        if file is not None:
+            file.close()
+        if isinstance(error, (tifffile.TiffFileError, *DAMAGE)) and not isinstance(error, CAEError):
+            raise CAEConfigurationError(f"cae: {path} is not a TIFF file, or damaged: {error}") from error
         raise
+
+
+def _opened(path: Path, file: Any, series: int | None, level: int) -> Slide:
+    import zarr
+
+    found = file.series
+    chosen, levels = _choose(path, found, series)
+    one = _level(path, levels, level)
+    page = one.keyframe
+    stored, rgb = _axes(path, one.axes, one.shape, page)
+    array: Sliceable
+    by_rows = not page.is_tiled
+    if page.is_memmappable and one.dataoffset is not None:
+        array = np.memmap(path, file.byteorder + page.dtype.char, "r", one.dataoffset, one.shape)
+        by_rows = False
+    else:
+        array = zarr.open_array(one.aszarr(level=0), mode="r")
+        if by_rows:
+            rows = stored.index("y")
+            array = CachedRows(array, rows, stored.index("x"), array.chunks[rows])
+    orientation = int(page.tags.valueof("Orientation", 1))
     return Slide(
-        path.stem.removesuffix(".ome"), array, stored, rgb, metadata, tuple(_size(item) for item in levels), by_rows,
-        int(orientation) if 1 <= int(orientation) <= 8 else 1,
-        page.photometric in {_GREY, _RGB, _YCBCR} and page.bitspersample in {8, 16, 32, 64}, file.close,
-    )  # fmt: skip
+        path.stem.removesuffix(".ome"),
+        array,
+        stored,
+        rgb,
+        _metadata(file, one, levels[0], found.index(chosen)),
+        tuple(_size(item) for item in levels),
+        by_rows,
+        orientation if orientation in range(1, 9) else 1,
+        page.photometric in {_GREY, _RGB, _YCBCR} and page.bitspersample in {8, 16, 32, 64},
+        file.close,
+    )
 
 
 def _choose(path: Path, found: Sequence[Any], series: int | None) -> tuple[Any, list[Any]]:
@@ -137,7 +149,7 @@ def _axes(path: Path, axes: str, shape: Sequence[int], page: Any) -> tuple[str, 
         elif axis in _AXES and not (axis == "C" and samples_are_channels):
             stored.append(_AXES[axis])
         elif free:
-            stored.append(free.pop(-1))  # stacks whose axis has no name are taken as z
+            stored.append(free.pop(0))  # a stack whose axis has no name is taken as t
         else:
             raise CAEConfigurationError(
                 f"cae: {path} has axes {axes} of {tuple(shape)}; at most time, channel, z, rows and columns can be kept"

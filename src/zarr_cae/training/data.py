@@ -6,8 +6,9 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,10 @@ from torch import Tensor, from_numpy
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
+from zarr_cae.training.patterns import draw_pattern
+
+if TYPE_CHECKING:
+    from zarr_cae.training.trainer import Recipe
 
 Pixels = npt.NDArray[np.uint8]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
@@ -37,7 +42,7 @@ def _open(source: Path | io.BytesIO, name: str) -> Pixels:
 
 
 def _members(path: Path) -> Iterator[tuple[str, io.BytesIO]]:
-    """The images in a tar file, by name."""
+    """Yield the images in a tar file, sorted by name."""
     try:
         with tarfile.open(path) as archive:
             for member in sorted(archive.getmembers(), key=lambda member: member.name):
@@ -73,15 +78,65 @@ def _starts(side: int, edge: int) -> list[int]:
     return starts
 
 
-class Crops:
-    """Random square crops of the images under some paths, each with a random flip and sometimes grey.
+def read_images(paths: Sequence[Path]) -> list[Pixels]:
+    """Read the images under some paths as uint8 (H, W, 3), sorted by name.
 
-    One image in twenty (`holdout`) is kept out of training, for `held_out`.
+    Raises
+    ------
+    CAEConfigurationError
+        If a path does not exist, or a file cannot be read or has other than 8-bit samples.
+    """
+    found = sorted((item for path in paths for item in _images_of(path)), key=lambda item: item[0])
+    return [pixels for _, pixels in found]
+
+
+class Crops:
+    """Random square crops of images, each with a random flip; some become grey, and some become patterns.
+
+    Parameters
+    ----------
+    paths
+        Images, folders and tar files.
+    crop
+        Edge of the crops in pixels. Smaller images are left out.
+    seed
+        Of the random choices.
+    holdout
+        Share of the images that is kept out of training, for `held_out`.
+    grey
+        Share of the crops that become grey.
+    patterns
+        Share of the crops that become patterns or noise, see `training.patterns`.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If an image cannot be read, or fewer than two are large enough.
     """
 
-    def __init__(self, paths: list[Path], *, crop: int, seed: int, holdout: float = 0.05, grey: float = 0.1) -> None:
-        images = sorted((item for path in paths for item in _images_of(path)), key=lambda item: item[0])
-        large = [pixels for _, pixels in images if min(pixels.shape[:2]) >= crop]
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        crop: int,
+        seed: int,
+        holdout: float = 0.05,
+        grey: float = 0.1,
+        patterns: float = 0.0,
+    ) -> None:
+        self._begin(read_images(paths), crop, seed, holdout, grey, patterns)
+
+    @classmethod
+    def of(cls, images: Sequence[Pixels], recipe: Recipe) -> Self:
+        """Return crops of images that are in memory, uint8 (H, W, 3) each, as a recipe says."""
+        crops = cls.__new__(cls)
+        crops._begin(images, recipe.crop, recipe.seed, recipe.holdout, 0.1, recipe.patterns)  # noqa: SLF001
+        return crops
+
+    def _begin(
+        self, images: Sequence[Pixels], crop: int, seed: int, holdout: float, grey: float, patterns: float
+    ) -> None:
+        large = [pixels for pixels in images if min(pixels.shape[:2]) >= crop]
         if len(large) < 2:
             raise CAEConfigurationError(
                 f"cae: training data: {len(large)} of {len(images)} images are at least {crop} px on both sides; "
@@ -92,14 +147,14 @@ class Crops:
         self._images = [pixels for index, pixels in enumerate(large) if index % every != every - 1]
         areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in self._images], float)
         self._weight = areas / areas.sum()
-        self._crop, self._grey = crop, grey
+        self._crop, self._grey, self._patterns = crop, grey, patterns
         self._random = np.random.default_rng(seed)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def batch(self, size: int) -> Tensor:
-        """`size` random crops: float32 (size, 3, crop, crop) in [0, 1]."""
+        """Return `size` random crops: float32 (size, 3, crop, crop) in [0, 1]."""
         random, crop = self._random, self._crop
         out = np.empty((size, crop, crop, 3), np.uint8)
         for row, index in enumerate(random.choice(len(self._images), size, p=self._weight)):
@@ -113,11 +168,15 @@ class Crops:
             if random.random() < self._grey:
                 window = window @ random.dirichlet((1.0, 1.0, 1.0)).astype(np.float32)
                 window = np.rint(window)[..., None]
+            if self._patterns and random.random() < self._patterns:
+                window = draw_pattern(window, random)
             out[row] = window
         return from_numpy(out).permute(0, 3, 1, 2).float().div_(255)
 
     def tiles(self, edge: int = 256, largest: int = 512) -> Iterator[Tensor]:
-        """Windows of the training images: float32 (1, 3, H, W) in [0, 1], H and W multiples of 16 and at most `edge`.
+        """Yield windows of the training images.
+
+        Each is float32 (1, 3, H, W) in [0, 1], H and W multiples of 16 and at most `edge`.
 
         They cover each image, or its first `largest` rows and columns, but for strips of less than a quarter of a
         window. The last ones of an image may lie partly over others, rather than be narrow: contexts and predictions
@@ -132,11 +191,11 @@ class Crops:
 
     @property
     def held_out_images(self) -> list[Pixels]:
-        """Those that training never sees: uint8 (H, W, 3) each."""
+        """Return the images that training never sees: uint8 (H, W, 3) each."""
         return self._held_out
 
     def held_out(self, count: int, crop: int) -> Tensor:
-        """Centre crops of up to `count` images that training never sees: float32 (n, 3, crop, crop) in [0, 1]."""
+        """Return centre crops of up to `count` held-out images: float32 (n, 3, crop, crop) in [0, 1]."""
         crop = min([crop, *(min(pixels.shape[:2]) // 16 * 16 for pixels in self._held_out)])
         chosen = self._held_out[:: max(1, len(self._held_out) // count)][:count]
         windows = []

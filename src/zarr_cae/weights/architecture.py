@@ -1,6 +1,6 @@
 """The parameters of each kind of network, by name and shape, known without torch.
 
-With these, a weights file is checked from its header alone, before anything is allocated by what the header says.
+With these, a weights file is checked from its header alone, before the header decides how much memory is allocated.
 `networks/transforms.py` holds the networks themselves; a test compares the two.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 Shape = tuple[int, ...]
 
 LARGEST_WIDTH = 1024
-"""Channels of a layer that a weights file may ask for. The bundled networks have at most 320."""
+"""Largest number of channels of a layer in a weights file. The bundled networks have at most 320."""
 
 
 def parameter_shapes(model: str, architecture: Mapping[str, Any]) -> dict[str, Shape]:

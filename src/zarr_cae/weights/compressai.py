@@ -1,8 +1,8 @@
-"""CompressAI's `bmshj2018-factorized` checkpoints, converted once to weights files.
+"""Convert CompressAI's `bmshj2018-factorized` checkpoints to weights files.
 
 A checkpoint is the state dict that CompressAI publishes: GDN parameters under its square-root reparametrisation, the
-density as a small monotone network, and usually the integer tables made from it. Conversion undoes the first and
-keeps the last where they are there, so that everybody who converts the same checkpoint gets the same file.
+density as a small monotone network, and usually the integer tables made from it. Conversion undoes the
+reparametrisation, and keeps the tables if there are any. The same checkpoint always gives the same file.
 """
 
 from __future__ import annotations
@@ -38,24 +38,33 @@ _MODULES = (*_PARTS, "entropy_bottleneck")
 _DENSITY_WIDTHS = (1, 3, 3, 3, 3, 1)
 _CDF, _CDF_LENGTH, _OFFSET = (f"entropy_bottleneck.{name}" for name in ("_quantized_cdf", "_cdf_length", "_offset"))
 CODER_TABLES = {"compressai.cumulative": _CDF, "compressai.length": _CDF_LENGTH, "compressai.offset": _OFFSET}
-"""The tensors of a weights file with which CompressAI's own streams are decoded, and their keys in a checkpoint."""
+"""The tensors of a weights file that decode CompressAI's own streams, and their keys in a checkpoint."""
 
 
 def fetch(*, quality: int, metric: str) -> Path:
     """Download CompressAI's checkpoint for this configuration, convert it and put it into the cache folder.
 
-    The address comes from CompressAI's own table, and the file's hash must begin as its name says. Nothing is
-    downloaded if such weights are on this machine already. Returns the weights file. Raises CAEConfigurationError if
-    compressai cannot be imported or the download fails.
+    The address comes from CompressAI's own table, and the file's hash must begin with the digits in its name. Nothing
+    is downloaded if such weights are on this machine already.
+
+    Returns
+    -------
+    Path
+        The weights file.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If compressai can't be imported or the download fails.
     """
     for info in registry.available():
         if (info.model, info.metric) == (ZOO_MODEL, metric) and quality in info.qualities:
             return info.path
     try:
         from compressai.zoo.image import model_urls
-    except Exception as error:  # a torchvision that does not match torch raises whatever it likes
+    except Exception as error:  # a torchvision that does not match torch may raise anything
         raise CAEConfigurationError(
-            f"cae: the CompressAI zoo's addresses are read from compressai, which cannot be imported ({error}); "
+            f"cae: the addresses of CompressAI's checkpoints come from compressai, which can't be imported ({error}); "
             "install it with a matching torchvision, or get the checkpoint elsewhere and use "
             "`zarr-cae weights import FILE --quality Q --metric M`"
         ) from error
@@ -73,9 +82,12 @@ def fetch(*, quality: int, metric: str) -> Path:
 
 
 def convert(checkpoint: Path, *, quality: int, metric: str) -> bytes:
-    """The bytes of a weights file made from a checkpoint (`torch.save`d or safetensors state dict).
+    """Return the bytes of a weights file made from a checkpoint, a state dict written by `torch.save` or safetensors.
 
-    Raises CAEConfigurationError, which names the key, if it is not a whole state dict of `bmshj2018-factorized`.
+    Raises
+    ------
+    CAEConfigurationError
+        If it is not a whole state dict of `bmshj2018-factorized`; the message names the key.
     """
     content = checkpoint.read_bytes()
     state = _named(_read(checkpoint))
@@ -104,8 +116,8 @@ def convert(checkpoint: Path, *, quality: int, metric: str) -> bytes:
     )
 
 
-def _refuse(checkpoint: Path, what: str) -> NoReturn:
-    raise CAEConfigurationError(f"cae: {checkpoint} is not a {ZOO_MODEL} state dict: {what}")
+def _refuse(checkpoint: Path, fault: str) -> NoReturn:
+    raise CAEConfigurationError(f"cae: {checkpoint} is not a {ZOO_MODEL} state dict: {fault}")
 
 
 def _read(checkpoint: Path) -> Mapping[str, Array]:
@@ -133,7 +145,7 @@ def _read(checkpoint: Path) -> Mapping[str, Array]:
 
 
 def _named(state: Mapping[str, Array]) -> dict[str, Array]:
-    """The state dict under the keys of `_shapes`, whichever CompressAI wrote it."""
+    """Return the state dict under the keys of `_shapes`; versions of CompressAI use different keys."""
     named = {}
     for key, value in state.items():
         name = key.removeprefix("module.")
@@ -143,7 +155,7 @@ def _named(state: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _outputs(state: Mapping[str, Array], key: str, checkpoint: Path) -> int:
-    """Channels that a convolution of the analysis gives."""
+    """Return the number of output channels of a convolution of the analysis transform."""
     if key not in state:
         _refuse(checkpoint, f"it has no {key}")
     shape = state[key].shape
@@ -167,7 +179,7 @@ def _shapes(hidden: int, latent: int) -> dict[str, tuple[int, ...]]:
 
 
 def _check(state: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], checkpoint: Path) -> None:
-    """Refuse parameters that lack, have another shape or kind or are not finite, and those of other networks."""
+    """Refuse parameters that are missing, not finite, or of another shape, kind or network."""
     for key, shape in shapes.items():
         if key not in state:
             _refuse(checkpoint, f"it has no {key}")
@@ -179,7 +191,7 @@ def _check(state: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], ch
     for key in state:
         unknown = _CONVOLUTION_KEY.fullmatch(key) and key not in shapes
         if unknown or key.partition(".")[0] not in _MODULES:
-            _refuse(checkpoint, f"it has {key}, which that model has not")
+            _refuse(checkpoint, f"it has {key}, which that model does not have")
 
 
 def _plain(parameter: str, value: Array) -> Array:
@@ -193,7 +205,7 @@ def _plain(parameter: str, value: Array) -> Array:
 
 
 def _single(value: Array) -> Array:
-    """In float32; infinite where that is too small for it."""
+    """Return the value as float32, infinite if float32 can't hold it."""
     with np.errstate(over="ignore"):
         return value.astype(np.float32)
 
@@ -215,7 +227,7 @@ def _tables(state: Mapping[str, Array], medians: Array, checkpoint: Path) -> dic
 
 
 def _stored_probabilities(state: Mapping[str, Array], latent: int, checkpoint: Path) -> list[tuple[Array, int]]:
-    """Bin probabilities and the first bin's symbol of each channel, by the integer tables in the checkpoint."""
+    """Return bin probabilities and the first bin's symbol of each channel, from the checkpoint's integer tables."""
     for key, dimensions in {_CDF: 2, _CDF_LENGTH: 1, _OFFSET: 1}.items():
         if key not in state:
             _refuse(checkpoint, f"it has no {key}")
@@ -230,7 +242,7 @@ def _stored_probabilities(state: Mapping[str, Array], latent: int, checkpoint: P
 
 
 def _probabilities(state: Mapping[str, Array], medians: Array) -> Array:
-    """Bin probabilities (M, 2 limit + 1) of Ballé's density network (arXiv:1802.01436, section 6.1) in float64."""
+    """Return bin probabilities (M, 2 limit + 1) of Ballé's density network (arXiv:1802.01436, section 6.1), float64."""
     edges = np.arange(-_LIMIT, _LIMIT + 2) - 0.5
     logits = (medians[:, None] + edges)[:, None, :]
     layers = len(_DENSITY_WIDTHS) - 1
@@ -242,7 +254,7 @@ def _probabilities(state: Mapping[str, Array], medians: Array) -> Array:
             logits = logits + np.tanh(factor) * np.tanh(logits)
     logits = logits[:, 0, :]
     lower_tail = logits[:, :-1] + logits[:, 1:] <= 0
-    cdf, complement = _sigmoid(logits), _sigmoid(-logits)  # whichever keeps its digits
+    cdf, complement = _sigmoid(logits), _sigmoid(-logits)  # the smaller of the two keeps its digits
     return np.where(lower_tail, np.diff(cdf), -np.diff(complement))
 
 

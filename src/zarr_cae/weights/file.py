@@ -1,4 +1,4 @@
-"""The format of a weights file: read, checked and written.
+"""Read, check and write weights files.
 
 A weights file is a safetensors file named by the SHA-256 of its bytes. It holds, for Q qualities, M latent channels,
 S sources and R = M or M K rows:
@@ -13,11 +13,11 @@ S sources and R = M or M K rows:
     streams, if the file was made from a checkpoint that has them (`legacy.stream`)
 
 A file without networks and without an architecture serves to read latents, but not pixels. Its metadata hold `format`,
-`model`, `metric`, `qualities`, `architecture`, `provenance` and, if the weights have one, `name`. Nothing is computed
-from floats when a file is loaded, so that symbols and latents are the same on every machine.
+`model`, `metric`, `qualities`, `architecture`, `provenance` and, if the weights have one, `name`. Loading a file
+computes nothing from floats, so that symbols and latents are the same on every machine.
 
 Files are untrusted. Kinds and shapes of all tensors are checked in the header, against the architecture and each other,
-before anything is allocated.
+before any tensor is allocated.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _KINDS = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
-"""NumPy's names of the kinds of numbers that safetensors files hold. NumPy has no bfloat16."""
+"""NumPy's names of the number types in safetensors files. NumPy has no bfloat16."""
 _FLOATS = ("float16", "float32")
 _COMPRESSAI = ("compressai.cumulative", "compressai.length", "compressai.offset")
 _Outline = Mapping[str, tuple[str, Shape]]

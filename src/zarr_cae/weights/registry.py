@@ -1,7 +1,7 @@
-"""The weights files on this machine: found by digest, by name or by configuration, loaded, stored and listed.
+"""Find the weights files on this machine by digest, name or configuration; load, store and list them.
 
 A file is looked for among the bundled ones, then in the cache folder, then in the folders that this process has added
-(`add_folder`), and never under a path or URL that metadata give.
+(`add_folder`), and never under a path or URL from metadata.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zarr_cae.weights.file import DEFAULT_MODEL, ZOO_MODEL, Weights, WeightsInfo
 
 CACHE_VARIABLE = "ZARR_CAE_WEIGHTS"
 DEFAULT_NAME = "photographs"
-"""The name of the bundled family that a codec takes if it is told neither a name nor a digest."""
+"""The name of the bundled family that a codec takes if it gets neither a name nor a digest."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 _added_folders: list[Path] = []
@@ -72,7 +72,7 @@ def available() -> Iterator[WeightsInfo]:
             if _DIGEST.fullmatch(digest) and digest not in seen:
                 try:
                     yield read_info(path)
-                except (CAEConfigurationError, OSError) as error:  # an odd entry must not hide the others
+                except (CAEConfigurationError, OSError) as error:  # one bad entry must not hide the others
                     _log.warning("%s", error)
                 else:
                     seen.add(digest)
@@ -135,7 +135,7 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
             return info.digest
     names = sorted({_name(info) for info in known if info.model == DEFAULT_MODEL})
     raise WeightsNotFoundError(
-        f"cae: no weights of the name {weights!r} for model {model!r}, quality {quality}, metric {metric!r} on this "
+        f"cae: no weights named {weights!r} for model {model!r}, quality {quality}, metric {metric!r} on this "
         f"machine; known names are {', '.join(names)}: see `zarr-cae weights list`"
     )
 
@@ -155,7 +155,7 @@ def find(digest: str, *, model: str, quality: int, metric: str) -> WeightsInfo:
         raise WeightsNotFoundError(
             f"cae: weights {digest} (model {model!r}, quality {quality}, metric {metric!r}) are not on this machine; "
             "if the archive holds them, open it with `zarr_cae.open` or run `zarr-cae weights import ARCHIVE`; "
-            "otherwise get the file from whoever wrote the array and run `zarr-cae weights import FILE`, or install "
+            "otherwise get the file from the author of the array and run `zarr-cae weights import FILE`, or install "
             f"the zarr-cae release that wrote it (looked in {' and '.join(map(str, _folders()))})"
         )
     if (info.model, info.metric) != (model, metric) or quality not in info.qualities:

@@ -1,10 +1,10 @@
-"""The training loop: schedule, phases, checkpoints, validation."""
+"""A network in training: one step, validation, checkpoints. `training.run` has the loop around it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.files import atomic_write
 from zarr_cae.training.data import Crops
 from zarr_cae.training.export import restore
 from zarr_cae.training.klt import start_from_klt
 from zarr_cae.training.loss import SMALLEST_CROP, mean_squared_error, multiscale_dissimilarity, rate_distortion
 from zarr_cae.training.model import RANGES, GainedAutoencoder, Range, default_lambdas
+from zarr_cae.training.schedule import DENSITY_ONLY, learning_rate, phase_at
 from zarr_cae.training.soap import Soap
 from zarr_cae.weights.file import Metric, Weights, WeightsInfo
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train one network; everything that its weights depend on besides the images."""
+    """How to train one network: all that its weights depend on besides the images and the start."""
 
     rates: Range
     metric: Metric = "mse"
@@ -45,10 +47,14 @@ class Recipe:
     """Weight of the distortion at each quality of the range, ascending; by default `default_lambdas`."""
     density_only: bool = False
     """Leave the transforms and the gains as they are, and fit the density alone to really rounded latents."""
+    patterns: float = 0.03
+    """Share of the crops that become patterns of period 2 or 4, or noise; see `training.patterns`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.holdout <= 0.5:
             raise CAEConfigurationError(f"cae: holdout must be a share of at most 0.5, got {self.holdout}")
+        if not 0 <= self.patterns <= 1:
+            raise CAEConfigurationError(f"cae: patterns must be a share from 0 to 1, got {self.patterns}")
         qualities = RANGES[self.rates]
         object.__setattr__(self, "lambdas", tuple(self.lambdas) or default_lambdas(self.metric, self.rates))
         ascending = all(low < high for low, high in pairwise((0.0, *self.lambdas, math.inf)))
@@ -67,28 +73,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop reports; lists run over the network's qualities."""
+    """The state of a run after a step or a validation. Lists have an entry for each quality of the network."""
 
     step: int
     fraction: float
+    """Share of the schedule that is done, 0 to 1."""
+    seconds: float
+    qualities: tuple[int, ...]
     loss: float
+    """Not a number for validations."""
     bits_per_pixel: list[float]
     psnr: list[float]
     ms_ssim: list[float] | None
     validation: bool
-
-
-STRAIGHT_THROUGH_FROM = 0.6
-DECODER_ONLY_FROM = 0.88
-
-
-def learning_rate(fraction: float, step: int) -> float:
-    """Share of the peak rate: 200 steps of warm-up, cosine decay, and a second, small one for the decoder alone."""
-    warm_up = min(1.0, (step + 1) / 200)
-    if fraction < DECODER_ONLY_FROM:
-        return warm_up * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * fraction / DECODER_ONLY_FROM)))
-    rest = (fraction - DECODER_ONLY_FROM) / (1 - DECODER_ONLY_FROM)
-    return warm_up * (0.01 + 0.29 * 0.5 * (1 + math.cos(math.pi * min(1.0, rest))))
 
 
 class Trainer:
@@ -130,14 +127,18 @@ class Trainer:
         """One optimiser step over `crops_per_quality` crops at each quality."""
         started, fraction = time.monotonic(), self.fraction
         qualities = self.model.qualities
-        tune_decoder = self.recipe.density_only or fraction >= DECODER_ONLY_FROM
-        straight_through = tune_decoder or fraction >= STRAIGHT_THROUGH_FROM
+        phase = DENSITY_ONLY if self.recipe.density_only else phase_at(fraction)
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.rate * group["share"] * learning_rate(fraction, self.step)
-        self.model.low_precision = self.recipe.bfloat16 and (self.recipe.density_only or not tune_decoder)
+        self.model.low_precision = self.recipe.bfloat16 and (self.recipe.density_only or not phase.decoder_only)
         pixels = self.crops.batch(len(qualities) * self.recipe.crops_per_quality)
         pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
-        coded = self.model(pixels, noisy=not tune_decoder, straight_through=straight_through, tune_decoder=tune_decoder)
+        coded = self.model(
+            pixels,
+            noisy=not phase.decoder_only,
+            straight_through=phase.straight_through,
+            tune_decoder=phase.decoder_only,
+        )
         target = pixels.reshape(len(qualities), -1, *pixels.shape[1:])
         loss = rate_distortion(coded, target, self.recipe.metric, self.recipe.lambdas)
         self.optimiser.zero_grad(set_to_none=True)
@@ -153,7 +154,7 @@ class Trainer:
         with torch.no_grad():
             error = mean_squared_error(coded.pixels, target).mean(1)
         return Progress(
-            self.step, self.fraction, loss.item(), coded.bits_per_pixel.mean(1).tolist(),
+            self.step, self.fraction, self.seconds, qualities, loss.item(), coded.bits_per_pixel.mean(1).tolist(),
             (-10 * error.log10()).tolist(), None, validation=False,
         )  # fmt: skip
 
@@ -189,8 +190,8 @@ class Trainer:
         psnr = (-10 * torch.stack(errors).log10()).mean(0)
         ms_ssim = torch.stack(similarities).mean(0).tolist() if similarities else None
         return Progress(
-            self.step, self.fraction, math.nan, torch.stack(bits).mean(0).tolist(), psnr.tolist(), ms_ssim,
-            validation=True,
+            self.step, self.fraction, self.seconds, qualities, math.nan, torch.stack(bits).mean(0).tolist(),
+            psnr.tolist(), ms_ssim, validation=True,
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -199,9 +200,8 @@ class Trainer:
             "recipe": asdict(self.recipe), "model": self.model.state_dict(), "average": self.average,
             "optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds,
         }  # fmt: skip
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            torch.save(state, partial)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of this recipe."""
@@ -239,9 +239,12 @@ class Trainer:
 
 
 def trained_lambdas(info: WeightsInfo) -> tuple[float, ...]:
-    """What an exported network was trained with, as its provenance has it, or else the default.
+    """Return the lambdas that an exported network was trained with, from its provenance; otherwise the default.
 
-    Raises CAEConfigurationError if that is no sense.
+    Raises
+    ------
+    CAEConfigurationError
+        If the provenance holds lambdas that cannot be.
     """
     recipe = info.provenance.get("recipe")
     found = recipe.get("lambdas") if isinstance(recipe, Mapping) else None
@@ -249,21 +252,14 @@ def trained_lambdas(info: WeightsInfo) -> tuple[float, ...]:
     return Recipe(rates, info.metric, lambdas=tuple(found) if isinstance(found, list) else ()).lambdas
 
 
-def prepare(device: str, threads: int | None) -> str:
-    """Set this process up for training and return the device, "auto" resolved.
-
-    Raises CAEConfigurationError if it does not exist here.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CAEConfigurationError("cae: torch sees no CUDA device here; use the CPU")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `Trainer.save` wrote, on the CPU. Raises CAEConfigurationError if the file is something else."""
+    """Return what `Trainer.save` wrote, with tensors on the CPU.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the file is not a checkpoint of this package.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -273,24 +269,3 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"recipe", "model", "average", "optimiser"} <= set(state):
         raise CAEConfigurationError(f"cae: {path} is not a checkpoint of `zarr-cae train`")
     return state
-
-
-def train(
-    trainer: Trainer,
-    checkpoint: Path,
-    report: Callable[[Progress], None],
-    *,
-    every: int = 500,
-    save_seconds: float = 120,
-) -> None:
-    """Run the recipe to its end, with a checkpoint every few minutes and a validation every `every` steps."""
-    saved = time.monotonic()
-    while trainer.fraction < 1:
-        report(trainer.train_step())
-        if trainer.step % every == 0:
-            report(trainer.validate())
-        if time.monotonic() - saved > save_seconds:
-            trainer.save(checkpoint)
-            saved = time.monotonic()
-    trainer.save(checkpoint)
-    report(trainer.validate())
