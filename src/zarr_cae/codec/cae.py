@@ -82,7 +82,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         PSNR in dB of the value range that each chunk must reach, such as 38. A chunk that misses it is coded with the
         next better qualities of the same weights (qualities 1 to 5 and 6 to 8 share weights), and at the last one its
         tiles that miss it are stored without loss. Encoding costs one more decoding, and another encoding for each
-        further quality.
+        further quality. A write of a part is compared with the new pixels and with what the rest of the chunk gave
+        before, so it may miss the PSNR of the rest against the pixels that were written first.
 
     Raises
     ------
