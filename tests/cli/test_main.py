@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -94,35 +90,6 @@ def test_interrupted_work_leaves_nothing(here: Path, large: Path, arguments: lis
     assert (process.returncode, error) == (130, "zarr-cae: interrupted\n")
     assert [path.name for path in here.iterdir()] == (["out.zarr"] if before else [])
     assert {path.name: path.read_bytes() for path in here.glob("out.zarr/*")} == before
-
-
-def test_running_work_of_zarr_is_stopped(here: Path) -> None:
-    from zarr.core.sync import loop, sync
-
-    from zarr_cae import cli
-
-    ended = []
-
-    async def endless() -> None:
-        try:
-            await asyncio.gather(*(asyncio.sleep(3600) for _ in range(3)))
-        finally:
-            ended.append(True)
-
-    def wait() -> None:
-        with contextlib.suppress(concurrent.futures.CancelledError):
-            sync(endless())
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    while loop[0] is None or len(asyncio.all_tasks(loop[0])) < 4:
-        time.sleep(0.01)
-    cli._stop_zarr()
-    assert ended
-    thread.join(60)
-    assert not thread.is_alive()
-    cli._stop_zarr()  # zarr's loop has stopped already
-    assert zarr.create_array({}, data=np.arange(4))[2] == 2  # zarr makes a new loop
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

@@ -75,8 +75,10 @@ def test_compiled_networks_give_the_same(planes, monkeypatch):
     assert all(isinstance(network, torch._dynamo.OptimizedModule) for network in traced.networks)
     for crop in (planes[:, :, :64, :48], planes[:, :, :32, :32].repeat(3, 0)):
         symbols = engine.analyse(crop, 2, plain).result()
-        assert (traced.analyse(crop, 2, compiled) != symbols).mean() < 1e-3
-        back = [one.synthesise(symbols, 2, 3, settings) for one, settings in ((engine, plain), (traced, compiled))]
+        assert (traced.analyse(crop, 2, compiled).result() != symbols).mean() < 1e-3
+        back = [
+            one.synthesise(symbols, 2, 3, settings).result() for one, settings in ((engine, plain), (traced, compiled))
+        ]
         assert np.abs(back[0] - back[1]).max() < 1 / 255
 
 
@@ -197,7 +199,9 @@ def test_pixels_hardly_depend_on_the_batch(planes, device):
     """
     settings = Settings(device=device)
     engine = engine_for(bundled(4), settings)
-    symbols = engine.analyse(np.concatenate([planes[:, :, n : n + 64, :64] for n in range(0, 80, 16)]), 4, settings)
+    symbols = engine.analyse(
+        np.concatenate([planes[:, :, n : n + 64, :64] for n in range(0, 80, 16)]), 4, settings
+    ).result()
     together = engine.synthesise(symbols, 4, 3, settings).result()
     alone = np.concatenate([engine.synthesise(one[None], 4, 3, settings).result() for one in symbols])
     assert np.abs(alone - together).max() < (0.1 if device == "cpu" else 1) / 255

@@ -76,11 +76,14 @@ def test_lowered_precision_keeps_the_pixels(photograph, precision, levels, rms, 
     loaded, settings = bundled(quality), Settings(device="cpu")
     planes = to_planes(np.array(photograph[:256, :256]), Layout((256, 256, 3), 2), (0, 255))
     exact, low = Engine(loaded, CPU, "float32"), Engine(loaded, CPU, precision)
-    symbols = exact.analyse(planes, quality, settings)
-    apart = 255 * (low.synthesise(symbols, quality, 3, settings) - exact.synthesise(symbols, quality, 3, settings))
+    symbols = exact.analyse(planes, quality, settings).result()
+    apart = 255 * (
+        low.synthesise(symbols, quality, 3, settings).result()
+        - exact.synthesise(symbols, quality, 3, settings).result()
+    )
     assert 0 < np.abs(apart).max() < levels
     assert np.sqrt(np.square(apart).mean()) < rms
-    assert (low.analyse(planes, quality, settings) != symbols).mean() < 0.05
+    assert (low.analyse(planes, quality, settings).result() != symbols).mean() < 0.05
 
 
 def tf32(values):
@@ -102,11 +105,14 @@ def test_tf32_keeps_the_pixels(photograph, precision, levels, rms, quality):
         if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             module.weight.data = tf32(module.weight.data)
             module.register_forward_pre_hook(lambda _, given: (tf32(given[0]), *given[1:]))
-    symbols = exact.analyse(planes, quality, settings)
-    apart = 255 * (low.synthesise(symbols, quality, 3, settings) - exact.synthesise(symbols, quality, 3, settings))
+    symbols = exact.analyse(planes, quality, settings).result()
+    apart = 255 * (
+        low.synthesise(symbols, quality, 3, settings).result()
+        - exact.synthesise(symbols, quality, 3, settings).result()
+    )
     assert 0 < np.abs(apart).max() < levels
     assert np.sqrt(np.square(apart).mean()) < rms
-    assert (low.analyse(planes, quality, settings) != symbols).mean() < 0.01
+    assert (low.analyse(planes, quality, settings).result() != symbols).mean() < 0.01
 
 
 def test_layers_at_the_latents_scale_stay_exact():

@@ -258,16 +258,6 @@ def test_thread_waits_while_the_queue_is_full() -> None:
     assert results(futures) == [0, -1, -2]
 
 
-def test_thread_that_others_need_does_not_wait() -> None:
-    engine = Engine(max_weight=2, max_pending=2)
-    engine.hold()
-    with ThreadPoolExecutor(1) as pool:
-        futures = [pool.submit(engine.batcher.submit, "key", i, wait=False).result(TIMEOUT) for i in range(5)]
-    assert engine.batcher.statistics.pending == 5
-    engine.gate.set()
-    assert results(futures) == [0, -1, -2, -3, -4]
-
-
 def test_waiting_thread_is_not_starved_by_later_requests() -> None:
     """A caller goes on once its own request is taken, even if the queue is still full."""
     gates = {key: threading.Event() for key in ("first", "second", "later")}
@@ -849,6 +839,7 @@ def test_child_starts_afresh_in_every_state_of_the_parent(engine: Engine) -> Non
     thread = threading.Thread(target=hold_lock)
     thread.start()
     assert locked.wait(TIMEOUT)
+    threading.Timer(0.2, engine.gate.set).start()  # a fork waits for the running batch
     try:
         statistics, result, batches = in_forked_child(in_child)
     finally:
@@ -857,7 +848,6 @@ def test_child_starts_afresh_in_every_state_of_the_parent(engine: Engine) -> Non
     assert statistics == BatchStatistics(batches=0, requests=0, pending=0)
     assert result == -5
     assert batches == [("child", [5])]
-    engine.gate.set()
     assert results([running, queued]) == [0, -1]  # the parent is not affected
 
 
@@ -878,7 +868,7 @@ def run_script(body: str) -> subprocess.CompletedProcess[str]:
     prelude = f"""
         import atexit, os, sys, threading, types
         package = sys.modules["zarr_cae"] = types.ModuleType("zarr_cae")
-        package.__path__ = [{str(Path(microbatch.__file__).parent)!r}]
+        package.__path__ = [{str(Path(microbatch.__file__).parents[1])!r}]
         from zarr_cae.networks import microbatch
     """
     script = textwrap.dedent(prelude) + textwrap.dedent(body)

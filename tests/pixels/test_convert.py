@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
@@ -12,6 +12,7 @@ from zarr_cae.pixels.layout import Layout
 BYTE = (0, 255)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_planes_give_the_chunk_back(data):
     shape = tuple(data.draw(st.lists(st.integers(1, 20), min_size=3, max_size=5)))

@@ -175,7 +175,8 @@ def _curve(weights: Weights, images: Sequence[Pixels]) -> tuple[list[float], lis
             symbols = engine.analyse(planes, quality, settings).result()
             decoded = engine.synthesise(symbols, quality, 3, settings).result()
             error = np.mean((np.rint(decoded.clip(0, 1) * 255) / 255 - planes) ** 2)
-            bits.append(np.log(len(rans.encode(symbols[0], weights.tables[row]))))
+            tables = weights.tables[row]
+            bits.append(np.log(len(rans.encode(symbols[0], tables, tables.frame_version))))
             decibels.append(-10 * np.log10(max(float(error), 1e-10)))
         sizes.append(float(np.mean(bits)))
         ratios.append(float(np.mean(decibels)))

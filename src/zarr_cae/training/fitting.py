@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.coder.contexts import LARGEST_ACTIVITY, LARGEST_WEIGHTS, Contexts, around, scores, to_differences
+from zarr_cae.coder.frame import Symbols
 from zarr_cae.coder.frequencies import trimmed_frequencies
 from zarr_cae.coder.tables import PRECISION
 
@@ -24,7 +25,6 @@ _PRIOR = 4.0
 _TAIL = 1e-3
 _RIDGE = 1e-4
 
-Symbols = npt.NDArray[np.int16]
 Sources = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]
 """Of one channel: earlier channels and their weights, (SOURCES,) each, as `Contexts` has them."""
 

@@ -15,6 +15,9 @@ Shape = tuple[int, ...]
 LARGEST_WIDTH = 1024
 """Largest number of channels of a layer in a weights file. The bundled networks have at most 320."""
 
+LARGEST_MARGIN = 2
+"""Largest number of latent positions by which a network may continue its planes; it has no parameters."""
+
 
 def parameter_shapes(model: str, architecture: Mapping[str, Any]) -> dict[str, Shape]:
     """Return the shape of each parameter of a pair of networks.
@@ -25,6 +28,7 @@ def parameter_shapes(model: str, architecture: Mapping[str, Any]) -> dict[str, S
         "cae-v1" or "bmshj2018-factorized".
     architecture
         The number of channels of each layer: the fields of `networks.transforms.Widths`, or `hidden` and `latent`.
+        "bmshj2018-factorized" may also have `margin`, the latent positions by which planes are continued: 0 to 2.
 
     Returns
     -------
@@ -37,6 +41,10 @@ def parameter_shapes(model: str, architecture: Mapping[str, Any]) -> dict[str, S
         If the architecture has other fields, or a number of channels is not an integer from 1 to 1024.
     """
     fields, make = _MODELS[model]
+    architecture = dict(architecture)
+    margin = architecture.pop("margin", 0) if model == "bmshj2018-factorized" else 0
+    if type(margin) is not int or not 0 <= margin <= LARGEST_MARGIN:
+        raise ValueError(f"margin must be an integer from 0 to {LARGEST_MARGIN}, got {margin!r:.40}")
     if set(architecture) != set(fields):
         raise ValueError(f"expected the fields {', '.join(fields)}, got {', '.join(map(str, architecture)) or 'none'}")
     for name, width in architecture.items():
