@@ -30,12 +30,15 @@ from zarr_cae.codec.partial import read_selection, write_selection
 from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.convert import resolve_value_range
-from zarr_cae.pixels.layout import RGB, Layout, ValueRange, resolve_channel_axis
+from zarr_cae.pixels.layout import RGB, Layout, ValueRange, ValueTransform, resolve_channel_axis
+from zarr_cae.pixels.mask import find_mask
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
 from zarr_cae.weights.registry import check_digest, default_digest, find, load, resolve
 
 NAME = "cae"
 ChannelAxis = int | Literal["auto"] | None
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LARGEST_PSNR = 200
 _EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
 """Whether zarr passes each codec the spec that the codecs before it leave; older releases pass the array's own."""
 
@@ -67,6 +70,20 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         first: the axis is one of their output.
     value_range
         (lowest, highest) value of the data. uint8 has the default (0, 255); every other dtype needs it.
+    nodata
+        The value of pixels without data: a number, inside or outside `value_range`, or NaN. They are stored exactly,
+        as a mask, and no other pixel is read back with this value: the nearest one takes its place. By default every
+        pixel has data, and NaN is refused. The attribute holds what is not finite as "NaN", "Infinity" or "-Infinity".
+    value_transform
+        "sqrt" codes the square roots of the values, which makes the noise of photon counts equally strong in dark and
+        in bright places (Anscombe 1948). Use it for dark and sparse data, such as fluorescence, with `value_range`
+        from the value of no light, in units of counted photons as far as they are known.
+    min_psnr
+        PSNR in dB of the value range that each chunk must reach, such as 38. A chunk that misses it is coded with the
+        next better qualities of the same weights (qualities 1 to 5 and 6 to 8 share weights), and at the last one its
+        tiles that miss it are stored without loss. Encoding costs one more decoding, and another encoding for each
+        further quality. A write of a part is compared with the new pixels and with what the rest of the chunk gave
+        before, so it may miss the PSNR of the rest against the pixels that were written first.
 
     Raises
     ------
@@ -85,6 +102,9 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     weights: str = ""
     channel_axis: ChannelAxis = "auto"
     value_range: ValueRange | None = None
+    nodata: float | str | None = None
+    value_transform: ValueTransform = None
+    min_psnr: float | None = None
     _origin: Literal["made", "guessed", "stored"] = field(default="made", init=False, repr=False, compare=False)
     """Whether the codec was made by a user, its channel axis guessed from "auto", or read from metadata. Stored
     arrays must open, so some checks are for new arrays only."""
@@ -99,6 +119,9 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         _check_choice("model", self.model, MODELS)
         put("channel_axis", _channel_axis(self.channel_axis))
         put("value_range", _value_range(self.value_range))
+        put("nodata", _nodata(self.nodata))
+        put("min_psnr", _min_psnr(self.min_psnr))
+        _check_choice("value_transform", self.value_transform, (None, "sqrt"))
         weights = resolve(self.weights or None, model=self.model, quality=self.quality, metric=self.metric)
         put("weights", weights)
 
@@ -148,6 +171,12 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         }
         if self.value_range is not None:
             configuration["value_range"] = self.value_range
+        if self.nodata is not None:
+            configuration["nodata"] = self.nodata
+        if self.value_transform is not None:
+            configuration["value_transform"] = self.value_transform
+        if self.min_psnr is not None:
+            configuration["min_psnr"] = self.min_psnr
         return {"name": NAME, "configuration": configuration}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
@@ -157,11 +186,15 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         here too. Missing weights are refused here for a new array only: an archive whose weights are missing opens.
         """
         spec = array_spec if _EVOLVES_IN_ORDER else _after_filters(self, array_spec, sys._getframe(1))  # noqa: SLF001
-        low, high = resolve_value_range(spec.dtype.to_native_dtype(), self.value_range)
-        if not low <= cast("float", spec.fill_value) <= high:
+        dtype = spec.dtype.to_native_dtype()
+        low, high = resolve_value_range(dtype, self.value_range)
+        nodata = _resolve_nodata(dtype, self.nodata)
+        missing = nodata is not None and bool(find_mask(np.asarray(spec.fill_value, dtype), nodata))
+        if not missing and not low <= cast("float", spec.fill_value) <= high:
             raise CAEConfigurationError(
                 f"cae: fill_value {spec.fill_value} lies outside value_range {low, high}, and incomplete chunks are "
-                "filled with it; give fill_value=<a value inside>"
+                "filled with it; give fill_value=<a value inside>, or nodata=<the fill_value> if such pixels have no "
+                "data"
             )
         axis = resolve_channel_axis(spec.shape, self.channel_axis)
         with suppress(*(WeightsNotFoundError, OSError) if self._origin == "stored" else ()):
@@ -244,8 +277,11 @@ def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
 
 def _coder(codec: CAECodec, spec: ArraySpec) -> ChunkCoder:
     axis = resolve_channel_axis(spec.shape, codec.channel_axis)
-    value_range = resolve_value_range(spec.dtype.to_native_dtype(), codec.value_range)
-    return ChunkCoder(Layout(spec.shape, axis), spec, value_range, codec.quality, lambda: loaded(codec))
+    dtype = spec.dtype.to_native_dtype()
+    return ChunkCoder(
+        Layout(spec.shape, axis), spec, resolve_value_range(dtype, codec.value_range), codec.quality,
+        lambda: loaded(codec), _resolve_nodata(dtype, codec.nodata), codec.value_transform, codec.min_psnr,
+    )  # fmt: skip
 
 
 def loaded(codec: CAECodec) -> Weights:
@@ -315,6 +351,48 @@ def _value_range(value: object) -> ValueRange | None:
     if not all(map(math.isfinite, pair)):
         raise CAEConfigurationError(f"cae: value_range must be finite, got {value!r}")
     return cast("ValueRange", pair)
+
+
+def _nodata(value: Any) -> float | str | None:
+    if value is None or (isinstance(value, str) and value in _NOT_FINITE):
+        return value
+    try:
+        number = float("text") if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CAEConfigurationError(
+            f'cae: nodata must be a number, NaN or None, got {value!r}; in metadata NaN is the string "NaN"'
+        ) from error
+    if math.isfinite(number):
+        return _number(value)
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _min_psnr(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bool) else _number(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number <= _LARGEST_PSNR:
+        raise CAEConfigurationError(
+            f"cae: min_psnr must be a number of dB above 0 and up to {_LARGEST_PSNR}, or None, got {value!r}"
+        )
+    return number
+
+
+def _resolve_nodata(dtype: np.dtype[Any], nodata: float | str | None) -> float | None:
+    """Return the nodata value as a number, if pixels of the dtype can have it."""
+    if nodata is None:
+        return None
+    number = _NOT_FINITE[nodata] if isinstance(nodata, str) else nodata
+    if dtype.kind == "f":
+        fits = isinstance(nodata, str) or abs(number) <= float(np.finfo(dtype).max)
+    else:
+        fits = math.isfinite(number) and number == int(number) and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+    if not fits:
+        raise CAEConfigurationError(f"cae: nodata must be a value of dtype {dtype}, got {nodata!r}")
+    return number if dtype.kind == "f" else int(number)
 
 
 def _number(value: Any) -> float:

@@ -9,7 +9,7 @@ The route of a chunk that is written, by "go to definition":
 5. `to_planes` (pixels/convert.py): axes, value range, padding.
 6. `MicroBatcher.submit` (networks/microbatch.py): concurrent chunks meet in a batch.
 7. `Engine._code`: the analysis transform `Analysis` (networks/transforms.py), the gains, rounding to symbols.
-8. `tiles.encode` (coder/tiles.py): the symbols, cut into tiles.
+8. `tiles.encode_streams` (coder/tiles.py): the symbols, cut into tiles.
 9. `rans.encode` (coder/rans.py): one tile to one stream.
 10. `frame.pack` (coder/frame.py): header, streams and checksums: the bytes that zarr stores.
 """
@@ -28,14 +28,19 @@ from zarr.abc.buffer import Buffer
 from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
+from zarr_cae.codec.exact import Parts, restore
+from zarr_cae.codec.floor import is_unusual, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
+from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
-from zarr_cae.coder.frame import FrameHeader, Symbols
+from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
+from zarr_cae.coder.lossless import encode_mask
 from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.convert import to_chunk, to_planes
-from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange
+from zarr_cae.pixels.convert import from_root, to_chunk, to_planes, to_root
+from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, ValueTransform
+from zarr_cae.pixels.mask import fill, find_mask
 from zarr_cae.threads import lazy_property
 from zarr_cae.weights.file import Weights
 
@@ -53,6 +58,12 @@ class ChunkCoder:
     quality: int
     load: Callable[[], Weights]
     """Returns the verified weights; called only when something is coded."""
+    nodata: float | None = None
+    """The value of pixels without data, which are stored as a mask; None if there is no such value."""
+    transform: ValueTransform = None
+    """The value transform between pixels and planes: "sqrt" or none."""
+    min_psnr: float | None = None
+    """The PSNR in dB of the value range that each chunk must reach; None if there is no such demand."""
 
     @lazy_property
     def weights(self) -> Weights:
@@ -78,7 +89,7 @@ class ChunkCoder:
     def format(self) -> PixelFormat:
         """The pixels of a whole chunk, for the engine."""
         stays = issubclass(self.spec.prototype.nd_buffer, gpu.NDBuffer)  # after `zarr.config.enable_gpu()`
-        return PixelFormat(self.layout, self.dtype, self.value_range, stays)
+        return PixelFormat(self.layout, self.dtype, self.value_range, stays, self.transform)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -91,9 +102,14 @@ class ChunkCoder:
         return 1 if self.layout.grey else RGB
 
     @property
+    def row(self) -> int:
+        """The row of the weights file for the quality."""
+        return self.weights.row(self.quality)
+
+    @property
     def tables(self) -> Tables:
         """The frequency tables of the quality."""
-        return self.weights.tables[self.weights.row(self.quality)]
+        return self.weights.tables[self.row]
 
     @property
     def geometry(self) -> FrameHeader:
@@ -103,8 +119,35 @@ class ChunkCoder:
 
     @property
     def header(self) -> FrameHeader:
-        """The header that the chunk's frame must have; the weights say its version."""
+        """The header that the chunk's frame must have; the weights say its version, or it is 3."""
         return replace(self.geometry, version=self.tables.frame_version)
+
+    @property
+    def exact_header(self) -> FrameHeader:
+        """The header of a new frame that can hold a mask and exact tiles."""
+        return replace(self.geometry, version=3, row=self.row)
+
+    def of_frame(self, header: FrameHeader) -> ChunkCoder:
+        """Return the coder of the quality that coded a frame.
+
+        Raises
+        ------
+        FrameError
+            If the weights do not have the row that the header names.
+        """
+        row = header.row_of(len(self.weights.tables), self.row)
+        return self.of_quality(self.weights.info.qualities[row])
+
+    def of_quality(self, quality: int) -> ChunkCoder:
+        """Return the coder of another quality of the same weights."""
+        return self if quality == self.quality else replace(self, quality=quality, load=lambda: self.weights)
+
+    @property
+    def candidates(self) -> list[ChunkCoder]:
+        """The coders of the qualities to try for a chunk, the cheapest first, which is this one."""
+        if self.min_psnr is None:
+            return [self]
+        return [self.of_quality(one) for one in sorted(self.weights.info.qualities) if one >= self.quality]
 
     def analyse_chunk(self, pixels: Any) -> Future[Symbols]:
         """Queue a whole chunk for the analysis transform; see `Engine.analyse_chunk`."""
@@ -124,13 +167,34 @@ class ChunkCoder:
 
     def to_planes(self, pixels: Chunk, layout: Layout) -> Planes:
         """Return pixels as planes (N, 3 or 1, H, W): the whole chunk, or a box of it with this layout."""
-        planes = to_planes(pixels, layout, self.value_range)
+        if self.nodata is None:
+            planes = to_planes(pixels, layout, self.value_range)
+        else:
+            mask = find_mask(pixels, self.nodata)
+            planes = to_planes(np.where(mask, self.dtype.type(self.value_range[0]), pixels), layout, self.value_range)
+            if mask.any():
+                fill(planes, to_planes(mask.view(np.uint8), layout, (0, 1)) > 0.5)
+        if self.transform == "sqrt":
+            planes = to_root(planes, self.value_range)
         # Three grey channels look like RGB to the layout of a box: the same numbers in another shape.
         return planes.reshape(-1, self.components, *planes.shape[2:])
 
     def to_pixels(self, planes: Planes, layout: Layout) -> Chunk:
         """Return planes as pixels: the inverse of `to_planes`."""
+        if self.transform == "sqrt":
+            planes = from_root(planes, self.value_range)
         return to_chunk(planes, layout, self.dtype, self.value_range)
+
+    def to_samples(self, pixels: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
+        """Return values of pixels, or of a mask, in the order of planes (N, C, H, W), as a copy without padding."""
+        ordered = pixels.transpose(layout.channels_first)
+        return ordered.reshape(-1, self.components, layout.height, layout.width).copy()
+
+    def from_samples(self, samples: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
+        """Return samples (N, C, H, W) in the order of pixels: the inverse of `to_samples`."""
+        order = layout.channels_first
+        ordered = samples.reshape([layout.shape[axis] for axis in order])
+        return np.ascontiguousarray(ordered.transpose(np.argsort(order)))
 
     def to_buffer(self, frame: bytes) -> Buffer:
         """Return a frame as a buffer of zarr."""
@@ -138,15 +202,44 @@ class ChunkCoder:
 
 
 def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
-    """Return the frame of a whole chunk, a NumPy array or an array on a GPU."""
-    symbols = yield coder.analyse_chunk(pixels)
-    return coder.to_buffer(tiles.encode(symbols, coder.header, coder.tables))
+    """Return the frame of a whole chunk, a NumPy array or an array on a GPU.
+
+    If the array has a least PSNR, qualities from its own upwards are tried until one reaches it. Tiles that miss it at
+    the best quality, or that decode to something worse than their mean, are stored exactly (see `codec.floor`).
+    """
+    mask = None
+    if coder.nodata is not None or coder.min_psnr is not None:
+        pixels = on_host(pixels, coder.spec)
+    if coder.nodata is not None:
+        mask = coder.to_samples(find_mask(pixels, coder.nodata), coder.layout)
+    for tried in coder.candidates:
+        # Pixels on a GPU stay there, and their planes are made there.
+        queue = tried.analyse_chunk(pixels) if mask is None else tried.analyse(tried.to_planes(pixels, tried.layout))
+        symbols = yield queue
+        decoded = None
+        if tried.min_psnr is not None or is_unusual(symbols, tried):
+            pixels = on_host(pixels, tried.spec)
+            decoded = tried.to_pixels((yield tried.synthesise(symbols)), tried.layout)
+        if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
+            break
+    exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)
+    plain = mask is None and not exact and tried is coder
+    header = tried.header if plain else tried.exact_header
+    streams = tiles.encode_streams(symbols, header, tried.tables)
+    section = encode_mask(mask) if mask is not None and mask.any() else None
+    return coder.to_buffer(pack(header, streams, mask=section, exact=exact))
 
 
 def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:
     """Return the pixels of a whole chunk's frame; a tensor if both zarr's arrays and the engine are on a GPU."""
-    symbols = tiles.decode(frame, coder.header, coder.tables)
-    return (yield coder.synthesise_chunk(symbols))
+    found = parse_frame(frame, coder.header)
+    coder = coder.of_frame(found.header)
+    parts = Parts.of(found)
+    symbols = tiles.decode_streams(found.header, found.streams, coder.tables)
+    if not parts.exact and parts.mask is None and coder.nodata is None:
+        return (yield coder.synthesise_chunk(symbols))
+    planes = yield coder.synthesise(symbols)
+    return restore(coder, coder.to_pixels(planes, coder.layout), enclosing((), coder.layout), parts)
 
 
 def on_host(pixels: Any, spec: ArraySpec) -> npt.NDArray[Any]:

@@ -5,28 +5,33 @@ have a CRC32C for each tile; frames of version 1 have only one for all: see `rea
 
 Writing replaces only latents that the written pixels reach. All other latents keep their symbols, and tiles without a
 changed symbol keep their bytes. So the rest of a chunk does not change, however often parts of it are written.
+Exact tiles stay exact, and the mask follows the written pixels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
+from zarr_cae.codec.exact import Parts, box_pixels, restore, stored_mask, tile_pixels, tile_samples
+from zarr_cae.codec.floor import is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
-from zarr_cae.coder.frame import FrameHeader, FrameIndex, Symbols, pack, parse_index, unpack
-from zarr_cae.coder.tiles import Patch, Tile, decode_tile, encode_tile, tiles
+from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
+from zarr_cae.coder.lossless import encode_mask, encode_pixels
+from zarr_cae.coder.tiles import Patch, Tile, decode_streams, decode_tile, encode_streams, encode_tile, tiles
 from zarr_cae.errors import FrameError
 from zarr_cae.networks.pieces import HALO
+from zarr_cae.pixels.mask import Mask, find_mask
 from zarr_cae.threads import over_cores
 
 Pixels: TypeAlias = npt.NDArray[Any]
-Streams: TypeAlias = dict[int, memoryview]
 _FIXED_BYTES = 20
 _LENGTH_BYTES = 3
 """Bytes of the first request, for the header and for the length of each tile: fewer than the smallest frame has."""
@@ -71,25 +76,19 @@ def read_selection(coder: ChunkCoder, selection: Any, *, ranges: bool) -> Plan[A
         (frame,) = yield Fetch()
     if frame is not None and box.complete:
         return (yield from decode_chunk(coder, frame))
-    if frame is None:
-        wanted, streams = yield from _fetch_tiles(coder, box, patch)
-    else:
-        header, streams = _unpack(frame, coder)
-        wanted = tiles(header, box.planes, patch)
-    symbols = assembled(_decode(wanted, streams, coder), len(box.planes), patch)
-    synthesised = yield coder.synthesise(symbols)
-    return coder.to_pixels(box.cut(synthesised, patch), box.layout)[box.inside]
+    parts = (yield from _fetch_parts(coder, box, patch)) if frame is None else _unpack(frame, coder)
+    coder = coder.of_frame(parts.header)
+    decoded = _decode(tiles(parts.header, box.planes, patch), parts, coder)
+    synthesised = yield coder.synthesise(assembled(decoded, len(box.planes), patch))
+    return restore(coder, coder.to_pixels(box.cut(synthesised, patch), box.layout), box, parts)[box.inside]
 
 
-def _fetch_tiles(coder: ChunkCoder, box: Box, patch: Patch) -> Plan[tuple[list[Tile], Streams]]:
-    """Fetch the index of the frame and then the tiles that hold a patch of the box's planes."""
+def _fetch_parts(coder: ChunkCoder, box: Box, patch: Patch) -> Plan[Parts]:
+    """Fetch the index of the frame, and then its mask and the tiles that hold a patch of the box's planes."""
     index = yield from _fetch_index(coder)
     if isinstance(index, memoryview):  # the store answered with the whole frame
-        header, streams = _unpack(index, coder)
-        return tiles(header, box.planes, patch), streams
-    wanted = tiles(index.header, box.planes, patch)
-    streams = yield from _fetch_streams(coder, index, [tile.number for tile in wanted])
-    return wanted, streams
+        return _unpack(index, coder)
+    return (yield from _fetch_tiles(coder, index, [tile.number for tile in tiles(index.header, box.planes, patch)]))
 
 
 def _fetch_index(coder: ChunkCoder) -> Plan[FrameIndex | memoryview]:
@@ -108,23 +107,29 @@ def _fetch_index(coder: ChunkCoder) -> Plan[FrameIndex | memoryview]:
         more = max(index, len(head))  # another tile size than ours: few requests matter more than bytes
 
 
-def _fetch_streams(coder: ChunkCoder, index: FrameIndex, numbers: Sequence[int]) -> Plan[Streams]:
-    """Fetch the streams of some tiles, neighbours in one request."""
+def _fetch_tiles(coder: ChunkCoder, index: FrameIndex, numbers: Sequence[int]) -> Plan[Parts]:
+    """Fetch some tiles, neighbours in one request, and the mask if there is one."""
     spans = list(runs(numbers))
     ranges = [(index.offsets[first], index.offsets[last + 1]) for first, last in spans]
-    parts = yield Fetch(ranges)
-    streams = {}
-    for (first, last), (begin, end), part in zip(spans, ranges, parts, strict=True):
+    asked = ranges if index.mask is None else [index.mask, *ranges]
+    fetched = list((yield Fetch(asked)))
+    for (begin, end), part in zip(asked, fetched, strict=True):
         if len(part) > end - begin:
-            return _unpack(_whole(part, end), coder)[1]
+            return _unpack(_whole(part, end), coder)
         if len(part) < end - begin:
             raise FrameError(
                 f"cae: frame needs bytes {begin} to {end} for its tiles; got {len(part)}: the stored chunk is truncated"
             )
+    mask = None if index.mask is None else index.mask_section(fetched.pop(0))
+    streams: dict[int, memoryview] = {}
+    exact: dict[int, memoryview] = {}
+    for (first, last), (begin, _), part in zip(spans, ranges, fetched, strict=True):
         for number in range(first, last + 1):
             stored = part[index.offsets[number] - begin : index.offsets[number + 1] - begin]
-            streams[number] = index.stream(number, stored)
-    return streams
+            streams[number], pixels = index.parts(number, stored)
+            if pixels is not None:
+                exact[number] = pixels
+    return Parts(index.header, streams, mask, exact)
 
 
 def _whole(part: memoryview, end: int) -> memoryview:
@@ -137,14 +142,15 @@ def _whole(part: memoryview, end: int) -> memoryview:
     return part
 
 
-def _unpack(frame: memoryview, coder: ChunkCoder) -> tuple[FrameHeader, Streams]:
-    header, streams = unpack(frame, coder.header)
-    return header, dict(enumerate(streams))
+def _unpack(frame: memoryview, coder: ChunkCoder) -> Parts:
+    return Parts.of(parse_frame(frame, coder.header))
 
 
-def _decode(wanted: Sequence[Tile], streams: Streams, coder: ChunkCoder) -> list[tuple[Tile, Symbols]]:
-    tables = coder.tables
-    return over_cores(lambda tile: (tile, decode_tile(streams[tile.number], tile.patch.shape, tables)), wanted)
+def _decode(wanted: Sequence[Tile], parts: Parts, coder: ChunkCoder) -> list[tuple[Tile, Symbols]]:
+    tables, version = coder.tables, parts.header.version
+    return over_cores(
+        lambda tile: (tile, decode_tile(parts.streams[tile.number], tile.patch.shape, tables, version)), wanted
+    )
 
 
 def write_selection(coder: ChunkCoder, selection: Any, value: Any) -> Plan[None]:
@@ -198,21 +204,23 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     two analyses differ there. So pixels nearby lose no more quality than they must, and writing back unchanged pixels
     changes nothing at all.
     """
-    header, streams = _unpack(frame, coder)
+    given, parts = coder, _unpack(frame, coder)
+    header, coder = parts.header, coder.of_frame(parts.header)
     reached = box.patch.widened(HALO, header.latent_shape)
     seen = reached.widened(HALO, header.latent_shape)
     source = seen.widened(HALO, header.latent_shape)
-    decoded = _decode(tiles(header, box.planes, source), streams, coder)
+    decoded = _decode(tiles(header, box.planes, source), parts, coder)
     symbols = assembled(decoded, len(box.planes), source)
     around = box.grown(seen)
-    before = coder.to_pixels(around.cut((yield coder.synthesise(symbols)), source), around.layout)
+    synthesised = yield coder.synthesise(symbols)
+    before = restore(coder, coder.to_pixels(around.cut(synthesised, source), around.layout), around, parts)
     after = before.copy()
     _put(after, around.inside, value)
     planes = [coder.to_planes(pixels, around.layout) for pixels in (after, before)]  # refuses values outside the range
     if _alike(after, before, after[around.inside].size, coder):
         return
     if _blank(coder, after):
-        chunk = on_host((yield from decode_chunk(coder, frame)), coder.spec)
+        chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
         _put(chunk, selection, value)
         if _blank(coder, chunk):
             yield Put(None)
@@ -223,8 +231,49 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     changed[:, :, *box.patch.within(seen)] = True
     inner = (slice(None), slice(None), *reached.within(seen))
     new = np.where(changed[inner], both[:count][inner], symbols[:, :, *reached.within(source)])
-    recoded: dict[int, bytes | memoryview] = {**streams, **_recode(decoded, new, reached, coder)}
-    yield Put(coder.to_buffer(pack(header, list(recoded.values()))))
+    touched = _changed_tiles(decoded, new, reached)
+    streams = [parts.streams[number] for number in range(header.tile_count)]
+    for number, stream in over_cores(
+        lambda one: (one[0].number, encode_tile(one[1], coder.tables, header.version)), touched
+    ):
+        streams[number] = stream
+    mask, exact = _new_mask(coder, parts, around, after), _new_exact(coder, parts, around, after)
+    unsure = any(tile.number not in exact and is_unusual(own[None], coder) for tile, own in touched)
+    if unsure or coder.min_psnr is not None or (mask is not None and header.version < 3):
+        chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
+        _put(chunk, selection, value)
+        all_symbols = decode_streams(header, streams, coder.tables)
+        now = coder.to_pixels((yield coder.synthesise(all_symbols)), coder.layout)
+        poor = poor_tiles(coder, header, chunk, now, mask, tiles(header, box.planes, seen))
+        exact = {**poor, **exact}
+        if (exact or mask is not None) and header.version < 3:
+            header = replace(header, version=3, row=coder.row)
+            streams = list(encode_streams(all_symbols, header, coder.tables))
+    section = None if mask is None else encode_mask(mask)
+    yield Put(coder.to_buffer(pack(header, streams, mask=section, exact=exact)))
+
+
+def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:
+    """Return the mask of the chunk with new pixels in a box; None if nothing is masked."""
+    if coder.nodata is None:
+        return None
+    mask, inside = stored_mask(coder, parts).copy(), box_pixels(box)
+    mask[box.planes, :, inside.rows, inside.columns] = coder.to_samples(find_mask(pixels, coder.nodata), box.layout)
+    return mask if mask.any() else None
+
+
+def _new_exact(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> dict[int, bytes | memoryview]:
+    """Return the pixel sections of the exact tiles of the chunk with new pixels in a box."""
+    exact: dict[int, bytes | memoryview] = dict(parts.exact)
+    if not exact:
+        return exact
+    samples, inside = coder.to_samples(pixels, box.layout), box_pixels(box)
+    for tile in tiles(parts.header, box.planes, box.patch):
+        if tile.number in exact:
+            own, values = tile_pixels(parts.header, tile), tile_samples(coder, parts, tile)
+            values[:, *inside.within(own)] = samples[tile.plane, :, *own.within(inside)]
+            exact[tile.number] = encode_pixels(values)
+    return exact
 
 
 def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bool:
@@ -233,6 +282,11 @@ def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bo
     Sums of bfloat16 depend a little on the shape of the planes that are decoded together. Up to one pixel in a
     thousand is rounded to the other side, or, in floats, most pixels differ by some hundredths of a grey level.
     """
+    if coder.nodata is not None:
+        mask = find_mask(after, coder.nodata)
+        if not np.array_equal(mask, find_mask(before, coder.nodata)):
+            return False
+        after, before = (np.where(mask, coder.dtype.type(coder.value_range[0]), one) for one in (after, before))
     low, high = coder.value_range  # integers if the dtype is one
     if after.dtype.kind == "f":
         difference = np.abs(after.astype(np.float64) - before)
@@ -244,18 +298,18 @@ def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bo
     return bool(levels.max() <= 1) and float(np.square(levels).sum()) <= _SLACK**2 * written
 
 
-def _recode(
-    decoded: Sequence[tuple[Tile, Symbols]], new: Symbols, reached: Patch, coder: ChunkCoder
-) -> dict[int, bytes]:
-    """Return the new streams of the tiles in which a patch of new symbols (N, M, h, w) differs from the old ones."""
-    touched: list[tuple[int, Symbols]] = []
+def _changed_tiles(decoded: Sequence[tuple[Tile, Symbols]], new: Symbols, reached: Patch) -> list[tuple[Tile, Symbols]]:
+    """Return the tiles in which a patch of new symbols (N, M, h, w) differs from the old ones, with all their symbols.
+
+    The symbols of `decoded` become the new ones.
+    """
+    touched: list[tuple[Tile, Symbols]] = []
     for tile, own in decoded:
         here, there = tile.patch.within(reached), reached.within(tile.patch)
         if tile.patch.meets(reached) and not np.array_equal(own[:, *there], new[tile.plane, :, *here]):
             own[:, *there] = new[tile.plane, :, *here]
-            touched.append((tile.number, own))
-    tables = coder.tables
-    return dict(over_cores(lambda one: (one[0], encode_tile(one[1], tables)), touched))
+            touched.append((tile, own))
+    return touched
 
 
 def _store(coder: ChunkCoder, chunk: Any) -> Plan[None]:
@@ -266,7 +320,10 @@ def _store(coder: ChunkCoder, chunk: Any) -> Plan[None]:
 
 def _blank(coder: ChunkCoder, pixels: Any) -> bool:
     """Return whether zarr keeps no chunk that has only these pixels: all have the fill value."""
-    return not coder.spec.config.write_empty_chunks and bool((pixels == coder.spec.fill_value).all())
+    if coder.spec.config.write_empty_chunks:
+        return False
+    fill: Any = coder.spec.fill_value
+    return bool((pixels != pixels if fill != fill else pixels == fill).all())  # noqa: PLR0124 - NaN is not NaN
 
 
 def _fitted(value: Pixels, shape: tuple[int, ...]) -> Pixels:

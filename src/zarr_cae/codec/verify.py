@@ -50,7 +50,11 @@ class Verified:
     highest: float | None = None
 
     def add(self, pixels: Any) -> None:
-        """Extend the range by these pixels."""
+        """Extend the range by these pixels. NaN does not count."""
+        if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f":
+            pixels = pixels[~np.isnan(pixels)]
+            if not pixels.size:
+                return
         low, high = pixels.min(), pixels.max()
         self.lowest = low if self.lowest is None else min(self.lowest, low)
         self.highest = high if self.highest is None else max(self.highest, high)
@@ -103,7 +107,8 @@ class _CheckingCodec(CAECodec):
     def _check_sync(self, chunk_bytes: Buffer, spec: ArraySpec) -> Any:
         coder = _coder(self, spec)
         if not self.deep:
-            tiles.unpack(contiguous(chunk_bytes), coder.header)
+            header, _ = tiles.unpack(contiguous(chunk_bytes), coder.header)
+            coder.of_frame(header)  # refuses a row that the weights do not have
             return np.zeros(spec.shape, spec.dtype.to_native_dtype())
         return self._kept(run(decode_chunk(coder, contiguous(chunk_bytes))))
 

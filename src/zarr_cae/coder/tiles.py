@@ -109,13 +109,18 @@ def decode_tile(stream: bytes | memoryview, shape: tuple[int, int], tables: Tabl
     return rans.decode(stream, shape, tables, version)
 
 
-def encode(symbols: Symbols, header: FrameHeader, tables: Tables) -> bytes:
-    """Return the frame of a chunk's symbols (N, M, h, w); N, h and w are those of the header."""
+def encode_streams(symbols: Symbols, header: FrameHeader, tables: Tables) -> list[bytes]:
+    """Return the streams of all tiles of a chunk's symbols (N, M, h, w); N, h and w are those of the header."""
 
     def code(tile: Tile) -> bytes:
         return encode_tile(symbols[tile.plane, :, tile.patch.rows, tile.patch.columns], tables, header.version)
 
-    return pack(header, over_cores(code, tiles(header)))
+    return over_cores(code, tiles(header))
+
+
+def encode(symbols: Symbols, header: FrameHeader, tables: Tables) -> bytes:
+    """Return the frame of a chunk's symbols (N, M, h, w); N, h and w are those of the header."""
+    return pack(header, encode_streams(symbols, header, tables))
 
 
 def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeader, list[tuple[Tile, memoryview]]]:
@@ -131,7 +136,7 @@ def unpack(frame: bytes | memoryview, expected: FrameHeader) -> tuple[FrameHeade
 
 
 def decode_each(
-    found: Sequence[tuple[Tile, memoryview]], tables: Tables, version: int, put: Callable[[Tile, Symbols], None]
+    found: Sequence[tuple[Tile, bytes | memoryview]], tables: Tables, version: int, put: Callable[[Tile, Symbols], None]
 ) -> None:
     """Decode tiles, and call `put` with each tile and its symbols (M, h, w), in any order and from several threads.
 
@@ -143,7 +148,7 @@ def decode_each(
         If a stream is malformed. `put` may have been called for other tiles by then.
     """
 
-    def code(one: tuple[Tile, memoryview]) -> None:
+    def code(one: tuple[Tile, bytes | memoryview]) -> None:
         tile, stream = one
         put(tile, decode_tile(stream, tile.patch.shape, tables, version))
 
@@ -158,11 +163,22 @@ def decode(frame: bytes | memoryview, expected: FrameHeader, tables: Tables) -> 
     FrameError, StreamError
         If the frame or a stream in it is malformed.
     """
-    header, found = unpack(frame, expected)
-    symbols = np.empty((expected.planes, tables.channels, *expected.latent_shape), np.int16)
+    parsed = parse_frame(frame, expected)
+    return decode_streams(parsed.header, parsed.streams, tables)
+
+
+def decode_streams(header: FrameHeader, streams: Sequence[bytes | memoryview], tables: Tables) -> Symbols:
+    """Return the symbols (N, M, h, w) of the streams of all tiles; `tables` are those of the row that coded them.
+
+    Raises
+    ------
+    StreamError
+        If a stream is malformed.
+    """
+    symbols = np.empty((header.planes, tables.channels, *header.latent_shape), np.int16)
 
     def put(tile: Tile, values: Symbols) -> None:
         symbols[tile.plane, :, tile.patch.rows, tile.patch.columns] = values
 
-    decode_each(found, tables, header.version, put)
+    decode_each(list(zip(tiles(header), streams, strict=True)), tables, header.version, put)
     return symbols

@@ -31,7 +31,7 @@ from zarr_cae.networks.microbatch import MicroBatcher
 from zarr_cae.networks.pieces import pieces
 from zarr_cae.networks.transforms import Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.pixels import device as on_device
-from zarr_cae.pixels.convert import to_chunk, to_planes
+from zarr_cae.pixels.convert import from_root, to_chunk, to_planes, to_root
 from zarr_cae.pixels.layout import PixelFormat, Planes
 from zarr_cae.threads import call_in_child, hold_across_fork
 from zarr_cae.weights.file import DEFAULT_MODEL, Weights
@@ -179,10 +179,13 @@ class Engine:
         """
         if not self._runs_whole(form):
             planes = to_planes(_on_host(pixels), form.layout, form.value_range)
+            if form.transform == "sqrt":
+                planes = to_root(planes, form.value_range)
             return self.analyse(planes, quality, settings)
 
         def load(chunk: Any) -> Tensor:
-            return on_device.to_planes(on_device.to_tensor(chunk, self.device), form.layout, form.value_range)
+            tensor = on_device.to_planes(on_device.to_tensor(chunk, self.device), form.layout, form.value_range)
+            return on_device.to_root(tensor, form.value_range) if form.transform == "sqrt" else tensor
 
         key = _BatchKey("analyse", quality, form.plane_shape, form.plane_shape[0], settings)
         return self.batcher.submit(key, _Request(pixels, load, _to_numpy), form.pixels)
@@ -198,16 +201,17 @@ class Engine:
         components = form.plane_shape[0]
         key = _BatchKey("synthesise", quality, symbols.shape[1:], components, settings)
         if not self._runs_whole(form):
-            return self._submit(
-                key,
-                symbols,
-                components,
-                1,
-                STRIDE,
-                lambda planes: to_chunk(planes, form.layout, form.dtype, form.value_range),
-            )
+
+            def finish_on_host(planes: Array) -> Array:
+                if form.transform == "sqrt":
+                    planes = from_root(planes, form.value_range)
+                return to_chunk(planes, form.layout, form.dtype, form.value_range)
+
+            return self._submit(key, symbols, components, 1, STRIDE, finish_on_host)
 
         def finish(planes: Tensor) -> Any:
+            if form.transform == "sqrt":
+                planes = on_device.from_root(planes, form.value_range)
             pixels = on_device.to_chunk(planes, form.layout, form.dtype, form.value_range)
             if not form.stays:
                 return _to_numpy(pixels)

@@ -100,9 +100,9 @@ def outside_message(lowest: Any, highest: Any, value_range: ValueRange) -> str:
     """Return the error message for pixels outside their range; a NaN is both the lowest and the highest value."""
     if lowest != lowest:  # noqa: PLR0124
         return (
-            f"cae: pixels have NaN, which does not fit value_range {value_range} and can't be coded; replace "
-            "NaN by a value inside (numpy.nan_to_num; numpy.clip keeps NaN), and store the places of missing pixels as "
-            "an array of their own"
+            f"cae: pixels have NaN, which does not fit value_range {value_range}; if NaN stands for pixels without "
+            "data, create the array with CAECodec(..., nodata=float('nan')), which stores them exactly; otherwise "
+            "replace NaN by a value inside (numpy.nan_to_num; numpy.clip keeps NaN)"
         )
     return (
         f"cae: pixels from {lowest} to {highest} do not fit value_range {value_range}; clip them, or create the "

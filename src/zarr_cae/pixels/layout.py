@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ _IMAGE_ASPECT = 4
 Chunk = npt.NDArray[Any]
 Planes = npt.NDArray[np.float32]
 ValueRange = tuple[float, float]
+ValueTransform = Literal["sqrt"] | None
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class PixelFormat:
     value_range: ValueRange
     stays: bool = False
     """Whether decoded pixels stay on the device of the network, as a tensor."""
+    transform: ValueTransform = None
+    """The value transform between pixels and planes: "sqrt" or none."""
 
     @property
     def plane_shape(self) -> tuple[int, int, int]:

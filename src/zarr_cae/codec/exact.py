@@ -1,0 +1,114 @@
+"""Samples that a frame holds exactly: put masks and exact tiles in the place of synthesised pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_cae.codec.windows import Box
+from zarr_cae.coder.frame import STRIDE, Frame, FrameHeader
+from zarr_cae.coder.lossless import decode_mask, decode_pixels
+from zarr_cae.coder.tiles import Patch, Tile, tiles
+from zarr_cae.errors import FrameError
+from zarr_cae.pixels.mask import Mask, apply_mask
+
+if TYPE_CHECKING:
+    from zarr_cae.codec.chunk import ChunkCoder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The checked parts of a stored frame: all of them, or those that a window needs."""
+
+    header: FrameHeader
+    streams: Mapping[int, bytes | memoryview]
+    """The streams of tiles, by number."""
+    mask: memoryview | None
+    """The mask section."""
+    exact: Mapping[int, memoryview]
+    """The pixel sections of exact tiles, by number."""
+
+    @classmethod
+    def of(cls, frame: Frame) -> Parts:
+        """Return all parts of a frame."""
+        return cls(frame.header, dict(enumerate(frame.streams)), frame.mask, frame.exact)
+
+
+def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts) -> npt.NDArray[Any]:
+    """Return the pixels of a box after exact tiles and the mask were put in the place of what was synthesised.
+
+    Parameters
+    ----------
+    coder
+        Codes the chunks of the array.
+    pixels
+        The synthesised pixels, with the layout of the box.
+    box
+        The part of the chunk.
+    parts
+        The mask, and the exact tiles that hold pixels of the box.
+
+    Raises
+    ------
+    FrameError, StreamError
+        If a section is malformed, or there is a mask but the array has no nodata value.
+    """
+    if coder.nodata is None and parts.mask is None and not parts.exact:
+        return pixels
+    samples = coder.to_samples(pixels, box.layout)
+    inside = box_pixels(box)
+    for tile in tiles(parts.header, box.planes, box.patch):
+        if tile.number in parts.exact:
+            values = tile_samples(coder, parts, tile)
+            own = tile_pixels(parts.header, tile)
+            samples[tile.plane, :, *own.within(inside)] = values[:, *inside.within(own)]
+    mask = stored_mask(coder, parts)
+    if coder.nodata is not None:
+        apply_mask(samples, mask[box.planes, :, inside.rows, inside.columns], coder.nodata, coder.value_range)
+    return coder.from_samples(samples, box.layout)
+
+
+def stored_mask(coder: ChunkCoder, parts: Parts) -> Mask:
+    """Return the mask (N, C, H, W) of a chunk; nothing is masked where the frame has none. The result is read only.
+
+    Raises
+    ------
+    FrameError, StreamError
+        If the section is malformed, or the array has no nodata value.
+    """
+    header = parts.header
+    shape = (header.planes, header.components, header.height, header.width)
+    if parts.mask is None:
+        return np.broadcast_to(np.False_, shape)
+    if coder.nodata is None:
+        raise FrameError(
+            "cae: frame has a mask, but the metadata of the array have no nodata value: it is of another array"
+        )
+    return decode_mask(parts.mask, shape)
+
+
+def tile_samples(coder: ChunkCoder, parts: Parts, tile: Tile) -> npt.NDArray[Any]:
+    """Return the samples (C, rows, columns) of an exact tile. Raises StreamError if its section is malformed."""
+    rows, columns = tile_pixels(parts.header, tile).shape
+    return decode_pixels(parts.exact[tile.number], (coder.components, rows, columns), coder.dtype)
+
+
+def tile_pixels(header: FrameHeader, tile: Tile) -> Patch:
+    """Return the rectangle of pixels of its plane that a tile covers."""
+    rows, columns = (
+        slice(side.start * STRIDE, min(side.stop * STRIDE, length))
+        for side, length in ((tile.patch.rows, header.height), (tile.patch.columns, header.width))
+    )
+    return Patch(rows, columns)
+
+
+def box_pixels(box: Box) -> Patch:
+    """Return the rectangle of pixels of each of its planes that a box covers."""
+    rows, columns = (
+        slice(int(box.indices[axis][0]), int(box.indices[axis][-1]) + 1) for axis in box.chunk.spatial_axes
+    )
+    return Patch(rows, columns)

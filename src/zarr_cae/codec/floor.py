@@ -1,0 +1,145 @@
+"""A floor for what a chunk decodes to: never worse than its mean, and as good as the array demands.
+
+Patterns of period 2, such as raw Bayer mosaics and ordered dither, give latents that the networks never saw in
+training. The inverse GDN can turn them into values far outside the value range. Their symbols give them away: many lie
+outside the alphabets of the tables, where photographs have hardly any. So the encoder counts such symbols, which costs
+next to nothing, and only decodes and looks where there are many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_cae.codec.exact import tile_pixels
+from zarr_cae.coder.frame import FrameHeader, Symbols
+from zarr_cae.coder.lossless import encode_pixels
+from zarr_cae.coder.tiles import Tile, tiles
+from zarr_cae.pixels.mask import Mask
+from zarr_cae.threads import over_cores
+
+if TYPE_CHECKING:
+    from zarr_cae.codec.chunk import ChunkCoder
+
+_UNUSUAL, _UNUSUAL_SHARE = 64, 1e-3
+"""Symbols of a tile outside their alphabets, as a number or a share, up to which it is not worth a look. Photographs
+have at most one in 5,000; patterns that decode to garbage one in 200 to one in 2."""
+_WORSE = 1.02
+"""Mean squared error in units of the variance from which a tile is worse than its mean: 0.1 dB."""
+_MARGIN = 0.999
+"""Two decodings of the same latents differ a little, so the encoder asks for a little more than the least PSNR."""
+
+
+def is_unusual(symbols: Symbols, coder: ChunkCoder) -> bool:
+    """Return whether symbols (N, M, h, w) of a chunk or a tile hold more that is unusual than those of a photograph.
+
+    Then they must be decoded, and compared with what they stand for.
+    """
+    tables = coder.tables
+    lowest = tables.minimum.reshape(tables.channels, -1).min(1)[:, None, None]
+    highest = tables.largest.reshape(tables.channels, -1).max(1)[:, None, None]
+    edge = coder.geometry.tile
+    for top in range(0, symbols.shape[2], edge):
+        for left in range(0, symbols.shape[3], edge):
+            some = symbols[:, :, top : top + edge, left : left + edge]
+            outside = np.count_nonzero((some < lowest) | (some > highest), (1, 2, 3))
+            if (outside > min(_UNUSUAL, _UNUSUAL_SHARE * some[0].size)).any():
+                return True
+    return False
+
+
+def poor_tiles(
+    coder: ChunkCoder,
+    header: FrameHeader,
+    pixels: Any,
+    decoded: Any,
+    mask: Mask | None,
+    candidates: Sequence[Tile] | None = None,
+) -> dict[int, bytes]:
+    """Return the pixel sections of the tiles that must be stored exactly, by number.
+
+    Parameters
+    ----------
+    coder
+        Codes the chunks of the array.
+    header
+        The header of the frame, whose tiles are meant.
+    pixels, decoded
+        The pixels of a whole chunk, as they should be and as they are decoded.
+    mask
+        (N, C, H, W), true for samples without data, which do not count; None if there are none.
+    candidates
+        The tiles in question, numbered within the chunk; by default all.
+    """
+    original = coder.to_samples(pixels, coder.layout)
+    result = coder.to_samples(decoded, coder.layout)
+    poor = []
+    planes = header.tile_grid[0] * header.tile_grid[1]
+    for found in tiles(header) if candidates is None else candidates:
+        tile = found._replace(plane=found.number // planes)  # its plane in the chunk
+        error, variance = _errors(header, tile, original, result, mask)
+        if not error <= _allowed(coder, variance):  # also for NaN
+            poor.append(tile)
+    return dict(over_cores(lambda tile: (tile.number, encode_pixels(_cut(header, tile, original))), poor))
+
+
+def reaches(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None) -> bool:
+    """Return whether decoded pixels of a whole chunk reach the PSNR that the array demands; see `poor_tiles`."""
+    values, known = (coder.to_samples(one, coder.layout) for one in (decoded, pixels))
+    inside = np.ones(known.shape, bool) if mask is None else ~mask
+    if not inside.any():
+        return True
+    return bool(_squares(values, known)[inside].mean() <= _demanded(coder))
+
+
+def _errors(
+    header: FrameHeader, tile: Tile, original: npt.NDArray[Any], result: npt.NDArray[Any], mask: Mask | None
+) -> tuple[float, float]:
+    """Return the mean squared error of a tile, and the mean of the variances of its components."""
+    errors, variances = [], []
+    holes = None if mask is None else _cut(header, tile, mask)
+    values, known = _cut(header, tile, result), _cut(header, tile, original)
+    for component in range(len(known)):
+        here = slice(None) if holes is None else ~holes[component]
+        truth = known[component][here].astype(np.float64)
+        if truth.size:
+            errors.append(float(_squares(values[component][here], known[component][here]).mean()))
+            variances.append(float(truth.var()))
+    return (float(np.mean(errors)), float(np.mean(variances))) if errors else (0.0, 0.0)
+
+
+def _allowed(coder: ChunkCoder, variance: float) -> float:
+    """Return the largest mean squared error of a tile."""
+    level = _extent(coder) / 255
+    floor = _WORSE * variance + level**2
+    return floor if coder.min_psnr is None else min(floor, _demanded(coder))
+
+
+def _demanded(coder: ChunkCoder) -> float:
+    """Return the mean squared error at the PSNR that the array demands."""
+    assert coder.min_psnr is not None
+    return _MARGIN * _extent(coder) ** 2 / 10 ** (coder.min_psnr / 10)
+
+
+def _extent(coder: ChunkCoder) -> float:
+    return float(coder.value_range[1]) - float(coder.value_range[0])
+
+
+def _squares(values: npt.NDArray[Any], known: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    if known.dtype.kind == "f":
+        difference = values.astype(np.float64) - known
+    else:
+        larger, smaller = np.maximum(values, known), np.minimum(values, known)  # float64 can't tell large ones apart
+        unsigned = np.dtype(f"u{known.dtype.itemsize}")
+        difference = (larger.view(unsigned) - smaller.view(unsigned)).astype(np.float64)
+    squares: npt.NDArray[np.float64] = np.square(difference)
+    return squares
+
+
+def _cut(header: FrameHeader, tile: Tile, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the samples (C, rows, columns) of a tile."""
+    pixels = tile_pixels(header, tile)
+    return samples[tile.plane, :, pixels.rows, pixels.columns]

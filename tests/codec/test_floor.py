@@ -1,0 +1,144 @@
+"""No chunk decodes to something worse than its mean, and each reaches the PSNR that was asked for."""
+
+import numpy as np
+import pytest
+import zarr
+
+from zarr_cae import CAECodec, open_bottleneck
+from zarr_cae.codec.cae import _coder
+from zarr_cae.coder.frame import Frame, parse_frame
+from zarr_cae.errors import CAEConfigurationError
+
+Y, X = np.mgrid[:128, :128]
+
+
+def create(pixels, quality=4, *, chunks=None, **keywords):
+    array = zarr.create_array(
+        {}, shape=pixels.shape, chunks=chunks or pixels.shape, dtype=pixels.dtype, compressors=None,
+        serializer=CAECodec(quality, **keywords),
+    )  # fmt: skip
+    array[...] = pixels
+    return array
+
+
+def frame_of(array, key="c/0/0") -> Frame:
+    spec = array.metadata.get_chunk_spec((0,) * array.ndim, array.config, zarr.buffer.default_buffer_prototype())
+    stored = array.store._store_dict[key].to_bytes()
+    return parse_frame(stored, _coder(array.metadata.codecs[-1], spec).header)
+
+
+def psnr(a, b, extent=255):
+    return 10 * np.log10(extent**2 / max(np.mean((a.astype(float) - b) ** 2), 1e-9))
+
+
+@pytest.fixture(scope="session")
+def patterns(photograph):
+    photo = photograph[100:228, 100:228]
+    grey = photo.astype(int).mean(2)
+    even, odd = (Y % 2 == 0) & (X % 2 == 0), (Y % 2 == 1) & (X % 2 == 1)
+    return {
+        "Bayer mosaic": np.where(even, photo[..., 0], np.where(odd, photo[..., 2], photo[..., 1])),
+        "dither 2 x 2": (grey + np.tile([[-96, 32], [96, -32]], (64, 64)) > 127).astype("u1") * 255,
+        "dither 4 x 4": (
+            grey + np.tile([[-120, 8, -88, 40], [72, -56, 104, -24], [-72, 56, -104, 24], [120, -8, 88, -40]], (32, 32))
+            > 127
+        ).astype("u1")
+        * 255,
+        "checkerboard": ((X + Y) % 2 * 255).astype("u1"),
+        "checkerboard 2": ((X // 2 + Y // 2) % 2 * 255).astype("u1"),
+        "rows": (Y % 2 * 255).astype("u1"),
+        "columns": (X % 2 * 255).astype("u1"),
+        "a part": np.where((X < 32) & (Y < 32), (X + Y) % 2 * 255, grey).astype("u1"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
+@pytest.mark.parametrize("quality", range(1, 9))
+def test_patterns_are_never_worse_than_their_mean(patterns, metric, quality):
+    for name, image in patterns.items():
+        got, floor = psnr(create(image, quality, metric=metric)[:], image), psnr(image.mean(), image)
+        assert got > floor - 0.1, name
+
+
+def test_a_checkerboard_is_stored_exactly(patterns):
+    array = create(patterns["checkerboard"], 8)
+    assert np.array_equal(array[:], patterns["checkerboard"])
+    assert set(frame_of(array).exact) == {0}
+    assert np.isfinite(open_bottleneck(array.store)[:]).all()
+
+
+def test_photographs_stay_as_they_were(photograph):
+    array = create(photograph[:128, :128, 0], 8)
+    assert frame_of(array).header.version == 2
+
+
+def test_patterns_written_in_parts(patterns):
+    """Also what a partial write makes of a frame of version 2 is looked at."""
+    array = create((X + Y).astype("u1"), 8)
+    assert frame_of(array).header.version == 2
+    pattern = patterns["checkerboard"][:64]
+    array[:64] = pattern
+    assert np.array_equal(array[:64], pattern)
+    assert psnr(array[64:], (X + Y)[64:]) > 25
+    assert frame_of(array).header.version == 3
+
+
+def test_only_bad_tiles_are_exact():
+    """Of three tiles one is a pattern, which may spoil its neighbour too, but not the last one."""
+    y, x = np.mgrid[:64, :1300]
+    pixels = np.where(x < 512, (x + y) % 2 * 255, 100 + 50 * np.sin(x / 9)).astype("u1")
+    array = create(pixels, 8)
+    assert {0} <= set(frame_of(array).exact) <= {0, 1}
+    assert np.array_equal(array[:, :512], pixels[:, :512])
+    assert np.array_equal(array[50:60, 300:400], pixels[50:60, 300:400])
+    assert psnr(array[:, 1024:], pixels[:, 1024:]) > 40
+
+
+@pytest.mark.parametrize(("least", "quality", "row"), [(20, 2, 1), (33, 1, None), (60, 4, 4)])
+def test_least_psnr(photograph, least, quality, row):
+    pixels = photograph[100:228, 100:228]
+    array = create(pixels, quality, min_psnr=least)
+    frame = frame_of(array, "c/0/0/0")
+    assert psnr(array[...], pixels) >= least
+    if row == quality - 1:
+        assert frame.header.version == 2
+    elif row is None:
+        assert frame.header.row > quality - 1
+        assert not frame.exact
+        cheaper = create(pixels, frame.header.row)  # the quality before: rows count from 0
+        assert psnr(cheaper[...], pixels) < least
+    else:
+        assert frame.header.row == row
+        assert set(frame.exact) == {0}
+        assert np.array_equal(array[...], pixels)
+
+
+def test_least_psnr_of_written_parts(photograph):
+    pixels = photograph[100:228, 100:228].copy()
+    array = create(pixels, 1, min_psnr=28)
+    pixels[:40, 20:90] = np.random.default_rng(0).integers(0, 256, (40, 70, 3))
+    array[:40, 20:90] = pixels[:40, 20:90]
+    assert psnr(array[:40, 20:90], pixels[:40, 20:90]) >= 28
+
+
+def test_least_psnr_and_nodata(photograph):
+    pixels = (photograph[:64, :64, 0] / np.float32(255)).astype("f4")
+    pixels[10:30, 5:50] = np.nan
+    array = create(pixels, 1, min_psnr=30, value_range=(0, 1), nodata=np.nan)
+    assert np.array_equal(np.isnan(array[:]), np.isnan(pixels))
+    valid = ~np.isnan(pixels)
+    assert psnr(array[:][valid], pixels[valid], 1) >= 30
+
+
+@pytest.mark.parametrize("bad", [0, -1, np.nan, np.inf, "38", True, 201])
+def test_what_is_no_psnr(bad):
+    with pytest.raises(CAEConfigurationError, match="min_psnr must be"):
+        CAECodec(min_psnr=bad)
+
+
+def test_metadata():
+    codec = CAECodec(4, min_psnr=38.5)
+    assert codec.to_dict()["configuration"]["min_psnr"] == 38.5
+    assert CAECodec.from_dict(codec.to_dict()) == codec
+    assert "min_psnr" not in CAECodec(4).to_dict()["configuration"]
