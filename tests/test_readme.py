@@ -16,9 +16,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def indented_commands() -> list[str]:
-    """Return the lines of the README that are indented by four spaces and start with `zarr-cae`."""
-    return re.findall(r"^    (zarr-cae .*)$", README.read_text("utf-8"), re.MULTILINE)
+def commands() -> list[list[str]]:
+    """Return the commands of the README that start with `zarr-cae`, without the remarks behind them."""
+    lines = re.findall(r"^    zarr-cae (.*)$", README.read_text("utf-8"), re.MULTILINE)
+    return [re.split(r" {2,}", line)[0].split() for line in lines]
 
 
 @pytest.mark.slow
@@ -35,6 +36,24 @@ def test_blocks_run_one_after_the_other(tmp_path):
         + "\n\nif __name__ == '__main__':\n    main()\n"
     )
     subprocess.run([sys.executable, "-W", "error", str(script)], cwd=tmp_path, check=True, env=environment)
+
+
+@pytest.mark.slow
+def test_commands_run_one_after_the_other(tmp_path):
+    """Run the commands that need no more than a picture: the others need a slide, an old archive or end by Ctrl-C."""
+    needs = {"convert", "migrate", "serve", "train"}
+    subprocess.run([sys.executable, "-m", "zarr_cae", "demo"], cwd=tmp_path, check=True)
+    (tmp_path / "demo.png").rename(tmp_path / "photo.png")
+    done = []
+    for command in commands():
+        if command[0] not in needs:
+            more = (
+                ["--region", "0,0,192,192", "--qualities", "1", "--against", "jpeg"] if command[0] == "compare" else []
+            )
+            subprocess.run([sys.executable, "-m", "zarr_cae", *command, *more], cwd=tmp_path, check=True)
+            done.append(command[0])
+    assert done[:4] == ["encode", "decode", "info", "verify"]
+    assert needs | set(done) == {command[0] for command in commands()}
 
 
 def test_readme_is_short():
