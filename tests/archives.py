@@ -6,10 +6,12 @@ import warnings
 
 import zarr
 from zarr.buffer import default_buffer_prototype
+from zarr.core.array_spec import ArrayConfig
 from zarr.storage import MemoryStore
 
 from zarr_cae import CAECodec, open_bottleneck
-from zarr_cae.codec.cae import loaded
+from zarr_cae._zarr import ArraySpec
+from zarr_cae.codec.cae import _coder, loaded
 
 PROTOTYPE = default_buffer_prototype()
 M = loaded(CAECodec(quality=2)).latent_channels
@@ -83,3 +85,12 @@ def fill(store, pixels, *, consolidated=False):
     if consolidated:
         consolidate(store)
     return latents_of(pixels, (32, 32, 3))
+
+
+def coder_of(array, codec=None):
+    """Return the `ChunkCoder` of an array's chunks, for its own codec or another."""
+    spec = ArraySpec(
+        array.chunks, array.metadata.data_type, array.fill_value, ArrayConfig.from_dict({}),
+        zarr.buffer.default_buffer_prototype(),
+    )  # fmt: skip
+    return _coder(array.metadata.codecs[-1] if codec is None else codec, spec)

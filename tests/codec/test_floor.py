@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import zarr
+from archives import coder_of
 
 from zarr_cae import CAECodec, open_bottleneck
-from zarr_cae.codec.cae import _coder
 from zarr_cae.coder.frame import Frame, parse_frame
 from zarr_cae.errors import CAEConfigurationError
 
@@ -22,9 +22,8 @@ def create(pixels, quality=4, *, chunks=None, **keywords):
 
 
 def frame_of(array, key="c/0/0") -> Frame:
-    spec = array.metadata.get_chunk_spec((0,) * array.ndim, array.config, zarr.buffer.default_buffer_prototype())
     stored = array.store._store_dict[key].to_bytes()
-    return parse_frame(stored, _coder(array.metadata.codecs[-1], spec).header)
+    return parse_frame(stored, coder_of(array).header)
 
 
 def psnr(a, b, extent=255):

@@ -6,11 +6,12 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import zarr
+from archives import coder_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zarr_cae import CAECodec, open_bottleneck
-from zarr_cae.codec.cae import _coder, loaded
+from zarr_cae.codec.cae import loaded
 from zarr_cae.codec.chunk import encode_chunk
 from zarr_cae.codec.plan import run
 from zarr_cae.codec.verify import verify
@@ -271,9 +272,8 @@ def with_exact_tile(array, pixels):
     """Store the one chunk of a grey array again, with its first tile exact and the row of the best quality."""
     codec = array.metadata.codecs[-1]
     best = loaded(codec).info.qualities[-1]
-    spec = array.metadata.get_chunk_spec((0, 0), array.config, zarr.buffer.default_buffer_prototype())
     other = CAECodec(best, channel_axis=None, weights=codec.weights, value_range=codec.value_range, nodata=pixels.min())
-    coder = _coder(other, spec)
+    coder = coder_of(array, other)
     frame = parse_frame(run(encode_chunk(coder, pixels)).to_bytes(), coder.header)
     put(array, pack(frame.header, frame.streams, exact={0: encode_pixels(pixels[None, :512, :512])}))
 
@@ -308,8 +308,7 @@ def test_partial_writes_keep_exact_tiles_exact(exact):
     array[535:540, 525:530] = 99
     assert np.array_equal(array[:512, :512], pixels[:512, :512])
     assert np.abs(array[535:540, 525:530].astype(int) - 99).max() < 60
-    header = parse_frame(stored(array), _coder(array.metadata.codecs[-1], array.metadata.get_chunk_spec(
-        (0, 0), array.config, zarr.buffer.default_buffer_prototype())).header).header  # fmt: skip
+    header = parse_frame(stored(array), coder_of(array).header).header
     assert (header.version, header.row) == (3, 4)
 
 
