@@ -707,6 +707,7 @@ def _networks_of_a_worker():
     return os.getpid(), threads, cores, for_coding, max(running) <= cores, len(running)
 
 
+@pytest.mark.slow
 def test_dask_workers_in_processes(tmp_path, photograph):
     """Two workers of dask.distributed write regions of an array and read them."""
     dask = pytest.importorskip("dask")

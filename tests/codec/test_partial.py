@@ -495,6 +495,7 @@ def quarter(photograph):
     return mosaic(photograph, 2, 2)
 
 
+@pytest.mark.slow
 def test_fifty_partial_writes_change_nothing_out_of_reach(photograph, quarter, pipeline):
     array = create(quarter)
     pixels, symbols = array[...], latents(array)
@@ -507,6 +508,7 @@ def test_fifty_partial_writes_change_nothing_out_of_reach(photograph, quarter, p
     assert psnr(after[:64, 960:], photograph[49:113, 100:164]) > psnr(pixels[far:], quarter[far:]) - 6
 
 
+@pytest.mark.slow
 def test_without_them_the_whole_chunk_wears_down(photograph, quarter, pipeline):
     """If other codecs follow `cae`, zarr decodes, merges and encodes whole chunks, and all pixels drift."""
     array = create(quarter, compressors=Crc32cCodec())

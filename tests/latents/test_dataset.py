@@ -69,6 +69,7 @@ def test_patches_that_do_not_fit(small):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.slow
 def test_workers_of_a_data_loader(archive, start):
     from torch.utils.data import DataLoader
 

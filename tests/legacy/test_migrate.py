@@ -97,15 +97,13 @@ def test_weights_with_a_margin_are_for_migrated_arrays_only(imported, old, tmp_p
     assert zarr.open(tmp_path / "again.zarr", mode="r").metadata.codecs[0].weights == used
 
 
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs")  # older zarr warns that other readers may not support them
 def test_filters_of_numcodecs_stay(tmp_path):
-    """zarr warns that other readers may not support these codecs."""
     array = zarr.create_array(
         tmp_path / "old.zarr", data=np.arange(9), zarr_format=2, filters=[numcodecs.Delta("i8")], compressors=None
     )
-    with pytest.warns(UserWarning, match="Numcodecs codecs are not in the Zarr version 3"):
-        migrate(tmp_path / "old.zarr", tmp_path / "new.zarr")
-    with pytest.warns(UserWarning, match="Numcodecs codecs"):
-        assert (zarr.open(tmp_path / "new.zarr", mode="r")[...] == array[...]).all()
+    migrate(tmp_path / "old.zarr", tmp_path / "new.zarr")
+    assert (zarr.open(tmp_path / "new.zarr", mode="r")[...] == array[...]).all()
 
 
 def snapshot(folder):
