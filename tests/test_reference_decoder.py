@@ -1,0 +1,71 @@
+"""The golden arrays and frames decode alike with a decoder that was written from the specification alone."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference_decoder import FormatError, Weights, decode_latents, parse_frame
+from reference_pixels import decode_planes
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ARRAYS = sorted(FIXTURES.glob("arrays/*/*.zarr"))
+FRAMES = sorted(FIXTURES.glob("frames/*.bin"))
+
+
+def find_weights(name: str) -> Weights:
+    import zarr_cae
+
+    for path in Path(zarr_cae.__file__).parent.rglob("*.safetensors"):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == name.removeprefix("sha256:"):
+            return Weights(path)
+    pytest.skip("the weights file is not here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ARRAYS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_array(path: Path) -> None:
+    metadata = json.loads((path / "zarr.json").read_text())
+    (codec,) = metadata["codecs"]
+    configuration, axis = codec["configuration"], codec["configuration"]["channel_axis"]
+    weights = find_weights(configuration["weights"])
+    shape = list(metadata["shape"])
+    if axis is not None:
+        shape.pop(axis)
+    pixels = latents = None
+    for chunk in (p for p in path.glob("c/**/*") if p.is_file()):
+        index = [int(k) for k in chunk.relative_to(path / "c").parts]
+        if axis is not None:
+            index.pop(axis)
+        frame = parse_frame(chunk.read_bytes())
+        lat = decode_latents(frame, weights, configuration["quality"])[0]
+        pix = decode_planes(frame, weights, configuration, np.dtype(metadata["data_type"]))[0]
+        if pixels is None or latents is None:
+            pixels = np.zeros((len(pix), 128, 128), pix.dtype)
+            latents = np.zeros((len(lat), 8, 8), np.float32)
+        y, x = index
+        latents[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] = lat
+        pixels[:, 64 * y : 64 * y + 64, 64 * x : 64 * x + 64] = pix
+    assert pixels is not None
+    assert latents is not None
+    h, w = shape
+    latents, pixels = latents[:, : -(-h // 16), : -(-w // 16)], pixels[:, :h, :w]
+    latents = np.moveaxis(latents, 0, -1 if axis is None else axis)
+    pixels = pixels[0] if axis is None else np.moveaxis(pixels, 0, axis)
+    digest = hashlib.sha256(np.ascontiguousarray(latents).tobytes()).hexdigest()
+    assert digest == json.loads((path.parent / "latents.json").read_text())[path.stem]
+    with np.load(path.parent / "pixels.npz") as arrays:
+        expected = arrays[path.stem]
+    low, high = configuration.get("value_range", [0, 255])
+    np.testing.assert_allclose(pixels.astype(float), expected.astype(float), rtol=0, atol=(high - low) / 255)
+
+
+@pytest.mark.parametrize("path", FRAMES, ids=lambda p: p.stem)
+def test_frame(path: Path) -> None:
+    data = path.read_bytes()
+    frame = parse_frame(data)
+    assert len(frame.streams) == len(frame.tiles())
+    for k in range(len(data)):
+        with pytest.raises(FormatError):
+            parse_frame(data[:k] + bytes([data[k] ^ 1]) + data[k + 1 :])
