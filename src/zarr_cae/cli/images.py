@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,7 +173,8 @@ def refusing_damage(subject: str, errors: tuple[type[Exception], ...] = _CHUNK_D
         raise
     except errors as error:
         if type(error).__name__ == "UnknownCodecError":  # of zarr, or of numcodecs for zarr v2
-            name = str(error).partition(":")[2].strip(" '") or str(error)
+            quoted = re.search("'([^']*)'", str(error))  # newer ones put the name into a sentence
+            name = quoted[1] if quoted else str(error)
             refuse(f"{subject} name the codec {name!r}, which is not installed; {_reader(name)}")
         refuse(f"{subject} can't be read; is it damaged? {type(error).__name__}: {error}")
 
