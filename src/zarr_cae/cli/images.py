@@ -173,8 +173,8 @@ def refusing_damage(subject: str, errors: tuple[type[Exception], ...] = _CHUNK_D
         raise
     except errors as error:
         if type(error).__name__ == "UnknownCodecError":  # of zarr, or of numcodecs for zarr v2
-            quoted = re.search("'([^']*)'", str(error))  # newer ones put the name into a sentence
-            name = quoted[1] if quoted else str(error)
+            told = re.search("codec '([^']*)' is not available", str(error))  # newer zarr
+            name = told[1] if told else str(error).partition(":")[2].strip(" '") or str(error)
             refuse(f"{subject} name the codec {name!r}, which is not installed; {_reader(name)}")
         refuse(f"{subject} can't be read; is it damaged? {type(error).__name__}: {error}")
 
