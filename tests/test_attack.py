@@ -18,7 +18,7 @@ def test_nothing_is_found(target, seconds):
     command = [sys.executable, str(SCRIPT), "--target", target, "--seconds", str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 mutants" not in done.stdout.split(",")[0].split(": ")[1]
+    assert int(done.stdout.split(",")[0].split(": ")[1].split()[0].replace("_", "")) > 0
 
 
 @pytest.mark.slow
