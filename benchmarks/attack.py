@@ -207,7 +207,7 @@ def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
 
 
 def first_channels(tables: Any, count: int) -> Any:
-    """The tables of the first channels, so that many mutants a second can be tried."""
+    """Return the tables of the first channels, so that many mutants a second can be tried."""
     from zarr_cae.coder.contexts import Contexts
     from zarr_cae.coder.tables import Tables
 
@@ -224,7 +224,7 @@ def first_channels(tables: Any, count: int) -> Any:
 
 
 def sealed(header: Any, head: bytes, streams: tuple[bytes, ...]) -> bytes:
-    """A frame of a damaged head, with checksums that are right."""
+    """Build a frame whose head is damaged but whose checksums match."""
     if header.version == 1:
         return with_checksum(head + b"".join(streams))
     return with_checksum(head) + b"".join(map(with_checksum, streams))
@@ -363,7 +363,7 @@ def attack_codec(random: np.random.Generator, *, harmless: bool = False) -> str:
 
 @cache
 def lying() -> Any:
-    """A store in memory whose answers `lie` changes."""
+    """Make a store in memory whose answers are changed by `lie`."""
     from zarr.storage import MemoryStore
 
     class LyingStore(MemoryStore):

@@ -41,7 +41,7 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """The most that `resident` ever was."""
+    """Return the largest resident memory that this process ever had."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -52,7 +52,7 @@ def create(folder: str, edge: int, chunk: int, codec: CAECodec | None) -> zarr.A
 
 
 def one(edge: int, chunk: int, quality: int, files: list[Path], missing: str | None) -> dict[str, float]:
-    """What this process needs for one line, or to read missing chunks of "cae" or "uncompressed"."""
+    """Return the memory that this process needs for one line, or to read missing chunks of "cae" or "uncompressed"."""
     codec = CAECodec(quality=quality, channel_axis=2)
     with tempfile.TemporaryDirectory() as folder:
         warm = create(f"{folder}/warm", 256, 256, codec)

@@ -118,7 +118,7 @@ def compiled(network: nn.Module, example: torch.Tensor) -> tuple[float, float]:
 
 
 def report_more(arguments: argparse.Namespace) -> None:
-    """The tables of --profile and --compile."""
+    """Print the tables of --profile and --compile."""
     cpu = torch.device("cpu")
     for name, networks in NETWORKS.items():
         example = torch.rand(arguments.batch, 3, arguments.edge, arguments.edge)

@@ -58,7 +58,7 @@ def synthetic() -> tuple[np.ndarray, Tables]:
 
 
 def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables]:
-    """The tiles, each (M, h, w) int16, of the images' symbols, and their tables."""
+    """Return the tiles of the images' symbols, each (M, h, w) int16, and their tables."""
     from PIL import Image
 
     from zarr_cae.coder.frame import FrameHeader
@@ -83,7 +83,7 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
 
 
 def compressai_ans() -> ModuleType | None:
-    """The extension module alone: the package around it needs a torchvision that matches torch."""
+    """Load the extension module alone: the package around it needs a torchvision that matches torch."""
     package = importlib.util.find_spec("compressai")
     if package is None or not package.submodule_search_locations:
         return None

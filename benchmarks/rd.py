@@ -51,7 +51,7 @@ def run(command: list[str], unprinted: list[str] | None = None) -> None:
 
 
 def fine_tune(folder: Path, length: list[str]) -> None:
-    """The bundled weights for mse, qualities 1 to 5, trained on for some pictures and compared on others."""
+    """Train the bundled weights (mse, qualities 1 to 5) further on some pictures, and compare them on others."""
     pictures = sorted(path for path in folder.rglob("*.png") if min(Image.open(path).size) >= 512)
     held_out = [str(path) for path in pictures[9::10]]
     rest = [str(path) for path in pictures if str(path) not in held_out]

@@ -60,7 +60,7 @@ def running(*command: str) -> Iterator[int]:
 
 
 def rate(port: int, paths: list[str], clients: int) -> tuple[float, float]:
-    """Requests and megabytes a second, each path requested once."""
+    """Request each path once; return requests and megabytes a second."""
     local, size = threading.local(), [0] * len(paths)
 
     def fetch(number: int) -> None:

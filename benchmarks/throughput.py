@@ -122,7 +122,7 @@ def random_zoo(quality: int, folder: Path) -> str:
 
 
 def matched(name: str, sample: list[Chunk], wanted: float) -> tuple[float, float, float, float]:
-    """Setting, bits per pixel and seconds of a classical codec at the setting whose PSNR on the sample is nearest."""
+    """Return setting, bits per pixel and seconds of a classical codec, at the setting whose PSNR is nearest."""
     codec, best = CLASSICAL[name], (np.inf, 0.0, 0.0, 0.0, 0.0)
     for setting in codec.settings:
         written, coded = timed(lambda s=setting: [codec.encode(chunk, s) for chunk in sample])

@@ -67,12 +67,12 @@ class ChunkCoder:
 
     @lazy_property
     def weights(self) -> Weights:
-        """The weights. Raises WeightsNotFoundError if they are not on this machine."""
+        """Find the weights. Raise WeightsNotFoundError if they are not on this machine."""
         return self.load()
 
     @lazy_property
     def settings(self) -> Settings:
-        """The settings of this process, from `zarr.config`."""
+        """Read the settings of this process from `zarr.config`."""
         try:
             return Settings(**zarr.config.get("cae", {}))
         except TypeError as error:
@@ -80,7 +80,7 @@ class ChunkCoder:
 
     @lazy_property
     def engine(self) -> Engine:
-        """The engine that runs the networks; the first call in a process imports torch."""
+        """Return the engine that runs the networks. The first call in a process imports torch."""
         from zarr_cae.networks.engine import engine_for
 
         return engine_for(self.weights, self.settings)

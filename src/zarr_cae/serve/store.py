@@ -123,6 +123,7 @@ class DecodedStore(StoreView):
         raise CAEConfigurationError("cae: DecodedStore is read only; write pixels to the array itself")
 
     async def makes(self, key: str) -> bool:
+        """Return whether the key names metadata or a chunk of an array that is decoded."""
         return is_metadata(key) or await self._find(key) is not None
 
     async def _value(self, key: str) -> bytes | None:

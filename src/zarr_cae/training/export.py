@@ -21,7 +21,7 @@ _LARGEST_SYMBOL = 32767
 
 @torch.no_grad()
 def export(model: GainedAutoencoder, metric: Metric, provenance: Mapping[str, Any], images: Iterable[Tensor]) -> bytes:
-    """The bytes of a weights file of a trained network; put them in place with `weights.registry.store`.
+    """Return the bytes of a weights file of a trained network. `weights.registry.store` writes it.
 
     The contexts and integer tables are fitted to the symbols of `images`, some hundreds or more, each float32
     (1, 3, H, W) in [0, 1], sides multiples of 16 and at most 512, so that it is one tile.

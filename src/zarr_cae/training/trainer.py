@@ -165,7 +165,7 @@ class Trainer:
             self.average[name].lerp_(value, 1 - keep)
 
     def averaged(self) -> GainedAutoencoder:
-        """A copy of the network with the averaged weights."""
+        """Return a copy of the network that has the averaged weights."""
         model = GainedAutoencoder(self.recipe.rates)
         model.load_state_dict(self.average)
         model.project()
