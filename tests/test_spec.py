@@ -1,12 +1,17 @@
 """The JSON schemas of the codecs' metadata."""
 
 import json
+import re
 from importlib import resources
 
 import jsonschema
+import numpy as np
 import pytest
+import zarr
+from archives import document
+from zarr.storage import MemoryStore
 
-from zarr_cae import CAECodec
+from zarr_cae import BottleneckStore, CAECodec, DecodedStore
 from zarr_cae.latents.codec import CAEBottleneckCodec
 
 SPEC = resources.files("zarr_cae") / "spec"
@@ -39,3 +44,34 @@ def test_the_schema_refuses_other_configurations(changed):
 
 def test_the_specifications_are_in_the_package():
     assert {"cae.md", "cae_bottleneck.md"} <= {path.name for path in SPEC.iterdir()}
+
+
+def examples(name):
+    """Return the JSON blocks of a specification."""
+    return [
+        json.loads(block) for block in re.findall(r"```json\n(.*?)```", (SPEC / f"{name}.md").read_text(), re.DOTALL)
+    ]
+
+
+def test_the_examples_are_what_this_package_writes_and_shows():
+    example, shown = examples("cae")
+    latents = examples("cae_bottleneck")[0]
+    for name, found in (("cae", example), ("cae_bottleneck", latents)):
+        jsonschema.validate(found, schema(name))
+    store = MemoryStore()
+    array = zarr.create_array(
+        store, shape=(256, 256, 3), chunks=(256, 256, 3), dtype="uint8", compressors=None, fill_value=0,
+        serializer=CAECodec.from_dict(example),
+    )  # fmt: skip
+    assert document(zarr.open_array(store, mode="r"))["codecs"] == [example]
+    assert document(zarr.open_array(BottleneckStore(store), mode="r"))["codecs"] == [latents]
+    assert document(zarr.open_array(DecodedStore(store), mode="r"))["codecs"] == shown["codecs"]
+    assert not np.asarray(array[...]).any()
+
+
+def test_the_documents_have_the_sections_of_the_registry():
+    for name in ("cae", "cae_bottleneck"):
+        sections = re.findall(r"^## (.*)$", (SPEC / f"{name}.md").read_text(), re.MULTILINE)
+        wanted = ["Codec name", "Configuration parameters", "Example", "Supported data types", "Change log",
+                  "Current maintainers"]  # fmt: skip
+        assert [section for section in sections if section in wanted] == wanted

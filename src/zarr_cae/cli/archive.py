@@ -180,19 +180,9 @@ def _arrays(path: Path) -> list[zarr.Array[Any]]:
 
 
 def _codec(array: zarr.Array[Any]) -> CAECodec | None:
-    """Return the array's `cae` codec, also from inside a shard."""
-    from zarr.codecs import ShardingCodec
+    from zarr_cae.codec.embedded import codecs_of
 
-    from zarr_cae.codec.cae import CAECodec
-
-    codecs = list(getattr(array.metadata, "codecs", ()))
-    while codecs:
-        codec = codecs.pop()
-        if isinstance(codec, ShardingCodec):
-            codecs += codec.codecs
-        elif isinstance(codec, CAECodec):
-            return codec
-    return None
+    return next(codecs_of(array), None)
 
 
 def _channel_axis(array: zarr.Array[Any]) -> int | None:

@@ -32,12 +32,12 @@ from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.legacy.codec import ConvolutionalAutoencoder
 from zarr_cae.legacy.weights import with_margin
 from zarr_cae.pixels.layout import RGB
+from zarr_cae.tasks import for_each
 from zarr_cae.threads import lazy_property
 from zarr_cae.weights.file import ZOO_MODEL, Weights
 
 __all__ = ["Migrated", "migrate"]
 
-_AT_A_TIME = 16
 _NAMES = "_ARRAY_DIMENSIONS"
 _METADATA = "zarr.json"
 
@@ -299,21 +299,13 @@ class _Move:
 
     async def each(self, plans: list[_Array], work: Callable[[_Array, str], Any], advance: Advance) -> list[Any]:
         """Do `work` for all chunks of all arrays, some at a time, and return its results."""
-        pending = iter([(plan, key) for plan in plans for key in plan.keys])
         results: list[Any] = []
 
-        async def worker() -> None:
-            for plan, key in pending:
-                results.append(await work(plan, key))
-                advance(1)
+        async def work_one(chunk: tuple[_Array, str]) -> None:
+            results.append(await work(*chunk))
+            advance(1)
 
-        workers = [asyncio.ensure_future(worker()) for _ in range(_AT_A_TIME)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for one in workers:
-                one.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await for_each([(plan, key) for plan in plans for key in plan.keys], work_one)
         return results
 
     async def one(self, plan: _Array, key: str) -> None:
