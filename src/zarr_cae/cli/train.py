@@ -159,7 +159,7 @@ def _train(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> Wei
 
 
 def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: Start | None) -> Recipe:
-    """From the checkpoint or the defaults, and over these whatever was given."""
+    """Return the recipe of the checkpoint, or the default one, changed by the arguments that were given."""
     from zarr_cae.training.trainer import Recipe, read_checkpoint
 
     given = {
@@ -230,7 +230,7 @@ def _points(report: Progress) -> str:
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[Any]:
-    """Put Ctrl-C off until the next call of the function that this yields, between two steps."""
+    """Delay Ctrl-C until the next call of the function that this yields: between two steps."""
     asked = threading.Event()
 
     def check() -> None:

@@ -1,4 +1,4 @@
-"""`DecodedStore`: CAE arrays as arrays with standard codecs, so that any Zarr reader sees their pixels."""
+"""`DecodedStore`: show CAE arrays with standard codecs, so that any Zarr reader sees their pixels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _DecodedArray:
 
     @property
     def prefix(self) -> str:
-        """What the keys of its chunks begin with."""
+        """The beginning of the keys of its chunks."""
         return f"{self.path}/" if self.path else ""
 
 
@@ -58,7 +58,7 @@ class DecodedStore(StoreView):
     Parameters
     ----------
     store
-        A Store, or what zarr can make one of: a path, a URL, a dictionary.
+        A Store, or anything that zarr can make a Store from: a path, a URL, a dictionary.
     codecs
         The compressor of the chunks: "zstd", "blosc" or "gzip".
     cache_bytes
