@@ -55,11 +55,12 @@ def inputs(tmp_path):
     shutil.copytree(LEGACY / "photo.zarr", tmp_path / "old.zarr")
     (tmp_path / "images").mkdir()
     for number in range(2):
-        picture.crop((256 * number, 256, 256 * number + 256, 512)).save(tmp_path / "images" / f"{number}.png")
+        picture.crop((128 * number, 256, 128 * number + 128, 384)).save(tmp_path / "images" / f"{number}.png")
     return tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_commands_run_one_after_the_other(inputs):
     """Run all commands in order. The longest ones get further arguments that make them short."""
     pytest.importorskip("uvicorn")
