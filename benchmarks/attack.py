@@ -4,18 +4,19 @@
 
 Each mutant must be decoded to symbols or pixels of the right shape, or raise one of this package's errors of data
 (CAEDataError), within `HANG` seconds and `MEMORY` bytes. Everything else counts as a finding: another exception, a
-process that dies, a hang, an allocation beyond the limit. Findings are printed with what repeats them:
+process that dies, a hang, an allocation beyond the limit. Each finding is printed with the command that repeats it:
 
     python benchmarks/attack.py --target frame --seed 0 --only 12345
 
-* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are made
-  anew, so that the damage reaches the decoder behind them.
+* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are computed
+  again, so that the damage gets past them and reaches the decoder.
 * stream: the decoder of CompressAI's streams (`legacy.stream`), and chunks of caecodec.
 * codec: whole and partial reading of an array through zarr, whose chunks are such mutants.
-* store: reading through a store that returns too few bytes, too many, others, or none.
+* store: reading through a store that returns too few bytes, too many, wrong ones, or none.
 * kill: processes that write an array and are killed; what they leave must be readable.
 
-The attacker is a process of its own. This one watches it, and starts another behind a mutant that killed it or hung.
+The attacker is a process of its own. This process watches it. If a mutant kills it or hangs, another attacker starts
+at the next mutant.
 """
 
 import argparse
@@ -44,7 +45,7 @@ TARGETS = ("frame", "stream", "codec", "store", "kill")
 
 
 class Finding(Exception):  # noqa: N818 - it is what this script looks for
-    """What a decoder must not do."""
+    """Something that a decoder must not do."""
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ def watch(child: Any, state: Any, reports: Any, findings: list[str]) -> bool:
 
 
 def attacker(target: str, seed: int, first: int, last: int, seconds: float, state: Any, send: Any) -> None:
-    """Try mutants one after the other, and report what must not be."""
+    """Try mutants one after the other, and report findings."""
     from zarr_cae.errors import CAEDataError
 
     faulthandler.enable()
@@ -157,7 +158,7 @@ def limit_memory() -> None:
 
 
 def mutated(random: np.random.Generator, content: bytes) -> bytes:
-    """Bytes flipped, cut off, put in, doubled or overwritten with what decoders like least, at one to four places."""
+    """Return the bytes with damage at one to four places: flipped, cut off, inserted, doubled or overwritten."""
     result = bytearray(content)
     for _ in range(random.integers(1, 5)):
         place = int(random.integers(0, len(result) + 1))
@@ -184,7 +185,7 @@ def mutated(random: np.random.Generator, content: bytes) -> bytes:
 
 @cache
 def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
-    """Header, tables, streams and bytes of good frames of every kind."""
+    """Return header, tables, streams and bytes of good frames of every kind."""
     from zarr_cae.coder import tiles
     from zarr_cae.coder.frame import FrameHeader, unpack
     from zarr_cae.weights import registry
@@ -235,7 +236,7 @@ def with_checksum(content: bytes) -> bytes:
 
 
 def mutant_frame(random: np.random.Generator) -> tuple[Any, Any, bytes]:
-    """Header, tables and bytes of a damaged frame."""
+    """Return header, tables and bytes of a damaged frame."""
     from zarr_cae.coder.frame import pack
 
     header, tables, streams, frame = frames()[random.integers(0, len(frames()))]
@@ -277,7 +278,7 @@ def expect(values: Any, shape: tuple[int, ...], dtype: Any) -> None:
 
 @cache
 def old_chunks() -> list[tuple[Any, tuple[int, int], bytes]]:
-    """Tables, shape and streams of CompressAI's form."""
+    """Return tables, shape and streams in CompressAI's form."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import caecodec
 
@@ -311,7 +312,7 @@ def attack_stream(random: np.random.Generator, *, harmless: bool = False) -> str
 
 @cache
 def arrays() -> list[tuple[Any, str, bytes, Any]]:
-    """Arrays of one chunk in memory, its key and frame, and the header of that."""
+    """Return arrays of one chunk in memory, each with the chunk's key, frame and header."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -434,7 +435,7 @@ while True:
 
 
 def attack_kill(random: np.random.Generator, *, harmless: bool = False) -> str:
-    """Kill a writer at a random moment; all that it leaves can be read."""
+    """Kill a writer at a random moment, and read all that it left."""
     import subprocess
 
     import zarr

@@ -1,8 +1,8 @@
-"""Every rate-distortion figure of the README: both families, both chunk sizes, grey images, classical codecs, a plot.
+"""Every rate-distortion figure of README.md here: both families, both chunk sizes, grey images, classical codecs, a plot.
 
     python benchmarks/rd.py IMAGES --published kodak_rd.json [--out FOLDER]
 
-IMAGES is a folder, for the README the 24 Kodak images; the JSON holds published curves (name: bpp, psnr, ms_ssim) to
+IMAGES is a folder, for README.md the 24 Kodak images; the JSON holds published curves (name: bpp, psnr, ms_ssim) to
 take BD-rates against. It runs these commands, one after the other, and prints what they print:
 
     zarr-cae evaluate IMAGES --metric mse,ms-ssim --chunks image --against jpeg,webp,... --published ...
@@ -13,7 +13,7 @@ and with --out leaves a CSV of every measurement and a plot of each there.
 
     python benchmarks/rd.py --fine-tuning FOLDER
 
-is the README's example of fine-tuning instead, where FOLDER is usr/share/stellarium/nebulae/default of the package
+runs the example of fine-tuning of README.md here instead, where FOLDER is usr/share/stellarium/nebulae/default of the package
 that it names. Of the pictures of at least 512 px on both sides every tenth by name is held out. With a folder of its
 own for weights it runs
 

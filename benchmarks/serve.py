@@ -48,7 +48,7 @@ with listen("127.0.0.1", 0) as listening:
 
 @contextmanager
 def running(*command: str) -> Iterator[int]:
-    """Run a server; the value is its port."""
+    """Run a server until the block ends, and yield its port."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

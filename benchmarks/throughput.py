@@ -63,7 +63,7 @@ def through_zarr(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, floa
 
 
 def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, float]:
-    """Seconds of the forward passes alone."""
+    """Return the seconds of the forward passes alone."""
     info = find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
     engine = engine_for(load(info.path), Settings())
     layout = Layout((edge, edge, 3), 2)
@@ -113,7 +113,7 @@ def one_at_a_time(model: Any, chunks: list[Chunk]) -> tuple[float, float]:
 
 
 def random_zoo(quality: int, folder: Path) -> str:
-    """Import a random network of the zoo's form and return its digest."""
+    """Import a random network of CompressAI's form, and return its digest."""
     from zarr_cae.weights.compressai import convert
 
     path = folder / f"random-{quality}.pth.tar"
