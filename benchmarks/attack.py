@@ -8,8 +8,8 @@ process that dies, a hang, an allocation beyond the limit. Each finding is print
 
     python benchmarks/attack.py --target frame --seed 0 --only 12345
 
-* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are computed
-  again, so that the damage gets past them and reaches the decoder.
+* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are
+  computed again, so that the damage gets past them and reaches the decoder.
 * stream: the decoder of CompressAI's streams (`legacy.stream`), and chunks of caecodec.
 * codec: whole and partial reading of an array through zarr, whose chunks are such mutants.
 * store: reading through a store that returns too few bytes, too many, wrong ones, or none.

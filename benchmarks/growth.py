@@ -2,10 +2,10 @@
 
     python benchmarks/growth.py [IMAGE ...] [--quality 4] [--largest 268]
 
-Each line is a process of its own: an RGB array made of the images (default: the photograph in the package),
-repeated, is written to and read from a folder. Seconds are those of one write and one read of the whole array after a
-first chunk has warmed up the networks. Memory is the highest resident size of the process, less its size before
-and the array of pixels itself (twice for reading, where the result is a second array). `--largest` limits the megapixels.
+Each line is a process of its own: an RGB array made of the images (default: the photograph in the package), repeated,
+is written to and read from a folder. Seconds are those of one write and one read of the whole array after a first chunk
+has warmed up the networks. Memory is the highest resident size of the process, less its size before and the array of
+pixels itself (twice for reading, where the result is a second array). `--largest` limits the megapixels.
 
 Missing chunks, 64 x 64 px each, are only read. The line beside them is of zarr's uncompressed chunks: the time and
 memory that zarr itself needs to find that a chunk is missing.

@@ -1,4 +1,4 @@
-"""Every rate-distortion figure of README.md here: both families, both chunk sizes, grey images, classical codecs, a plot.
+"""The rate-distortion figures of README.md here: both families, chunk sizes, grey images, classical codecs, a plot.
 
     python benchmarks/rd.py IMAGES --published kodak_rd.json [--out FOLDER]
 
@@ -13,9 +13,9 @@ and with --out leaves a CSV of every measurement and a plot of each there.
 
     python benchmarks/rd.py --fine-tuning FOLDER
 
-runs the example of fine-tuning of README.md here instead, where FOLDER is usr/share/stellarium/nebulae/default of the package
-that it names. Of the pictures of at least 512 px on both sides every tenth by name is held out. With a folder of its
-own for weights it runs
+runs the example of fine-tuning of README.md here instead, where FOLDER is usr/share/stellarium/nebulae/default of the
+package that it names. Of the pictures of at least 512 px on both sides every tenth by name is held out. With a folder
+of its own for weights it runs
 
     zarr-cae train THE_REST --range low --from sha256:... --minutes 8 --threads 1 --bfloat16
     zarr-cae evaluate HELD_OUT --quality 1,2,3,4,5 --chunks 256 --csv before.csv
