@@ -206,13 +206,17 @@ class BufferedArray:
         """Move pixels to disk if too many are in memory, the chunks with most of them first."""
         if self._held <= self._limit:
             return
+        chosen: list[Pending] = []
+        left = self._held
         for key in sorted(self._waiting.keys() - keep, key=lambda key: -self._waiting[key].held):
-            pending = self._waiting[key]
-            before = pending.held
-            pending.spill(self._spill)
-            self._held -= before - pending.held
-            if self._held <= self._limit // 2:
-                return
+            if left > self._limit // 2:
+                chosen.append(self._waiting[key])
+                left -= self._waiting[key].held
+        self._spill.save(chosen)
+        for pending in chosen:
+            self._held -= pending.held
+            pending.weigh()
+            self._held += pending.held
 
     def _get(self, selection: Selection) -> Any:
         found: list[tuple[Part, Pixels, Bits]] = []
@@ -294,9 +298,7 @@ class BufferedArray:
 
         async def write(key: Key, pixels: Pixels, mask: Bits) -> None:
             corner = [side.start for side in self._grid.region(key)]
-            for box in boxes(
-                mask, self._grid.inner
-            ):  # one by one: zarr writes the whole shard each time
+            for box in boxes(mask, self._grid.inner):  # one by one: zarr writes the whole shard each time
                 place = tuple(slice(at + one.start, at + one.stop) for at, one in zip(corner, box, strict=True))
                 own = pixels[box]
                 async with together:

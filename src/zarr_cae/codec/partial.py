@@ -22,6 +22,7 @@ from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
 from zarr_cae.codec.exact import Parts, box_pixels, restore, stored_mask, tile_pixels, tile_samples
 from zarr_cae.codec.floor import is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
+from zarr_cae.codec.wear import recoded
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
 from zarr_cae.coder.lossless import encode_mask, encode_pixels
@@ -250,7 +251,29 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
             header = replace(header, version=3, row=coder.row)
             streams = list(encode_streams(all_symbols, header, coder.tables))
     section = None if mask is None else encode_mask(mask)
-    yield Put(coder.to_buffer(pack(header, streams, mask=section, exact=exact)))
+    packed = pack(header, streams, mask=section, exact=exact)
+    if any(tile.number not in exact for tile, _ in touched) and _wears(coder, around, before):
+        recoded(frame, packed, f"a chunk of {coder.dtype} {coder.layout.shape} of quality {coder.quality}")
+    yield Put(coder.to_buffer(packed))
+
+
+def _wears(coder: ChunkCoder, box: Box, before: Pixels) -> bool:
+    """Return whether a write codes pixels again that it does not replace.
+
+    Pixels near the fill value don't count: most of them were never written. Nor does a selection that begins at the
+    chunk's first pixel, since that is how zarr writes all of a chunk at the array's end.
+    """
+    if isinstance(box.inside, tuple) and all(map(_begins, box.inside)) and all(at[0] == 0 for at in box.indices):
+        return False
+    others = np.ones(before.shape, bool)
+    others[box.inside] = False
+    low, high = coder.value_range
+    distance = np.abs(before[others].astype(np.float64) - float(coder.spec.fill_value))
+    return bool((distance > (high - low) / 32).any())  # never true for NaN
+
+
+def _begins(part: Any) -> bool:
+    return (part.start in {None, 0}) if isinstance(part, slice) else isinstance(part, int) and part == 0
 
 
 def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import prod
@@ -31,12 +32,14 @@ _OVERHEAD = 500
 """Bytes of Python objects that a piece needs besides its pixels, about."""
 _FEW = 64
 """Pieces of a chunk that are not merged."""
-_LARGEST_CHUNK = 1 << 28
-"""Bytes of a chunk of the temporary Zarr. Blosc takes fewer than 2 GiB at once."""
+_CHUNK = 1 << 18
+"""Bytes of a chunk of a temporary Zarr: as many as are read for a small piece."""
+_LARGEST_ARRAY = 1 << 26
+"""Bytes of a temporary Zarr with more than one piece."""
 
 
 class Spill:
-    """A temporary Zarr on disk, losslessly compressed. It is made when it is first needed, and removed at the end.
+    """A folder of temporary Zarrs on disk, losslessly compressed. It is made when it is first needed.
 
     Parameters
     ----------
@@ -52,24 +55,33 @@ class Spill:
         self._folder: Path | None = None
         self._numbers = count()
 
-    def save(self, content: Bytes) -> Path:
-        """Store bytes, and return where they are."""
+    def save(self, waiting: Iterable[Pending]) -> None:
+        """Move all pixels of some chunks to disk."""
+        together: list[_Piece] = []
+        for piece in (piece for pending in waiting for piece in pending.in_memory()):
+            if together and sum(one.held for one in together) + piece.held > _LARGEST_ARRAY:
+                self._save(together)
+                together = []
+            together.append(piece)
+        if together:
+            self._save(together)
+
+    def _save(self, pieces: Sequence[_Piece]) -> None:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="zarr-cae-buffered-", dir=self._parent))
             weakref.finalize(self, _remove, self._folder, os.getpid())
+        content = np.concatenate([_as_bytes(piece.content) for piece in pieces])
         path = self._folder / str(next(self._numbers))
         array = zarr.create_array(
-            str(path), shape=content.shape, chunks=(min(content.size, _LARGEST_CHUNK),), dtype="uint8",
-            compressors=[self._compressor], zarr_format=3,
+            str(path), shape=content.shape, chunks=(_CHUNK,), dtype="uint8", compressors=[self._compressor],
+            zarr_format=3,
         )  # fmt: skip
         array.set_basic_selection(..., content, prototype=cpu.buffer_prototype)
-        return path
-
-    @staticmethod
-    def load(path: Path) -> Bytes:
-        """Return the bytes that `save` has stored."""
-        array = zarr.open_array(str(path), mode="r")
-        return np.asarray(array.get_basic_selection(..., prototype=cpu.buffer_prototype))
+        saved, at = _Saved(path, array, len(pieces)), 0
+        for piece in pieces:
+            size = piece.content.nbytes
+            piece.content, piece.borrowed = _Place(saved, at, at + size), False
+            at += size
 
 
 def _remove(folder: Path, process: int) -> None:
@@ -78,12 +90,45 @@ def _remove(folder: Path, process: int) -> None:
 
 
 @dataclass
+class _Saved:
+    """A temporary Zarr with the bytes of some pieces."""
+
+    path: Path
+    array: zarr.Array[Any]
+    needed: int
+    """The number of its pieces that are still needed."""
+
+
+@dataclass
+class _Place:
+    """Where the bytes of a piece are on disk."""
+
+    saved: _Saved
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def load(self) -> Bytes:
+        part = slice(self.start, self.stop)
+        return np.asarray(self.saved.array.get_basic_selection(part, prototype=cpu.buffer_prototype))
+
+    def drop(self) -> None:
+        """Remove the Zarr if no other piece needs it."""
+        self.saved.needed -= 1
+        if not self.saved.needed:
+            shutil.rmtree(self.saved.path, ignore_errors=True)
+
+
+@dataclass
 class _Piece:
     """Pixels that came together, or a merged piece."""
 
     index: Index | None
     """Where the pixels lie in the chunk; None if `content` begins with a bit for each pixel of the chunk."""
-    content: Pixels | Path
+    content: Pixels | _Place
     """The pixels in the shape of the index, or the bytes of a merged piece, or the place of such bytes on disk."""
     count: int
     """The number of pixels."""
@@ -93,7 +138,7 @@ class _Piece:
     @property
     def held(self) -> int:
         """Bytes of memory."""
-        return _OVERHEAD + (0 if self.borrowed or isinstance(self.content, Path) else self.content.nbytes)
+        return _OVERHEAD + (0 if self.borrowed or isinstance(self.content, _Place) else self.content.nbytes)
 
     def put(self, pixels: Pixels | None, mask: Bits) -> None:
         """Put the pixels into an array of the whole chunk, if there is one, and set their bits in the mask."""
@@ -101,27 +146,23 @@ class _Piece:
             mask[self.index] = True
             if pixels is not None:
                 own = self.content
-                if isinstance(own, Path):
-                    own = Spill.load(own).view(pixels.dtype).reshape(pixels[self.index].shape)
+                if isinstance(own, _Place):
+                    own = own.load().view(pixels.dtype).reshape(pixels[self.index].shape)
                 pixels[self.index] = own
             return
-        content = Spill.load(self.content) if isinstance(self.content, Path) else self.content
+        content = self.content.load() if isinstance(self.content, _Place) else self.content
         size = -(-mask.size // 8)
         bits = np.unpackbits(content[:size], count=mask.size).view(bool).reshape(mask.shape)
         mask |= bits
         if pixels is not None:
             pixels[bits] = content[size:].view(pixels.dtype)
 
-    def save(self, spill: Spill) -> None:
-        if not isinstance(self.content, Path):
-            self.content, self.borrowed = spill.save(_as_bytes(self.content)), False
-
     def drop(self) -> None:
-        if isinstance(self.content, Path):
-            shutil.rmtree(self.content, ignore_errors=True)
+        if isinstance(self.content, _Place):
+            self.content.drop()
 
 
-def _as_bytes(pixels: Pixels) -> Bytes:
+def _as_bytes(pixels: Any) -> Bytes:
     return np.ascontiguousarray(pixels).reshape(-1).view(np.uint8)
 
 
@@ -197,7 +238,7 @@ class Pending:
         if len(self._pieces) == 1 and self._pieces[0].count == self.size:
             only = self._pieces[0]
             in_order = only.index is not None and all(isinstance(one, slice) for one in only.index)
-            if in_order and not isinstance(only.content, Path):
+            if in_order and not isinstance(only.content, _Place):
                 return only.content.reshape(self.shape), np.broadcast_to(np.True_, self.shape)
         pixels, mask = np.empty(self.shape, self.dtype), np.zeros(self.shape, bool)
         for piece in self._pieces:
@@ -207,24 +248,23 @@ class Pending:
     def own(self) -> None:
         """Copy the pixels that are memory of the caller."""
         for piece in self._pieces:
-            if piece.borrowed and not isinstance(piece.content, Path):
+            if piece.borrowed and not isinstance(piece.content, _Place):
                 piece.content, piece.borrowed = piece.content.copy(), False
-        self._weigh()
+        self.weigh()
 
-    def spill(self, spill: Spill) -> None:
-        """Move the pixels to disk."""
-        for piece in self._pieces:
-            piece.save(spill)
-        self._weigh()
+    def in_memory(self) -> list[_Piece]:
+        """Return the pieces that are not on disk."""
+        return [piece for piece in self._pieces if not isinstance(piece.content, _Place)]
+
+    def weigh(self) -> None:
+        """Find `held` again, after pieces were moved to disk."""
+        self.held = sum(piece.held for piece in self._pieces)
 
     def drop(self) -> None:
         """Forget all pixels."""
         for piece in self._pieces:
             piece.drop()
         self._pieces, self._count, self.held = [], 0, 0
-
-    def _weigh(self) -> None:
-        self.held = sum(piece.held for piece in self._pieces)
 
     def _merge(self) -> None:
         """Make one piece of all: a bit for each pixel of the chunk, and then the pixels whose bits are set."""
