@@ -21,6 +21,14 @@ def photograph() -> np.ndarray:
     return pixels
 
 
+@pytest.fixture(autouse=True)
+def warn_again():
+    """Warn of wear in each test by itself, whatever other tests of this process have written."""
+    from zarr_cae.codec import wear
+
+    wear.forget()
+
+
 @pytest.fixture(params=PIPELINES, ids=lambda path: path.rpartition(".")[2])
 def pipeline(request):
     """Run the test on every codec pipeline of this zarr; return its path."""

@@ -216,9 +216,20 @@ def orthogonal_index(selection, shape):
     return np.ix_(*(np.atleast_1d(np.arange(length)[part]) for part, length in zip(selection, shape, strict=True)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=arrays_and_writes(), seed=st.integers(0, 2**32 - 1))
-def test_any_sequence_of_writes_equals_numpy(tmp_path_factory, case, seed):
+def test_any_sequence_of_writes_equals_numpy(case, seed):
+    compare_with_numpy(case, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(case=arrays_and_writes(), seed=st.integers(0, 2**32 - 1))
+def test_more_sequences_of_writes_equal_numpy(case, seed):
+    compare_with_numpy(case, seed)
+
+
+def compare_with_numpy(case, seed):
     shape, chunks, shards, dtype, steps, memory = case
     random = np.random.default_rng(seed)
     array = create(shape, chunks, dtype, shards=shards)

@@ -31,6 +31,7 @@ from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.exact import Parts, restore
 from zarr_cae.codec.floor import is_unusual, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
+from zarr_cae.codec.wear import note_decoded, note_encoded
 from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
@@ -227,7 +228,9 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     header = tried.header if plain else tried.exact_header
     streams = tiles.encode_streams(symbols, header, tried.tables)
     section = encode_mask(mask) if mask is not None and mask.any() else None
-    return coder.to_buffer(pack(header, streams, mask=section, exact=exact))
+    frame = pack(header, streams, mask=section, exact=exact)
+    note_encoded(coder, pixels, frame)
+    return coder.to_buffer(frame)
 
 
 def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:
@@ -237,9 +240,12 @@ def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:
     parts = Parts.of(found)
     symbols = tiles.decode_streams(found.header, found.streams, coder.tables)
     if not parts.exact and parts.mask is None and coder.nodata is None:
-        return (yield coder.synthesise_chunk(symbols))
-    planes = yield coder.synthesise(symbols)
-    return restore(coder, coder.to_pixels(planes, coder.layout), enclosing((), coder.layout), parts)
+        pixels = yield coder.synthesise_chunk(symbols)
+    else:
+        planes = yield coder.synthesise(symbols)
+        pixels = restore(coder, coder.to_pixels(planes, coder.layout), enclosing((), coder.layout), parts)
+    note_decoded(coder, frame, pixels)
+    return pixels
 
 
 def on_host(pixels: Any, spec: ArraySpec) -> npt.NDArray[Any]:

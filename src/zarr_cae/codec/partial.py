@@ -22,7 +22,7 @@ from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
 from zarr_cae.codec.exact import Parts, box_pixels, restore, stored_mask, tile_pixels, tile_samples
 from zarr_cae.codec.floor import is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
-from zarr_cae.codec.wear import recoded
+from zarr_cae.codec.wear import note_recoded
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
 from zarr_cae.coder.lossless import encode_mask, encode_pixels
@@ -253,7 +253,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     section = None if mask is None else encode_mask(mask)
     packed = pack(header, streams, mask=section, exact=exact)
     if any(tile.number not in exact for tile, _ in touched) and _wears(coder, around, before):
-        recoded(frame, packed, f"a chunk of {coder.dtype} {coder.layout.shape} of quality {coder.quality}")
+        note_recoded(coder, frame, packed)
     yield Put(coder.to_buffer(packed))
 
 
