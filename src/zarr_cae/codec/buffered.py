@@ -230,15 +230,17 @@ class BufferedArray:
         known = np.zeros(selection.lengths, bool)
         for part, _, mask in found:
             known[part.outside] |= mask
-        if known.all():
-            result = np.empty(selection.lengths, self.dtype)
-        else:
-            slices = all(isinstance(one, slice) for one in selection.index)
-            read = self.array.get_basic_selection if slices else self.array.get_orthogonal_selection
-            result = np.array(read(selection.index, prototype=cpu.buffer_prototype))
+        result = np.empty(selection.lengths, self.dtype) if known.all() else self._read(selection)
         for part, pixels, mask in found:
             result[part.outside] = np.where(mask, pixels, result[part.outside])
         return selection.squeeze(result)
+
+    def _read(self, selection: Selection) -> Pixels:
+        """Return a copy of pixels of the array, with all its axes."""
+        index: Any = selection.index
+        slices = all(isinstance(one, slice) for one in index)
+        read = self.array.get_basic_selection if slices else self.array.get_orthogonal_selection
+        return np.array(read(index, prototype=cpu.buffer_prototype))
 
     def _write(self, keys: Collection[Key]) -> None:
         """Write chunks, and raise the first error after all were tried."""
