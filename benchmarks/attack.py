@@ -40,6 +40,8 @@ import crc32c
 import numpy as np
 
 HANG = 30.0
+START = 900.0
+"""Seconds in which an attacker imports and compiles all that it attacks."""
 MEMORY = 1 << 30
 TARGETS = ("frame", "stream", "codec", "store", "kill")
 
@@ -76,14 +78,15 @@ def main() -> None:
 def attack(target: str, mutants: int | None, seconds: float, seed: int) -> tuple[int, int, list[str]]:
     """Return how many mutants were tried and refused, and the findings."""
     spawn = multiprocessing.get_context("spawn")
-    state = spawn.Array(ctypes.c_longlong, 3)  # the mutant that is tried, how many were refused, milliseconds used
+    # The mutant that is tried, how many were refused, milliseconds used, whether the attacker has started.
+    state = spawn.Array(ctypes.c_longlong, 4)
     findings, first = [], 0
     budget = seconds if mutants is None else float("inf")
     last = sys.maxsize if mutants is None else mutants
     while first < last and state[2] < 1000 * budget:
         reports, send = spawn.Pipe(duplex=False)
         child = spawn.Process(target=attacker, args=(target, seed, first, last, budget, state, send))
-        state[0] = first
+        state[0], state[3] = first, 0
         child.start()
         send.close()
         hung = watch(child, state, reports, findings)
@@ -98,7 +101,7 @@ def attack(target: str, mutants: int | None, seconds: float, seed: int) -> tuple
 
 def watch(child: Any, state: Any, reports: Any, findings: list[str]) -> bool:
     """Wait for an attacker to end, gather its findings, and end it if it hangs."""
-    seen, since, told = -1, time.monotonic(), time.monotonic()
+    seen, since, told = (-1, 0), time.monotonic(), time.monotonic()
     while child.is_alive():
         if time.monotonic() - told > 60:
             told = time.monotonic()
@@ -108,9 +111,9 @@ def watch(child: Any, state: Any, reports: Any, findings: list[str]) -> bool:
                 findings.append(reports.recv())
         except EOFError:
             child.join(HANG)
-        if state[0] != seen:
-            seen, since = state[0], time.monotonic()
-        elif time.monotonic() - since > HANG + (120 if state[0] == seen == 0 else 0):  # the first one compiles
+        if (now := (state[0], state[3])) != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > (HANG if state[3] else START):
             os.kill(child.pid, signal.SIGABRT)  # faulthandler says where it was
             child.join()
             return True
@@ -131,6 +134,7 @@ def attacker(target: str, seed: int, first: int, last: int, seconds: float, stat
     run = ATTACKS[target]
     run(np.random.default_rng([seed, first]), harmless=True)  # loads and compiles, before memory is limited
     limit_memory()
+    state[3] = 1
     start, used = time.monotonic(), state[2]
     for mutant in range(first, last):
         state[2] = used + int(1000 * (time.monotonic() - start))

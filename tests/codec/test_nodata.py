@@ -301,6 +301,7 @@ def test_exact_tiles_are_read(exact):
         assert not difference[: max(0, 512 - window[0].start), : max(0, 512 - window[1].start)].any()
 
 
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 def test_partial_writes_keep_exact_tiles_exact(exact):
     array, pixels = exact
     pixels[500:530, 100:110] = 77
