@@ -1,6 +1,7 @@
 """Write in pieces: every chunk is encoded once, no pixel is lost, and memory stays bounded."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from zarr_cae import CAECodec, CAEConfigurationError, CAEDataError, buffered
 from zarr_cae.codec import buffered as module
+from zarr_cae.codec import pending
 
 
 class LoggingStore(MemoryStore):
@@ -366,6 +368,28 @@ def test_pixels_beyond_the_memory_wait_on_disk(tmp_path):
     assert np.array_equal(array[...], data)
     del target
     assert not list(tmp_path.iterdir())
+
+
+def test_large_pieces_share_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(pending, "_LARGEST_ARRAY", 1000)
+    data = np.arange(40 * 300, dtype="uint16").reshape(40, 300)
+    array = create(data.shape, (40, 150), "uint16")
+    with buffered(array, 1500, folder=tmp_path) as target:
+        for row in range(39):
+            target[row] = data[row]
+        (folder,) = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) > 10
+    assert np.array_equal(array[:39], data[:39])
+
+
+def test_a_folder_that_cannot_be_written_loses_no_pixel(tmp_path):
+    array = create((40, 300), (40, 150))
+    with buffered(array, 3000, folder=tmp_path / "absent") as target:
+        for row in range(39):
+            with contextlib.suppress(FileNotFoundError) if row < 30 else pytest.raises(FileNotFoundError):
+                target[row] = 1
+        assert (target[:39] == 1).all()
+    assert (array[:39] == 1).all()
 
 
 def test_many_single_pixels_take_no_more_memory_than_the_chunk():

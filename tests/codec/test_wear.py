@@ -100,6 +100,16 @@ def test_pixels_that_are_read_and_written_back_do_not_warn(pipeline, photo):
 
 
 @CODECS
+def test_arrays_that_are_filled_with_nan_warn(photo, compressors):
+    data = photo.astype("float32")
+    array = zarr.create_array(
+        MemoryStore(), shape=data.shape, chunks=data.shape, dtype="float32", fill_value=np.nan,
+        serializer=CAECodec(quality=3, nodata=np.nan, value_range=(0, 255)), compressors=compressors,
+    )  # fmt: skip
+    assert len(told(array, data, rows(16))) == 1
+
+
+@CODECS
 def test_the_buffer_does_not_warn(photo, compressors):
     array = create(photo, compressors)
     with warnings.catch_warnings(), buffered(array) as target:

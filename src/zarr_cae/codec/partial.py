@@ -267,9 +267,11 @@ def _wears(coder: ChunkCoder, box: Box, before: Pixels) -> bool:
         return False
     others = np.ones(before.shape, bool)
     others[box.inside] = False
+    values, fill = before[others].astype(np.float64), float(coder.spec.fill_value)
+    if math.isnan(fill):
+        return not bool(np.isnan(values).all())
     low, high = coder.value_range
-    distance = np.abs(before[others].astype(np.float64) - float(coder.spec.fill_value))
-    return bool((distance > (high - low) / 32).any())  # never true for NaN
+    return bool((np.abs(values - fill) > (high - low) / 32).any())  # false for NaN
 
 
 def _begins(part: Any) -> bool:

@@ -51,18 +51,20 @@ class Spill:
 
     def __init__(self, parent: str | os.PathLike[str] | None, typesize: int) -> None:
         self._parent = parent
-        self._compressor = BloscCodec(typesize=typesize, cname="zstd", clevel=1, shuffle="shuffle")
+        self._compressor = BloscCodec(typesize=min(typesize, 255), cname="zstd", clevel=1, shuffle="shuffle")
         self._folder: Path | None = None
         self._numbers = count()
 
     def save(self, waiting: Iterable[Pending]) -> None:
         """Move all pixels of some chunks to disk."""
         together: list[_Piece] = []
+        size = 0
         for piece in (piece for pending in waiting for piece in pending.in_memory()):
-            if together and sum(one.held for one in together) + piece.held > _LARGEST_ARRAY:
+            if together and size + piece.content.nbytes > _LARGEST_ARRAY:
                 self._save(together)
-                together = []
+                together, size = [], 0
             together.append(piece)
+            size += piece.content.nbytes
         if together:
             self._save(together)
 
