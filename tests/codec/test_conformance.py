@@ -14,7 +14,11 @@ from zarr.testing.strategies import basic_indices, chunk_shapes, orthogonal_indi
 
 from zarr_cae import CAECodec
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning"),  # small chunks of many examples have equal frames
+]
 NODATA = 0
 EXAMPLES = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

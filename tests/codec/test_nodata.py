@@ -76,6 +76,7 @@ def test_masks_come_back_exactly(kind, mask):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(kind=st.sampled_from(KINDS), mask=MASKS, change=MASKS, data=st.data())
 def test_partial_writes_keep_the_mask(kind, mask, change, data):

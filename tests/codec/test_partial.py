@@ -510,6 +510,7 @@ def test_fifty_partial_writes_change_nothing_out_of_reach(photograph, quarter, p
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 def test_without_them_the_whole_chunk_wears_down(photograph, quarter, pipeline):
     """If other codecs follow `cae`, zarr decodes, merges and encodes whole chunks, and all pixels drift."""
     array = create(quarter, compressors=Crc32cCodec())
