@@ -10,7 +10,9 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -102,6 +104,11 @@ def default_digest(model: str, quality: int, metric: str) -> str:
     )
 
 
+def is_named(info: WeightsInfo) -> bool:
+    """Return whether weights are of a family that codecs find by name: all bundled ones, and those with a name."""
+    return info.name is not None or info.path.parent == bundled_folder()
+
+
 def _name(info: WeightsInfo) -> str:
     """Return the name of a family. Files without a name count as the default one."""
     return info.name or DEFAULT_NAME
@@ -186,6 +193,19 @@ def load(path: Path) -> Weights:
         If the file is damaged or incomplete.
     """
     return read(path)
+
+
+@contextmanager
+def temporary(content: bytes) -> Iterator[Weights]:
+    """Yield the weights of a file that is not stored, to try them.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the bytes are not a valid weights file.
+    """
+    with tempfile.TemporaryDirectory(prefix="zarr-cae-weights-") as folder:
+        yield read(store(content, Path(folder)).path)
 
 
 def store(content: bytes, folder: Path | None = None) -> WeightsInfo:
