@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zarr_cae.cli.arguments import note, progress, refuse
+from zarr_cae.cli.images import megapixels, open_source
+from zarr_cae.cli.writing import Options, new_array
 from zarr_cae.weights.file import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from zarr_cae.cli.writing import NewArray
-    from zarr_cae.slides.conversion import Conversion
+    from zarr_cae.slides.conversion import Choices, Conversion
     from zarr_cae.training.fit import Fit, FitProgress
     from zarr_cae.training.sampling import Part, Picture
 
@@ -39,58 +44,81 @@ def minutes(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2] or "min"] / 60
 
 
-def fit_to_images(arguments: argparse.Namespace, images: Sequence[tuple[float, Callable[[], NewArray]]]) -> str | None:
-    """Return the digest of the weights to encode images with: fitted ones, if `--fit` is given.
+def fit_to_images(arguments: argparse.Namespace, options: Options, images: Sequence[Path]) -> Options:
+    """Return the options with fitted weights, if `--fit` is given.
 
     Parameters
     ----------
     arguments
         Those of `encode`.
+    options
+        The options of all arrays without a fit.
     images
-        The megapixels of each image, and a function that opens it.
+        The files.
     """
     if arguments.fit is None:
-        return _given(arguments)
-    from zarr_cae.training.sampling import Part
+        return options
+    from zarr_cae.training.sampling import Part, Picture
 
-    def part(size: float, opened: Callable[[], NewArray]) -> Part:
-        return Part(size, lambda: _picture(opened()))
+    chosen = {"series": arguments.series, "level": arguments.level}
 
-    return _fit(arguments, arguments.quality, [part(*image) for image in images])
+    def opened(path: Path) -> Picture:
+        item = new_array(open_source(path, **chosen), options)
+        return Picture(item.source.array, item.codec.channel_axis, item.codec.value_range, item.source.close)
+
+    parts = [Part(megapixels(path, **chosen), partial(opened, path)) for path in images]
+    return replace(options, weights=_fit(arguments, options.quality, parts))
 
 
-def fit_to_slide(arguments: argparse.Namespace, conversion: Callable[[], Conversion], out: Path) -> str | None:
-    """Return the digest of the weights to convert a slide with: fitted ones, if `--fit` is given.
+def fit_to_slides(arguments: argparse.Namespace, choices: Choices, sources: Sequence[Path], out: Path) -> Choices:
+    """Return the choices with fitted weights, if `--fit` is given.
 
-    A conversion that goes on takes those that it began with.
+    A conversion that goes on takes the weights that it began with.
 
     Parameters
     ----------
     arguments
         Those of `convert`.
-    conversion
-        Returns the conversion with the weights that it has without a fit.
+    choices
+        The choices of the conversion without a fit.
+    sources
+        The slides.
     out
         The output.
     """
     if arguments.fit is None:
-        return _given(arguments)
-    from zarr_cae.slides.journal import known_settings
+        return choices
+    from zarr_cae.slides.conversion import prepare
+    from zarr_cae.training.model import RANGES
     from zarr_cae.training.sampling import Part
 
-    known = None if arguments.restart else known_settings(out)
-    if known is not None and known.get("weights"):
-        digest = str(known["weights"][0])
-        note(f"going on with the weights that this conversion began with, {digest[:19]}...")
-        return digest
-    from zarr_cae.training.model import RANGES
-
-    qualities = set(arguments.quality)
-    if not any(qualities <= set(one) for one in RANGES.values()):
+    if arguments.dask is not None:
+        refuse("--fit keeps its weights on this machine; with --dask, fit first (zarr_cae.fit), import the weights on "
+               "the workers, and give --weights")  # fmt: skip
+    if not any(set(choices.qualities) <= set(one) for one in RANGES.values()):
         refuse("--fit fits one network, for qualities 1 to 5 or for 6 to 8; give --quality within one of these")
-    plan = conversion()
-    size = float(np.prod(plan.shape, dtype=float) / plan.channels)
-    return _fit(arguments, arguments.quality[0], [Part(size, lambda: _slide_picture(plan))])
+    known = None if arguments.restart else _begun_with(out)
+    if known is not None:
+        note(f"going on with the weights that this conversion began with, {known[:19]}...")
+        return replace(choices, weights=known)
+
+    def part(conversion: Conversion) -> Part:
+        return Part(math.prod(conversion.shape) / conversion.channels, partial(_slide_picture, conversion))
+
+    parts = [part(prepare(source, choices)) for source in sources]
+    return replace(choices, weights=_fit(arguments, choices.qualities[0], parts))
+
+
+def _begun_with(out: Path) -> str | None:
+    """Return the digest of the weights of an interrupted conversion, from its journal."""
+    from zarr_cae.slides.journal import journal_folder
+
+    try:
+        known = json.loads((journal_folder(Path(out.absolute())) / "journal.json").read_bytes())
+    except (FileNotFoundError, ValueError):  # there is none, or the process was killed while it wrote it
+        return None
+    weights = known.get("several images", known).get("weights")
+    return weights[0] if isinstance(weights, list) and weights else weights
 
 
 def store_weights(out: Path, arguments: argparse.Namespace) -> None:
@@ -100,11 +128,6 @@ def store_weights(out: Path, arguments: argparse.Namespace) -> None:
     from zarr_cae.codec.embedded import embed_weights
 
     embed_weights(out)
-
-
-def _given(arguments: argparse.Namespace) -> str | None:
-    weights: str | None = arguments.weights
-    return weights
 
 
 def _fit(arguments: argparse.Namespace, quality: int, parts: list[Part]) -> str:
@@ -133,12 +156,6 @@ def _told(found: Fit) -> str:
         f"fitted: held-out crops need {found.saved:.1%} fewer bytes at equal quality than with the weights "
         f"{found.start[:19]}...; the fitted ones take {found.file_bytes / 1e6:.1f} MB in the output"
     )
-
-
-def _picture(item: NewArray) -> Picture:
-    from zarr_cae.training.sampling import Picture
-
-    return Picture(item.source.array, item.codec.channel_axis, item.codec.value_range, item.source.close)
 
 
 class _SlideArray:

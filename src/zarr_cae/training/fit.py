@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +24,10 @@ from zarr_cae.training.data import Crops, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.loss import SMALLEST_CROP, multiscale_dissimilarity
 from zarr_cae.training.model import RANGES, GainedAutoencoder
-from zarr_cae.training.sampling import Part, Picture, Window, sample_windows
+from zarr_cae.training.sampling import EDGE, Part, Picture, Window, sample_windows
 from zarr_cae.training.start import Start
 from zarr_cae.training.trainer import Points, Recipe, Trainer, measure
-from zarr_cae.training.unlike import pictures_to_check
+from zarr_cae.training.unlike import draw_unlike, pictures_to_check
 from zarr_cae.weights import registry
 from zarr_cae.weights.file import DEFAULT_MODEL, Metric, Weights, WeightsInfo
 
@@ -41,6 +40,8 @@ _LARGEST_LOSS = 0.1
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 """How far to go from the start to the fitted weights, if the whole way forgets too much. Networks between the two
 ends of a fine-tuning keep most of both (Wortsman et al. 2022, arXiv:2109.01903)."""
+_TABLE_WINDOWS = 150
+"""Windows that the tables are fitted to: as many as take some ten seconds on one core."""
 _CHECK_COST = 20
 """The progress is measured when the steps since then took so many times as long as measuring does."""
 _NEAREST_WINDOWS = 8
@@ -74,6 +75,8 @@ class Fit(NamedTuple):
     """The digest of the weights that the fit started from."""
     reason: str = ""
     """If the fitted weights are not to be used: why."""
+    file_bytes: int = 0
+    """Size of the fitted weights file."""
 
 
 def fit_weights(
@@ -150,8 +153,7 @@ def fit_weights(
         "recipe": asdict(recipe), "steps": trainer.step, "minutes": round(trainer.seconds / 60, 1),
         "windows": len(sample.windows), "fitted from": start.name, "torch": version("torch"),
     }  # fmt: skip
-    tiles = itertools.chain(crops.tiles(), _tensors(sample_of_unlike(len(sample.windows), seed)))
-    content = export(model, metric, provenance, tiles)
+    content = export(model, metric, provenance, _tensors(_for_tables(sample.windows, seed)))
     assert start.exported is not None
     old = registry.load(start.exported.path)
     with registry.temporary(content) as fitted:
@@ -161,7 +163,7 @@ def fit_weights(
         return Fit(start.name, 0.0, start.name, f"held-out crops need {-saved:.1%} more bytes with the fitted weights")
     if lost > _LARGEST_LOSS:
         return Fit(start.name, 0.0, start.name, f"other pictures need {lost:.0%} more bytes with the fitted weights")
-    return Fit(registry.store(content).digest, saved, start.name)
+    return Fit(registry.store(content).digest, saved, start.name, file_bytes=len(content))
 
 
 def fit(source: npt.NDArray[Any] | Any, minutes: float = 10, **options: Any) -> str:
@@ -229,7 +231,7 @@ def _nearest(metric: Metric, qualities: tuple[int, ...], windows: Sequence[Windo
 
 def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]) -> None:
     """Train to the end of the schedule, and report the bytes saved so far."""
-    held_out = list(crops.held_out(12, 192).to(trainer.device))
+    held_out = list(crops.held_out(8, 128).to(trainer.device))
     metric = trainer.recipe.metric
 
     def measured() -> tuple[Curve, float]:
@@ -273,18 +275,17 @@ def _that_remembers(
     return None
 
 
-def sample_of_unlike(windows: int, seed: int) -> list[Window]:
-    """Return generated pictures, a few for so many windows of a collection, for the tables of its weights."""
-    from zarr_cae.training.unlike import draw_unlike
-
+def _for_tables(windows: Sequence[Window], seed: int) -> list[Window]:
+    """Return windows to fit the tables to: some of the collection, and a few generated ones."""
+    some = windows[:: math.ceil(len(windows) / _TABLE_WINDOWS)]
     random = np.random.default_rng(seed)
-    return [draw_unlike(256, random) for _ in range(math.ceil(_UNLIKE * windows))]
+    return [*some, *(draw_unlike(EDGE, random) for _ in range(math.ceil(_UNLIKE * len(some))))]
 
 
 def _tensors(windows: Sequence[Window]) -> Iterator[Tensor]:
     """Yield windows as float32 (1, 3, H, W) in [0, 1]."""
     for window in windows:
-        yield from_numpy(np.ascontiguousarray(window)).permute(2, 0, 1)[None].float().div(255)
+        yield from_numpy(np.array(window)).permute(2, 0, 1)[None].float().div(255)
 
 
 def _curve(weights: Weights, windows: Sequence[Window]) -> Curve:

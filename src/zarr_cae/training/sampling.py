@@ -29,7 +29,7 @@ _BUSY = 90
 _FLAT_SHARE = 0.05
 """Flat windows among those that are kept, so that a fit does not forget them."""
 _HELD_OUT_SHARE = 0.1
-_MOST_HELD_OUT = 24
+_MOST_HELD_OUT = 16
 
 
 @dataclass(frozen=True)

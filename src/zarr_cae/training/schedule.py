@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-_WARM_UP_STEPS = 200
+_WARM_UP_STEPS, _FIT_WARM_UP_STEPS = 200, 100
 
 Schedule = Literal["train", "fit"]
 Trained = Literal["densities", "decoder", "all"]
@@ -66,7 +66,8 @@ def learning_rate(fraction: float, step: int, schedule: Schedule = "train") -> f
     """Return the learning rate as a share of its peak.
 
     In training it rises over 200 steps and falls along a cosine to the last phase, which has a smaller cosine of its
-    own. In a fit each phase has a rise, of a tenth of its length, and a cosine.
+    own. In a fit each phase has a rise, of a tenth of its length, and a cosine; over the first 100 steps it
+    rises besides, so that a fit of few steps does no harm.
 
     Parameters
     ----------
@@ -82,7 +83,8 @@ def learning_rate(fraction: float, step: int, schedule: Schedule = "train") -> f
         ends = [*(phase.begin for phase in FIT_PHASES[1:]), 1.0]
         begin = FIT_PHASES[place].begin
         done = (fraction - begin) / (ends[place] - begin)
-        return _FIT_PEAKS[place] * min(1.0, 0.05 + 10 * done) * _cosine(done, 0.03)
+        warm_up = min(1.0, (step + 1) / _FIT_WARM_UP_STEPS, 0.05 + 10 * done)
+        return _FIT_PEAKS[place] * warm_up * _cosine(done, 0.03)
     warm_up = min(1.0, (step + 1) / _WARM_UP_STEPS)
     last = PHASES[-1].begin
     if fraction < last:
