@@ -57,7 +57,7 @@ def digests(path):
 def test_times():
     assert [minutes(text) for text in ("10min", "90s", "1h", "2", "0.5 m")] == [10, 1.5, 60, 2, 0.5]
     for text in ("", "0", "ten", "-1min", "3 days"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="not a time"):
             minutes(text)
 
 

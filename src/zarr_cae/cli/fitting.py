@@ -40,7 +40,7 @@ def minutes(text: str) -> float:
     """Parse a time such as `10min`, `90s` or `1h`; a number alone is minutes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h)?", text.strip())
     if match is None or not float(match[1]):
-        raise ValueError
+        raise ValueError(f"{text!r} is not a time such as 10min")
     return float(match[1]) * _SECONDS[match[2] or "min"] / 60
 
 

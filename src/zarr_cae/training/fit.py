@@ -47,8 +47,8 @@ _CHECK_COST = 20
 _NEAREST_WINDOWS = 8
 _CROPS = (128, 96, 64, 32)
 
-Curve = tuple[list[float], list[float]]
-"""Mean logarithm of the bytes, and mean quality of the pixels in dB, by ascending quality."""
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Logarithm of the bytes, and quality of the pixels in dB, by ascending quality of the codec, of one picture."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def fit_weights(
     assert start.exported is not None
     old = registry.load(start.exported.path)
     with registry.temporary(content) as fitted:
-        saved = bytes_saved(_curve(old, sample.held_out), _curve(fitted, sample.held_out))
-        lost = -bytes_saved(_curve(old, unlike), _curve(fitted, unlike))
+        saved = archive_saved(_curves(old, sample.held_out), _curves(fitted, sample.held_out))
+        lost = -archive_saved(_curves(old, unlike), _curves(fitted, unlike))
     if saved <= 0:
         return Fit(start.name, 0.0, start.name, f"held-out crops need {-saved:.1%} more bytes with the fitted weights")
     if lost > _LARGEST_LOSS:
@@ -225,8 +225,8 @@ def _nearest(metric: Metric, qualities: tuple[int, ...], windows: Sequence[Windo
     ]  # fmt: skip
     if len(known) == 1:
         return known[0]
-    curves = [_curve(registry.load(info.path), windows) for info in known]
-    return known[max(range(len(known)), key=lambda one: bytes_saved(curves[0], curves[one]))]
+    curves = [_curves(registry.load(info.path), windows) for info in known]
+    return known[max(range(len(known)), key=lambda one: archive_saved(curves[0], curves[one]))]
 
 
 def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]) -> None:
@@ -234,25 +234,26 @@ def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]
     held_out = list(crops.held_out(8, 128).to(trainer.device))
     metric = trainer.recipe.metric
 
-    def measured() -> tuple[Curve, float]:
+    def measured() -> tuple[list[Curve], float]:
         begin = time.monotonic()
-        curve = _estimated(measure(trainer.averaged(), held_out, metric))
-        return curve, time.monotonic() - begin
+        curves = _estimated(measure(trainer.averaged(), held_out, metric))
+        return curves, time.monotonic() - begin
 
     first, cost = measured()
     saved, last = 0.0, trainer.seconds
     while trainer.fraction < 1:
         step = trainer.train_step()
         if trainer.seconds - last > _CHECK_COST * cost:
-            curve, cost = measured()
-            saved, last = bytes_saved(first, curve), trainer.seconds
+            curves, cost = measured()
+            saved, last = archive_saved(first, curves), trainer.seconds
         report(FitProgress(step.fraction, step.step, saved))
 
 
-def _estimated(points: Points) -> Curve:
-    bits = points.bits_per_pixel.clamp(min=1e-6).log().mean(0)
+def _estimated(points: Points) -> list[Curve]:
+    bits = points.bits_per_pixel.clamp(min=1e-6).log()
     distortion = points.error if points.dissimilarity is None else points.dissimilarity
-    return bits.tolist(), (-10 * distortion.clamp(min=1e-10).log10()).mean(0).tolist()
+    levels = -10 * distortion.clamp(min=1e-10).log10()
+    return list(zip(bits.tolist(), levels.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -270,7 +271,7 @@ def _that_remembers(
         model.load_state_dict({name: torch.lerp(value, after[name], share) for name, value in before.items()})
         model.project()
         points = measure(model, images, trainer.recipe.metric)
-        if bool((points.error < floor).all()) and bytes_saved(old, _estimated(points)) >= -_LARGEST_LOSS:
+        if bool((points.error < floor).all()) and archive_saved(old, _estimated(points)) >= -_LARGEST_LOSS:
             return model
     return None
 
@@ -288,26 +289,24 @@ def _tensors(windows: Sequence[Window]) -> Iterator[Tensor]:
         yield from_numpy(np.array(window)).permute(2, 0, 1)[None].float().div(255)
 
 
-def _curve(weights: Weights, windows: Sequence[Window]) -> Curve:
-    """Return the curve of real bytes of some windows."""
+def _curves(weights: Weights, windows: Sequence[Window]) -> list[Curve]:
+    """Return the curve of real bytes of each window."""
     settings = Settings()
     engine = Engine(weights, choose_device(settings.device))
-    sizes, levels = [], []
-    for row, quality in enumerate(weights.info.qualities):
-        tables = weights.tables[row]
-        bits, decibels = [], []
-        for window in windows:
-            grey = window.strides[2] == 0
-            planes = window.transpose(2, 0, 1)[None, : 1 if grey else 3].astype(np.float32) / np.float32(255)
+    found = []
+    for window in windows:
+        sizes, levels = [], []
+        grey = window.strides[2] == 0
+        planes = window.transpose(2, 0, 1)[None, : 1 if grey else 3].astype(np.float32) / np.float32(255)
+        for tables, quality in zip(weights.tables, weights.info.qualities, strict=True):
             symbols = engine.analyse(planes, quality, settings).result()
             decoded = engine.synthesise(symbols, quality, planes.shape[1], settings).result().clip(0, 1)
             if window.dtype == np.uint8:
                 decoded = np.rint(decoded * 255) / 255
-            bits.append(np.log(len(rans.encode(symbols[0], tables, tables.frame_version))))
-            decibels.append(-10 * np.log10(max(_distortion(planes, decoded, weights.info.metric), 1e-10)))
-        sizes.append(float(np.mean(bits)))
-        levels.append(float(np.mean(decibels)))
-    return sizes, levels
+            sizes.append(math.log(len(rans.encode(symbols[0], tables, tables.frame_version))))
+            levels.append(-10 * math.log10(max(_distortion(planes, decoded, weights.info.metric), 1e-10)))
+        found.append((sizes, levels))
+    return found
 
 
 def _distortion(planes: npt.NDArray[Any], decoded: npt.NDArray[Any], metric: Metric) -> float:
@@ -316,6 +315,15 @@ def _distortion(planes: npt.NDArray[Any], decoded: npt.NDArray[Any], metric: Met
     side = min(planes.shape[2:])
     squares = (from_numpy(one[:, :, :side, :side].astype(np.float32))[:, None] for one in (decoded, planes))
     return float(multiscale_dissimilarity(*squares))
+
+
+def archive_saved(old: Sequence[Curve], new: Sequence[Curve]) -> float:
+    """Return the share of the bytes of an archive that new weights save, at equal quality of each picture.
+
+    A picture counts by its bytes, so that savings on many small ones do not hide a loss on few large ones.
+    """
+    sizes = [float(np.mean(np.exp(curve[0]))) for curve in old]
+    return float(np.average([bytes_saved(*pair) for pair in zip(old, new, strict=True)], weights=sizes))
 
 
 def bytes_saved(old: Curve, new: Curve) -> float:
@@ -328,4 +336,5 @@ def bytes_saved(old: Curve, new: Curve) -> float:
     if low >= high:
         return 0.0
     at = np.linspace(low, high, 50)
-    return float(1 - np.exp(np.mean(np.interp(at, new[1], new[0]) - np.interp(at, old[1], old[0]))))
+    sizes = [np.interp(at, np.maximum.accumulate(levels), logarithms) for logarithms, levels in (old, new)]
+    return float(1 - np.exp(np.mean(sizes[1] - sizes[0])))
