@@ -71,7 +71,9 @@ def _origin(info: WeightsInfo) -> str:
     """Return in a few words how weights came about, by their provenance, which anybody may have written."""
     known = info.provenance
     if "fitted from" in known:
-        words = f"fitted from {str(known['fitted from'])[:15]}, {known.get('windows')} windows, {known.get('minutes')} min"
+        words = (
+            f"fitted from {str(known['fitted from'])[:15]}, {known.get('windows')} windows, {known.get('minutes')} min"
+        )
     elif "steps" in known:
         words = f"{known['steps']} steps on {known.get('images')} images"
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -157,8 +156,8 @@ def fit_weights(
     assert start.exported is not None
     old = registry.load(start.exported.path)
     with registry.temporary(content) as fitted:
-        saved = archive_saved(_curves(old, sample.held_out), _curves(fitted, sample.held_out))
-        lost = -archive_saved(_curves(old, unlike), _curves(fitted, unlike))
+        saved = archive_saved(coded_curves(old, sample.held_out), coded_curves(fitted, sample.held_out))
+        lost = -archive_saved(coded_curves(old, unlike), coded_curves(fitted, unlike))
     if saved <= 0:
         return Fit(start.name, 0.0, start.name, f"held-out crops need {-saved:.1%} more bytes with the fitted weights")
     if lost > _LARGEST_LOSS:
@@ -225,7 +224,7 @@ def _nearest(metric: Metric, qualities: tuple[int, ...], windows: Sequence[Windo
     ]  # fmt: skip
     if len(known) == 1:
         return known[0]
-    curves = [_curves(registry.load(info.path), windows) for info in known]
+    curves = [coded_curves(registry.load(info.path), windows) for info in known]
     return known[max(range(len(known)), key=lambda one: archive_saved(curves[0], curves[one]))]
 
 
@@ -235,9 +234,9 @@ def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]
     metric = trainer.recipe.metric
 
     def measured() -> tuple[list[Curve], float]:
-        begin = time.monotonic()
-        curves = _estimated(measure(trainer.averaged(), held_out, metric))
-        return curves, time.monotonic() - begin
+        begin = trainer.clock()
+        curves = estimated_curves(measure(trainer.averaged(), held_out, metric))
+        return curves, trainer.clock() - begin
 
     first, cost = measured()
     saved, last = 0.0, trainer.seconds
@@ -249,7 +248,8 @@ def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]
         report(FitProgress(step.fraction, step.step, saved))
 
 
-def _estimated(points: Points) -> list[Curve]:
+def estimated_curves(points: Points) -> list[Curve]:
+    """Return the curve of each picture by the network's density."""
     bits = points.bits_per_pixel.clamp(min=1e-6).log()
     distortion = points.error if points.dissimilarity is None else points.dissimilarity
     levels = -10 * distortion.clamp(min=1e-10).log10()
@@ -266,12 +266,12 @@ def _that_remembers(
     images = [image[0].to(trainer.device) for image in _tensors(unlike)]
     floor = torch.stack([image.flatten(1).var(1, unbiased=False).mean() for image in images])[:, None]
     model.load_state_dict(before)
-    old = _estimated(measure(model, images, trainer.recipe.metric))
+    old = estimated_curves(measure(model, images, trainer.recipe.metric))
     for share in _SHARES:
         model.load_state_dict({name: torch.lerp(value, after[name], share) for name, value in before.items()})
         model.project()
         points = measure(model, images, trainer.recipe.metric)
-        if bool((points.error < floor).all()) and archive_saved(old, _estimated(points)) >= -_LARGEST_LOSS:
+        if bool((points.error < floor).all()) and archive_saved(old, estimated_curves(points)) >= -_LARGEST_LOSS:
             return model
     return None
 
@@ -289,7 +289,7 @@ def _tensors(windows: Sequence[Window]) -> Iterator[Tensor]:
         yield from_numpy(np.array(window)).permute(2, 0, 1)[None].float().div(255)
 
 
-def _curves(weights: Weights, windows: Sequence[Window]) -> list[Curve]:
+def coded_curves(weights: Weights, windows: Sequence[Window]) -> list[Curve]:
     """Return the curve of real bytes of each window."""
     settings = Settings()
     engine = Engine(weights, choose_device(settings.device))
