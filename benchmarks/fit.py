@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=16, help="held-out images")
     arguments = parser.parse_args()
     if arguments.clock == "cpu":
-        Trainer.clock = time.process_time
+        Trainer.clock = staticmethod(time.process_time)
     files = [file for file in image_files([arguments.folder]) if file.match(arguments.pattern)]
     if arguments.held_out is None:
         held_out, files = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, from_numpy
 
 from zarr_cae.coder import rans
-from zarr_cae.config import Settings
+from zarr_cae.config import process_settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.networks.device import choose_device
 from zarr_cae.networks.engine import Engine
@@ -139,7 +139,7 @@ def fit_weights(
     )  # fmt: skip
     torch.set_flush_denormal(True)
     crops = Crops.of(sample.windows, recipe, sample.held_out)
-    trainer = Trainer(recipe, crops, device=str(choose_device(Settings().device)))
+    trainer = Trainer(recipe, crops, device=str(choose_device(process_settings().device)))
     start.put_into(trainer)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     _train(trainer, crops, report or (lambda _: None))
@@ -291,7 +291,7 @@ def _tensors(windows: Sequence[Window]) -> Iterator[Tensor]:
 
 def coded_curves(weights: Weights, windows: Sequence[Window]) -> list[Curve]:
     """Return the curve of real bytes of each window."""
-    settings = Settings()
+    settings = process_settings()
     engine = Engine(weights, choose_device(settings.device))
     found = []
     for window in windows:

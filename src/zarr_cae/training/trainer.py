@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -126,7 +126,7 @@ def measure(model: GainedAutoencoder, images: Iterable[Tensor], metric: Metric) 
 class Trainer:
     """A network in training, with its optimiser, averaged weights and checkpoint."""
 
-    clock = time.monotonic
+    clock: Callable[[], float] = staticmethod(time.monotonic)
     """What the `minutes` of a recipe are measured by, in seconds."""
 
     def __init__(self, recipe: Recipe, crops: Crops, *, device: str = "cpu") -> None:

@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.files import atomic_write
-from zarr_cae.weights.file import DEFAULT_MODEL, ZOO_MODEL, Weights, WeightsInfo, read, read_info
+from zarr_cae.weights.file import DEFAULT_MODEL, NAME, ZOO_MODEL, Weights, WeightsInfo, read, read_info
 
 CACHE_VARIABLE = "ZARR_CAE_WEIGHTS"
 DEFAULT_NAME = "photographs"
@@ -134,7 +134,7 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     """
     if weights is None or weights == DEFAULT_NAME:
         return default_digest(model, quality, metric)
-    if not isinstance(weights, str) or not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", weights):
+    if not isinstance(weights, str) or not NAME.fullmatch(weights):
         return check_digest(weights)
     known = list(available())
     for info in known:
