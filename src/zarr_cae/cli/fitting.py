@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -64,7 +64,9 @@ def fit_to_images(arguments: argparse.Namespace, options: Options, images: Seque
 
     def opened(path: Path) -> Picture:
         item = new_array(open_source(path, **chosen), options)
-        return Picture(item.source.array, item.codec.channel_axis, item.codec.value_range, item.source.close)
+        return Picture(
+            item.source.array, cast("int | None", item.codec.channel_axis), item.codec.value_range, item.source.close
+        )
 
     parts = [Part(megapixels(path, **chosen), partial(opened, path)) for path in images]
     return replace(options, weights=_fit(arguments, options.quality, parts))
@@ -114,11 +116,11 @@ def _begun_with(out: Path) -> str | None:
     from zarr_cae.slides.journal import journal_folder
 
     try:
-        known = json.loads((journal_folder(Path(out.absolute())) / "journal.json").read_bytes())
+        known: dict[str, Any] = json.loads((journal_folder(Path(out.absolute())) / "journal.json").read_bytes())
     except (FileNotFoundError, ValueError):  # there is none, or the process was killed while it wrote it
         return None
     weights = known.get("several images", known).get("weights")
-    return weights[0] if isinstance(weights, list) and weights else weights
+    return str(weights[0]) if isinstance(weights, list) and weights else cast("str | None", weights)
 
 
 def store_weights(out: Path, arguments: argparse.Namespace) -> None:

@@ -293,7 +293,7 @@ def coded_curves(weights: Weights, windows: Sequence[Window]) -> list[Curve]:
     """Return the curve of real bytes of each window."""
     settings = process_settings()
     engine = Engine(weights, choose_device(settings.device))
-    found = []
+    found: list[Curve] = []
     for window in windows:
         sizes, levels = [], []
         grey = window.strides[2] == 0

@@ -35,7 +35,7 @@ def draw_unlike(edge: int, random: np.random.Generator) -> Pixels:
             draw.regular_polygon((x, y, radius), int(random.integers(3, 6)), random.uniform(0, 360), _colour(random))
     leaves = np.asarray(picture.resize((edge, edge), Image.Resampling.BOX), np.float32)
     found = leaves + random.uniform(0, 15) * _texture(edge, random)
-    return np.rint(found.clip(0, 255)).astype(np.uint8)
+    return np.asarray(np.rint(found.clip(0, 255)), np.uint8)
 
 
 def _colour(random: np.random.Generator) -> tuple[int, int, int]:
@@ -50,7 +50,7 @@ def _texture(edge: int, random: np.random.Generator) -> npt.NDArray[Any]:
     spectrum = amplitude * np.exp(2j * np.pi * random.random(amplitude.shape))
     spectrum[0, 0] = 0
     noise = np.fft.irfft2(spectrum, (edge, edge))
-    return (noise / noise.std())[..., None]
+    return np.asarray((noise / noise.std())[..., None])
 
 
 def pictures_to_check() -> list[Pixels]:
