@@ -72,7 +72,7 @@ def main() -> None:
     if unknown := set(arguments.only) - set(NETWORKS):
         parser.error(f"unknown networks: {', '.join(sorted(unknown))}; choose from {', '.join(NETWORKS)}")
     images = read_images(arguments.images)
-    digests = []
+    digests: dict[str, str] = {}
     for name in arguments.only:
         metric, _, rates = name.rpartition("-")
         qualities = RANGES[cast("Range", rates)]
@@ -89,11 +89,14 @@ def main() -> None:
         info = train_network(
             images, folder, recipe, start, resume, Report(name), device=arguments.device, name=arguments.name
         )
-        digests.append(info.digest)
+        digests[name] = info.digest
         print(f"{name}: {info.digest}\n  zarr-cae weights import {info.path}", flush=True)
-    print("\nThen, for held-out images and for Kodak:")
-    print(f"  python benchmarks/domains.py HELDOUT/* --weights {','.join(digests)}")
-    print(f"  zarr-cae evaluate KODAK --weights {digests[0]} --chunks 256 --published CURVES.json")
+    print("\nThen, for held-out images (mse) and for Kodak:")
+    squared = [digest for name, digest in digests.items() if name.startswith("mse")]
+    if squared:
+        print(f"  python benchmarks/domains.py HELDOUT/* --weights {','.join(squared)}")
+    for name, digest in digests.items():
+        print(f"  zarr-cae evaluate KODAK --weights {digest} --chunks 256 --published CURVES.json  # {name}")
 
 
 if __name__ == "__main__":

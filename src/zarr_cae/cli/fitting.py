@@ -99,9 +99,11 @@ def fit_to_slides(arguments: argparse.Namespace, choices: Choices, sources: Sequ
                "the workers, and give --weights")  # fmt: skip
     if not any(set(choices.qualities) <= set(one) for one in RANGES.values()):
         refuse("--fit fits one network, for qualities 1 to 5 or for 6 to 8; give --quality within one of these")
-    known = None if arguments.restart else _begun_with(out)
-    if known is not None:
-        note(f"going on with the weights that this conversion began with, {known[:19]}...")
+    settings = None if arguments.restart else _settings_of_journal(out)
+    if settings is not None:
+        weights = settings.get("several images", settings).get("weights")
+        known = str(weights[0]) if isinstance(weights, list) and weights else cast("str | None", weights)
+        note(f"going on with the weights that this conversion began with: {known or 'the bundled ones'}")
         return replace(choices, weights=known)
 
     def part(conversion: Conversion) -> Part:
@@ -111,16 +113,15 @@ def fit_to_slides(arguments: argparse.Namespace, choices: Choices, sources: Sequ
     return replace(choices, weights=_fit(arguments, choices.qualities[0], parts))
 
 
-def _begun_with(out: Path) -> str | None:
-    """Return the digest of the weights of an interrupted conversion, from its journal."""
+def _settings_of_journal(out: Path) -> dict[str, Any] | None:
+    """Return the settings of an interrupted conversion to an output, if there is one."""
     from zarr_cae.slides.journal import journal_folder
 
     try:
-        known: dict[str, Any] = json.loads((journal_folder(Path(out.absolute())) / "journal.json").read_bytes())
+        found = json.loads((journal_folder(Path(out.absolute())) / "journal.json").read_bytes())
     except (FileNotFoundError, ValueError):  # there is none, or the process was killed while it wrote it
         return None
-    weights = known.get("several images", known).get("weights")
-    return str(weights[0]) if isinstance(weights, list) and weights else cast("str | None", weights)
+    return found if isinstance(found, dict) else None
 
 
 def store_weights(out: Path, arguments: argparse.Namespace) -> None:
