@@ -30,7 +30,7 @@ def test_other_sources_are_refused(photograph):
     for options, message in (({"minutes": 0}, "time"), ({"quality": 9}, "from 1 to 8")):
         with pytest.raises(CAEConfigurationError, match=message):
             fit_weights(photograph, **options)
-    with pytest.raises(CAEConfigurationError, match="at least 96"):
+    with pytest.raises(CAEConfigurationError, match="at least 96 px"):
         fit_weights(photograph[:128, :128], metric="ms-ssim")
 
 

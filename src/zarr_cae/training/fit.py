@@ -23,7 +23,7 @@ from zarr_cae.training.data import Crops, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.loss import SMALLEST_CROP, multiscale_dissimilarity
 from zarr_cae.training.model import RANGES, GainedAutoencoder
-from zarr_cae.training.sampling import EDGE, Part, Picture, Window, sample_windows
+from zarr_cae.training.sampling import EDGE, Part, Picture, Window, large_enough, sample_windows
 from zarr_cae.training.start import Start
 from zarr_cae.training.trainer import Points, Recipe, Trainer, measure
 from zarr_cae.training.unlike import draw_unlike, pictures_to_check
@@ -132,6 +132,8 @@ def fit_weights(
     qualities = next((qualities for qualities in RANGES.values() if quality in qualities), None)
     if qualities is None:
         raise CAEConfigurationError(f"cae: quality must be from 1 to 8, got {quality}")
+    if metric == "ms-ssim":
+        sample = large_enough(sample, SMALLEST_CROP)
     start = Start.find(_nearest(metric, qualities, sample.windows[:_NEAREST_WINDOWS]).digest)
     recipe = Recipe(
         start.rates, metric, minutes=minutes, crop=_crop(sample.windows, crop, metric), rate=_RATE, seed=seed,
@@ -204,14 +206,10 @@ def _part(array: Any) -> Part:
 def _crop(windows: Sequence[Window], largest: int, metric: Metric) -> int:
     """Return the largest edge of crops for which most windows are large enough."""
     sides = sorted(min(window.shape[:2]) for window in windows)
-    most = sides[len(sides) // 4]
     least = SMALLEST_CROP if metric == "ms-ssim" else _CROPS[-1]
-    fitting = [edge for edge in {largest, *_CROPS} if least <= edge <= min(largest, most)]
-    if not fitting:
-        raise CAEConfigurationError(
-            f"cae: most windows of the images have sides of {most} px; a fit for {metric} needs at least {least}"
-        )
-    return max(fitting)
+    return max(
+        edge for edge in {least, largest, *_CROPS} if least <= edge <= max(least, min(largest, sides[len(sides) // 4]))
+    )
 
 
 def _nearest(metric: Metric, qualities: tuple[int, ...], windows: Sequence[Window]) -> WeightsInfo:

@@ -112,6 +112,24 @@ def sample_windows(parts: Sequence[Part], seed: int) -> Sample:
     return Sample(rest, [held_out[index] for index in chosen])
 
 
+def large_enough(sample: Sample, least: int) -> Sample:
+    """Return the windows of a sample with sides of at least `least` pixels.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If there are fewer than three to train on, or none to hold out.
+    """
+    windows, held_out = (
+        [window for window in some if min(window.shape[:2]) >= least] for some in (sample.windows, sample.held_out)
+    )
+    if len(windows) < 3 or not held_out:
+        raise CAEConfigurationError(
+            f"cae: a fit for ms-ssim needs windows of at least {least} px; the images are too small"
+        )
+    return Sample(windows, held_out)
+
+
 def _windows(part: Part, edge: int, count: int, random: np.random.Generator) -> list[Window]:
     """Return up to `count` windows of a part in random order, few of which are flat."""
     picture = part.open()
