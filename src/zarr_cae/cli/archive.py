@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, progress, quality, refuse, value_range
+from zarr_cae.cli.fitting import add_fit, fit_to_images, store_weights
 from zarr_cae.cli.images import (
     PAGES,
     RGBA,
@@ -49,7 +50,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("-q", "--quality", type=quality, default=8, help="1 (smallest) to 8 (best); default 8")
     parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
-    parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
+    parser.add_argument("--weights", metavar="NAME|DIGEST", help="a name or a digest that `weights list` shows")
+    add_fit(parser)
     parser.add_argument("--chunks", type=pair, default=(256, 256), metavar="ROWS,COLS", help="default 256,256")
     parser.add_argument("--shards", type=pair, metavar="ROWS,COLS", help="files of many chunks; a multiple of --chunks")
     parser.add_argument(
@@ -94,8 +96,10 @@ def encode(arguments: argparse.Namespace) -> None:
             refuse(f"{path} and {others} would both become array {name!r}; rename one")
     chosen = {"series": arguments.series, "level": arguments.level}
     with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
+        options = fit_to_images(arguments, options, images)
         arrays = (new_array(open_source(path, **chosen), options) for path in images)
         write(arrays, partial, sum(megapixels(path, **chosen) for path in images), group=len(images) > 1)
+        store_weights(partial, arguments)
     print("\n".join(_summary(array) for array in _arrays(out)))
 
 
