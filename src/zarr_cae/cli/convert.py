@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from zarr_cae.cli.arguments import Commands, command, note, pair, progress, quality, refuse, several, value_range
 from zarr_cae.cli.replacing import refuse_existing, take_place
 from zarr_cae.cli.writing import BAR
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from zarr_cae.slides.conversion import Choices, Conversion
+    from zarr_cae.slides.journal import Journal
+
 
 def add(commands: Commands) -> None:
     """Declare `convert` and its arguments."""
     parser = command(
         commands, "convert", convert,
-        "Convert a slide or any other image into an OME-Zarr 0.5 pyramid. The image is read piece by piece. A "
-        "conversion that was interrupted goes on when the same command is given again.",
+        "Convert a slide or any other image into an OME-Zarr 0.5 pyramid, or several into a group with a pyramid for "
+        "each, named after the files. An image is read piece by piece. A conversion that was interrupted goes on when "
+        "the same command is given again.",
     )  # fmt: skip
-    parser.add_argument("slide", type=Path, metavar="SLIDE", help="TIFF, SVS, NDPI, MRXS, .zarr, .npy, PNG ...")
-    parser.add_argument("out", type=Path, metavar="OUT.ome.zarr")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH",
+        help="SLIDE... OUT.ome.zarr: the images (TIFF, SVS, NDPI, MRXS, .zarr, .npy, PNG ...), and last the output",
+    )  # fmt: skip
     parser.add_argument(
         "-q", "--quality", type=several(quality), default=[8], metavar="Q[,Q...]",
         help="1 (smallest) to 8 (best), default 8; several: of level 0, level 1 and so on, the last one for the rest",
@@ -45,45 +57,100 @@ def add(commands: Commands) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Run `zarr-cae convert`."""
-    from zarr_cae.slides.cluster import convert_on_dask
-    from zarr_cae.slides.conversion import Choices, create, prepare
-    from zarr_cae.slides.convert import convert_here
-    from zarr_cae.slides.journal import Journal
+    from zarr_cae.slides.conversion import Choices
 
-    out = Path(arguments.out.absolute())
-    if out.suffix != ".zarr":
-        refuse(f"the output ends in .ome.zarr or .zarr; got {arguments.out}")
-    refuse_existing(out, overwrite=arguments.overwrite)
-    if not out.parent.is_dir():
-        refuse(f"folder {out.parent} does not exist")
+    *sources, out = [Path(path) for path in arguments.paths]
+    if not sources or out.suffix != ".zarr":
+        refuse(f"the last path is the output and ends in .ome.zarr or .zarr; got {out}")
+    refuse_existing(Path(out.absolute()), overwrite=arguments.overwrite)
+    if not out.absolute().parent.is_dir():
+        refuse(f"folder {out.absolute().parent} does not exist")
     choices = Choices(
         tuple(arguments.quality), arguments.metric, arguments.model, arguments.weights, arguments.chunks,
         arguments.shards, arguments.levels, arguments.downsample, arguments.value_range, arguments.series,
         arguments.level,
     )  # fmt: skip
-    conversion = prepare(arguments.slide, choices)
-    with Journal(out, conversion.settings, restart=arguments.restart) as journal:
-        if not journal.resumed or not (journal.out / "zarr.json").exists():
-            create(conversion, journal.out)
-        done = [block for block in conversion.pyramid.blocks() if block in journal]
-        if done:
-            note(f"going on after {len(done)} blocks")
+    if len(sources) == 1:
+        _convert_one(sources[0], out, choices, arguments)
+    else:
+        _convert_several(sources, out, choices, arguments)
+
+
+def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
+    """Convert one file to an image at the root of the output."""
+    from zarr_cae.slides.conversion import prepare
+    from zarr_cae.slides.journal import Journal
+
+    conversion = prepare(source, choices)
+    with Journal(Path(out.absolute()), conversion.settings, restart=arguments.restart) as journal:
         with progress(conversion.megapixels, "MP", "convert", bar_format=BAR) as bar:
-            for block in done:
-                rows, columns = conversion.pyramid.window(block)
-                bar.update((rows.stop - rows.start) * (columns.stop - columns.start) / 1e6)
-            if arguments.dask is None:
-                convert_here(conversion, journal, bar.update)
-            else:
-                convert_on_dask(conversion, journal, bar.update, arguments.dask)
-        take_place(journal.out, out)
+            _run(conversion, journal, bar, arguments.dask)
+        take_place(journal.out, Path(out.absolute()))
         journal.remove()
+    _report(conversion, out)
+
+
+def _convert_several(sources: list[Path], out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
+    """Convert several files to the images of a group; see `zarr_cae.slides.collection`."""
+    from zarr_cae.slides.collection import create_collection, image_names, image_target, is_placed, list_images
+    from zarr_cae.slides.conversion import prepare
+    from zarr_cae.slides.journal import Journal
+
+    names = image_names(sources)
+    images = {name: prepare(source, choices) for name, source in zip(names, sources, strict=True)}
+    with Journal(Path(out.absolute()), {"several images": asdict(choices)}, restart=arguments.restart) as whole:
+        if not whole.resumed:
+            create_collection(whole.out)
+        total = sum(conversion.megapixels for conversion in images.values())
+        complete: dict[str, Path] = {}
+        with progress(total, "MP", "convert", bar_format=BAR) as bar:
+            for name, conversion in images.items():
+                if is_placed(whole, name, conversion):
+                    _skip(bar, conversion.megapixels)
+                    continue
+                with Journal(image_target(whole, name), conversion.settings) as journal:
+                    _run(conversion, journal, bar, arguments.dask)
+                    complete[name] = journal.out
+        for name, image in complete.items():
+            take_place(image, whole.out / name)
+        list_images(whole.out, names)
+        take_place(whole.out, Path(out.absolute()))
+        whole.remove()
+    for name, conversion in images.items():
+        _report(conversion, out / name)
+
+
+def _run(conversion: Conversion, journal: Journal, bar: tqdm[NoReturn], dask: str | None) -> None:
+    """Convert what is not done yet of an image, here or on a cluster."""
+    from zarr_cae.slides.cluster import convert_on_dask
+    from zarr_cae.slides.conversion import create
+    from zarr_cae.slides.convert import convert_here
+
+    if not journal.resumed:
+        create(conversion, journal.out)
+    done = [block for block in conversion.pyramid.blocks() if block in journal]
+    if done:
+        note(f"{conversion.source}: going on after {len(done)} blocks")
+        _skip(bar, sum(conversion.pyramid.pixels(block) for block in done) / 1e6)
+    if dask is None:
+        convert_here(conversion, journal, bar.update)
+    else:
+        convert_on_dask(conversion, journal, bar.update, dask)
+
+
+def _skip(bar: tqdm[NoReturn], megapixels: float) -> None:
+    """Count what an earlier run did as done, but not in the speed of this run."""
+    bar.initial += megapixels
+    bar.n += megapixels
+    bar.last_print_n = bar.n
+    bar.refresh()
+
+
+def _report(conversion: Conversion, image: Path) -> None:
     sizes = ", ".join(f"{columns} x {rows}" for rows, columns in conversion.pyramid.sizes)
-    stored = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    pixels = conversion.pyramid.sizes[0][0] * conversion.pyramid.sizes[0][1]
-    for length in conversion.pyramid.planes:
-        pixels *= length
-    print(f"{arguments.out}: {sizes}; {stored:,} bytes, {8 * stored / pixels:.3f} bits per pixel of level 0")
+    stored = sum(path.stat().st_size for path in image.rglob("*") if path.is_file())
+    pixels = math.prod(conversion.pyramid.planes) * math.prod(conversion.pyramid.sizes[0])
+    print(f"{image}: {sizes}; {stored:,} bytes, {8 * stored / pixels:.3f} bits per pixel of level 0")
 
 
 def _shards(text: str) -> tuple[int, int] | None:

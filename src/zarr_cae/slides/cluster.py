@@ -62,8 +62,7 @@ def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, 
             journal.record(block)
             for child in conversion.pyramid.children(block):
                 remove_reduced(journal.folder, child)
-            rows, columns = conversion.pyramid.window(block)
-            advance((rows.stop - rows.start) * (columns.stop - columns.start) / 1e6)
+            advance(conversion.pyramid.pixels(block) / 1e6)
         client.run(close_slide, on_error="ignore")
 
 

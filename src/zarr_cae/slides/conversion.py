@@ -12,11 +12,12 @@ import zarr
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.background import WritingCodec
+from zarr_cae.slides.journal import flush
 from zarr_cae.slides.ome import SOURCE, attributes
 from zarr_cae.slides.pyramid import Block, Downsample, Pyramid, level_sizes
 from zarr_cae.slides.sources import Slide, open_slide
 
-__all__ = ["Choices", "Conversion", "array_options", "create", "prepare"]
+__all__ = ["Choices", "Conversion", "array_options", "create", "prepare", "source_state"]
 
 _BLOCK = 4096
 
@@ -70,6 +71,8 @@ class Conversion:
     pyramid: Pyramid
     value_range: tuple[float, float]
     fill_value: float
+    state: dict[str, int] = field(default_factory=dict, hash=False)
+    """Size of the source and when it was last modified, as `source_state` returns them."""
     weights: tuple[str, ...] = ()
     """Digest of the weights of each quality of `choices`."""
     attributes: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -77,11 +80,9 @@ class Conversion:
     @property
     def settings(self) -> dict[str, Any]:
         """The source and the settings that must be the same for a conversion to go on, as JSON values."""
-        status = self.source.stat()
-        state = {} if self.source.is_dir() else {"size": status.st_size, "modified": status.st_mtime_ns}
         return {
             "source": str(self.source.absolute()),
-            **state,
+            **self.state,
             **asdict(self.choices),
             "shape": self.shape,
             "dtype": self.dtype,
@@ -144,6 +145,7 @@ def prepare(source: Path, choices: Choices) -> Conversion:
             Pyramid(sizes, planes, _edge(choices)),
             value_range,
             _background(slide, value_range),
+            source_state(source),
             tuple(codec.weights for codec in codecs),
             attributes(
                 slide.name, slide.axes, slide.shape, len(sizes), slide.metadata, rgb=slide.rgb, dtype=slide.dtype,
@@ -152,6 +154,21 @@ def prepare(source: Path, choices: Choices) -> Conversion:
         )  # fmt: skip
     finally:
         slide.close()
+
+
+def source_state(source: Path) -> dict[str, int]:
+    """Return what tells a source that was changed: its bytes, and the time in nanoseconds when it was last modified.
+
+    For a folder, and for the folder that MRXS keeps beside its file, all files in it count.
+    """
+    folder = source.with_suffix("") if source.suffix.lower() == ".mrxs" else source
+    files = [source] if source.is_file() else []
+    files += [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    states = [path.stat() for path in files]
+    return {
+        "size": sum(state.st_size for state in states),
+        "modified": max((state.st_mtime_ns for state in states), default=0),
+    }
 
 
 def _edge(choices: Choices) -> tuple[int, int]:
@@ -245,3 +262,4 @@ def create(conversion: Conversion, out: Path) -> None:
     for level in range(len(conversion.pyramid.sizes)):
         kept = {name: value for name, value in conversion.attributes.items() if name == SOURCE and level == 0}
         group.create_array(str(level), attributes=kept, **array_options(conversion, level))
+    flush(out.rglob("zarr.json"), out)

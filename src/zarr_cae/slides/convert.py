@@ -20,9 +20,10 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
+from zarr_cae.errors import CAEDataError
 from zarr_cae.slides.background import begin
-from zarr_cae.slides.conversion import Conversion, array_options
-from zarr_cae.slides.journal import Journal, read_reduced, remove_reduced, write_reduced
+from zarr_cae.slides.conversion import Conversion, array_options, source_state
+from zarr_cae.slides.journal import Journal, flush, read_reduced, remove_reduced, write_reduced
 from zarr_cae.slides.pyramid import Block, reduced
 from zarr_cae.slides.sources import Slide, open_slide
 
@@ -48,9 +49,11 @@ _lock = Lock()
 
 
 def _slide(conversion: Conversion) -> Slide:
-    """Return the open slide of a conversion."""
+    """Return the open slide of a conversion. Raise CAEDataError if the file was changed since the conversion began."""
     source, choices = conversion.source, conversion.choices
-    key = source, choices.series, choices.level, source.stat().st_mtime_ns
+    if not source.is_dir() and source_state(source) != conversion.state:
+        raise CAEDataError(f"cae: {source} was changed while it was converted; give --restart to convert the new one")
+    key = source, choices.series, choices.level, *conversion.state.values()
     with _lock:
         if key not in _opened:
             while _opened:
@@ -114,10 +117,13 @@ def convert_block(
 
     async def write() -> None:
         begin(count)
-        array = _level_array(conversion, folder / "out", block.level)
-        for key in _keys(conversion, block, array):  # of an interrupted run: they would be read and merged
-            await array.store_path.store.delete(f"{array.store_path.path}/{key}")
+        out = folder / "out"
+        array = _level_array(conversion, out, block.level)
+        keys = [f"{block.level}/{key}" for key in _keys(conversion, block, array)]
+        for key in keys:  # of an interrupted run: they would be read and merged
+            await array.store_path.store.delete(key)
         await array.setitem(window, pixels)
+        await asyncio.to_thread(flush, [out / key for key in keys], out)
 
     with zarr.config.set({"async.concurrency": max(_CONCURRENCY, zarr.config.get("async.concurrency"))}):
         asyncio.run(write())
