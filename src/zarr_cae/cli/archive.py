@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, progress, quality, refuse, value_range
+from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, quality, refuse, value_range
 from zarr_cae.cli.images import (
     PAGES,
     RGBA,
@@ -25,7 +25,7 @@ from zarr_cae.cli.images import (
     save_picture,
 )
 from zarr_cae.cli.replacing import create_npy, replacing, replacing_zarr
-from zarr_cae.cli.writing import BAR, Options, many_chunks_at_once, new_array, slabs, stored_bytes, write
+from zarr_cae.cli.writing import Options, many_chunks_at_once, new_array, pixel_bar, slabs, stored_bytes, write
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     import zarr
 
     from zarr_cae.codec.cae import CAECodec
+
+_WINDOW_SAMPLES = 1 << 20
+_READ_SAMPLES = 1 << 23
+"""Samples that `decode` reads in one window, and in all windows at a time, if a chunk is not larger."""
 
 
 def add(commands: Commands) -> None:
@@ -138,17 +142,24 @@ def _read(array: zarr.Array[Any], target: Pixels) -> None:
     It has an event loop of its own, so that Ctrl-C stops all work before it returns.
     """
     size = _positions(array) / 1e6
-    with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:
+    with many_chunks_at_once(), pixel_bar(size, "decode") as bar:
         asyncio.run(_read_slabs(array, target, lambda samples: bar.update(size * samples / array.size)))
 
 
 async def _read_slabs(array: zarr.Array[Any], target: Pixels, advance: Callable[[int], object]) -> None:
+    """Read small windows, several at a time, so that progress shows each of them and batches are full."""
     from zarr.buffer import cpu
 
-    for window in slabs(array.shape, array.shards or array.chunks):
-        with refusing_damage(str(array.store_path)):
-            target[window] = await array.async_array.getitem(window, prototype=cpu.buffer_prototype)
-        advance(target[window].size)
+    windows = list(slabs(array.shape, array.chunks, _WINDOW_SAMPLES))
+    at_a_time = asyncio.Semaphore(max(1, _READ_SAMPLES // max(1, target[windows[0]].size if windows else 1)))
+
+    async def read(window: tuple[slice, ...]) -> None:
+        async with at_a_time:
+            with refusing_damage(str(array.store_path)):
+                target[window] = await array.async_array.getitem(window, prototype=cpu.buffer_prototype)
+            advance(target[window].size)
+
+    await asyncio.gather(*map(read, windows))
 
 
 def _picture_axes(array: zarr.Array[Any], *, pages: bool) -> tuple[list[int], list[int]]:

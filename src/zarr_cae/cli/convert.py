@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from zarr_cae.cli.arguments import Commands, command, note, pair, progress, quality, refuse, several, value_range
+from zarr_cae.cli.arguments import Commands, command, note, pair, quality, refuse, several, value_range
 from zarr_cae.cli.replacing import refuse_existing, take_place
-from zarr_cae.cli.writing import BAR
+from zarr_cae.cli.writing import pixel_bar
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.
 
     conversion = prepare(source, choices)
     with Journal(Path(out.absolute()), conversion.settings, restart=arguments.restart) as journal:
-        with progress(conversion.megapixels, "MP", "convert", bar_format=BAR) as bar:
+        with pixel_bar(conversion.megapixels, "convert") as bar:
             _run(conversion, journal, bar, arguments.dask)
         take_place(journal.out, Path(out.absolute()))
         journal.remove()
@@ -103,7 +103,7 @@ def _convert_several(sources: list[Path], out: Path, choices: Choices, arguments
             create_collection(whole.out)
         total = sum(conversion.megapixels for conversion in images.values())
         complete: dict[str, Path] = {}
-        with progress(total, "MP", "convert", bar_format=BAR) as bar:
+        with pixel_bar(total, "convert") as bar:
             for name, conversion in images.items():
                 if is_placed(whole, name, conversion):
                     _skip(bar, conversion.megapixels)

@@ -1,4 +1,4 @@
-"""The codec as `convert` writes with it: chunks of one colour are coded once, and coded chunks are counted."""
+"""The codec with which `convert` and `encode` write: it codes chunks of one colour once, and counts what is coded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,32 @@ _colours: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
 _lock = Lock()
 
 
-def begin(count: Callable[[int], None]) -> None:
-    """Prepare an asyncio task to write with `WritingCodec`; `count` gets the samples of each chunk that was coded."""
+def begin(samples: int, advance: Callable[[int], object]) -> Callable[[], None]:
+    """Prepare an asyncio task to write with `WritingCodec`, and count what is coded.
+
+    Parameters
+    ----------
+    samples
+        How many samples the task will write.
+    advance
+        Called with the number of samples of each chunk that was coded; in all never more than `samples`.
+
+    Returns
+    -------
+    Callable
+        To be called after the task: counts the rest, such as chunks of fill value, which zarr does not code.
+    """
+    left = samples
+
+    def count(coded: int) -> None:
+        nonlocal left
+        coded = min(coded, left)
+        left -= coded
+        advance(coded)
+
     _counting.set(count)
     _coding.set({})
+    return lambda: count(left)
 
 
 @dataclass(frozen=True)

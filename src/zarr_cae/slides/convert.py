@@ -106,17 +106,13 @@ def convert_block(
     if block.level + 1 < len(conversion.pyramid.sizes):
         write_reduced(folder, block, reduced(pixels, conversion.choices.downsample))
     window = conversion.window(block)
-    left = pixels.size
 
     def count(samples: int) -> None:
-        nonlocal left
         if advance is not None:
-            samples = min(samples, left)
-            left -= samples
             advance(samples / conversion.channels / 1e6)
 
     async def write() -> None:
-        begin(count)
+        count_rest = begin(pixels.size, count)
         out = folder / "out"
         array = _level_array(conversion, out, block.level)
         keys = [f"{block.level}/{key}" for key in _keys(conversion, block, array)]
@@ -124,10 +120,10 @@ def convert_block(
             await array.store_path.store.delete(key)
         await array.setitem(window, pixels)
         await asyncio.to_thread(flush, [out / key for key in keys], out)
+        count_rest()
 
     with zarr.config.set({"async.concurrency": max(_CONCURRENCY, zarr.config.get("async.concurrency"))}):
         asyncio.run(write())
-    count(left)
 
 
 def _keys(conversion: Conversion, block: Block, array: zarr.AsyncArray[Any]) -> Iterable[str]:
