@@ -98,7 +98,7 @@ def _convert_several(sources: list[Path], out: Path, choices: Choices, arguments
 
     names = image_names(sources)
     images = {name: prepare(source, choices) for name, source in zip(names, sources, strict=True)}
-    with Journal(Path(out.absolute()), {"several images": asdict(choices)}, restart=arguments.restart) as whole:
+    with Journal(Path(out.absolute()), {"several images": True, **asdict(choices)}, restart=arguments.restart) as whole:
         if not whole.resumed:
             create_collection(whole.out)
         total = sum(conversion.megapixels for conversion in images.values())
@@ -140,6 +140,8 @@ def _run(conversion: Conversion, journal: Journal, bar: tqdm[NoReturn], dask: st
 
 def _skip(bar: tqdm[NoReturn], megapixels: float) -> None:
     """Count what an earlier run did as done, but not in the speed of this run."""
+    if bar.disable:
+        return
     bar.initial += megapixels
     bar.n += megapixels
     bar.last_print_n = bar.n

@@ -132,7 +132,7 @@ class Journal:
     def _clear(self) -> None:
         for name in ("journal.json", "done"):
             (self.folder / name).unlink(missing_ok=True)
-        for name in ("reduced", "out"):
+        for name in ("reduced", "images", "out"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _check(self, output: Path, settings: Mapping[str, Any]) -> bool:
