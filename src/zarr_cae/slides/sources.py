@@ -4,10 +4,11 @@
 |---|---|---|
 | TIFF: OME-TIFF, SVS, NDPI, COG, BigTIFF ... | tifffile and imagecodecs, `zarr_cae.slides.tiff` | `slides` |
 | MRXS, VSI, SCN and the other formats of OpenSlide | OpenSlide, `zarr_cae.slides.openslides` | `openslide` |
+| DICOM whole slide images: a folder of `.dcm` files, or one | wsidicom, `zarr_cae.slides.dicoms` | `dicom` |
 | zarr and OME-Zarr arrays, `.npy` | zarr, NumPy | |
 | other images | Pillow; imagecodecs for 16-bit colour, `zarr_cae.slides.pictures` | |
 
-The first two and the arrays are read window by window. Pillow decodes the whole picture.
+All but the last are read window by window. Pillow decodes the whole picture.
 """
 
 from __future__ import annotations
@@ -200,7 +201,8 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
     Parameters
     ----------
     path
-        The file, or the folder of a zarr hierarchy (also an array inside one: `OUT.zarr/0`).
+        The file, the folder of a zarr hierarchy (also of an array inside one: `OUT.zarr/0`), or a folder of DICOM
+        files.
     series
         Which of the images in the file; by default the first, and the file is refused if several are equal in size.
     level
@@ -212,7 +214,11 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         If no reader knows the file, a library that reads it is not installed (the error names the extra), or there is
         no such series or level. OSError if the file can't be read.
     """
+    from zarr_cae.slides.dicoms import is_dicom, open_dicom
+
     suffix = path.suffix.lower()
+    if path.exists() and is_dicom(path):
+        return open_dicom(path, level=level)
     if (path.is_dir() and suffix != ".mrxs") or any(part.endswith(".zarr") for part in path.parts):
         from zarr_cae.slides.arrays import open_zarr
 
