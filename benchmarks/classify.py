@@ -26,6 +26,8 @@ All networks end in the same layers, which see one position for 16 x 16 pixels. 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import tempfile
 import time
 from collections import defaultdict
@@ -189,10 +191,11 @@ def main() -> None:
             raise SystemExit(f"{arguments.folder} has no files named SOURCE__CASE__STAIN__PLACE.jpg")
         archive = work / "slides.ome.zarr"
         options = ["--quality", str(arguments.quality), "--chunks", str(PATCH), "--shards", "none"]
-        seconds, failed = timed(lambda: zarr_cae(["convert", *map(str, files), str(archive), *options]))
+        with contextlib.redirect_stdout(io.StringIO()):
+            seconds, failed = timed(lambda: zarr_cae(["convert", *map(str, files), str(archive), *options]))
         if failed:
             raise SystemExit(failed)
-        print(f"\n{len(files)} slides converted in {seconds:.0f} s", flush=True)
+        print(f"{len(files)} slides converted in {seconds:.0f} s", flush=True)
         measure(archive, [file.stem for file in files], arguments)
 
 
