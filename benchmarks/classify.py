@@ -1,6 +1,6 @@
 """Which stain does a slide have? A small network on latents, straight from an archive, and the same on pixels.
 
-    python benchmarks/classify.py FOLDER [--quality 4] [--epochs 10] [--tiles 2] [--repeats 1]
+    python benchmarks/classify.py FOLDER [--quality 4] [--epochs 8] [--tiles 2] [--repeats 1]
 
 FOLDER holds tiles of slides as files named SOURCE__CASE__STAIN__PLACE.jpg, such as those cut from the slides of the
 Pathology Atlas (github.com/pathologyatlas). The classes are haematoxylin and eosin (HE), immunohistochemistry (IHC) and
@@ -116,9 +116,9 @@ class Scaled(nn.Module):
 
 
 def strided() -> nn.Sequential:
-    """Return four convolutions of stride 2: (3, 128, 128) to (96, 8, 8)."""
+    """Return four convolutions of stride 2: (3, 128, 128) to (64, 8, 8)."""
     layers: list[nn.Module] = [Scaled()]
-    for inner, outer in ((3, 16), (16, 32), (32, 64), (64, 96)):
+    for inner, outer in ((3, 8), (8, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(inner, outer, 3, stride=2, padding=1), nn.BatchNorm2d(outer), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -129,7 +129,7 @@ def new_network(name: str, latents: int) -> Network:
     if name == "pixels, blocks":
         return Network(nn.Sequential(Scaled(), nn.PixelUnshuffle(16)), 768)
     if name == "pixels, CNN":
-        return Network(strided(), 96)
+        return Network(strided(), 64)
     return Network(nn.Sequential(Scaled(), nn.AvgPool2d(16)), 3)
 
 
@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quality", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=1, help="runs from other random numbers")
     parser.add_argument("--tiles", type=int, default=2, help="tiles of each slide, at most")
     arguments = parser.parse_args()
