@@ -25,6 +25,7 @@ from zarr_cae.slides.conversion import Choices, create, prepare
 from zarr_cae.slides.convert import convert_here
 from zarr_cae.slides.journal import Journal, journal_folder
 from zarr_cae.slides.pyramid import Block, reduced
+from zarr_cae.slides.sources import open_slide
 
 tifffile = pytest.importorskip("tifffile")
 Write = Callable[..., Path]
@@ -418,3 +419,34 @@ def test_a_folder_that_was_changed_is_another_source(tissue: np.ndarray, tmp_pat
     array[:100, :100] = 7
     with pytest.raises(CAEConfigurationError, match="modified was"):
         Journal(tmp_path / "out", prepare(tmp_path / "a.zarr", Choices((2,), chunks=(64, 64))).settings)
+
+
+def test_axes_sizes_and_names_come_back_in_an_ome_tiff(write: Write, tissue: np.ndarray, tmp_path: Path) -> None:
+    grey = np.stack([tissue[rows : rows + 70, 100:190].transpose(2, 0, 1) for rows in (80, 90)]).astype(np.uint16) * 16
+    sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.25, "PhysicalSizeYUnit": "µm"}
+    metadata = {"axes": "ZCYX", "SignificantBits": 12, "Channel": {"Name": ["DAPI", "GFP", "RFP"]}, **sizes}
+    stack = write("a.ome.tif", grey, photometric="minisblack", metadata=metadata)
+    slide = write("b.ome.tif", tissue, metadata={"axes": "YXS", **sizes}, iccprofile=b"a profile")
+    for source, axes in ((stack, "czyx"), (slide, "cyx")):
+        original = open_slide(source)
+        values = ["--value-range", "0,4095"] if axes == "czyx" else []
+        for command, name, level in (("encode", "", 0), ("convert", "0", 0), ("convert", "1", 1)):
+            out, back = tmp_path / f"{command}.zarr", tmp_path / "back.ome.tif"
+            if not level:
+                options = ["-q", "8", "--chunks", "32", "--overwrite", *values]
+                assert main([command, str(source), str(out), *options]) == 0
+            assert main(["decode", str(out / name), str(back)]) == 0
+            found = open_slide(back)
+            assert (found.axes, found.rgb, found.dtype) == (axes, original.rgb, original.dtype)
+            assert found.shape == (*original.shape[:-2], *(-(-n // 2**level) for n in original.shape[-2:]))
+            assert found.metadata.pixel_size == {
+                "x": (0.5 * 2**level, "micrometer"), "y": (0.25 * 2**level, "micrometer"),
+            }  # fmt: skip
+            assert found.metadata.channel_names == original.metadata.channel_names
+            assert found.metadata.icc_profile == original.metadata.icc_profile
+            if not level:
+                window = [slice(0, length) for length in original.shape]
+                peak = 4095 if axes == "czyx" else 255
+                assert psnr(found.read(window), original.read(window), peak) > 30
+            found.close()
+        original.close()

@@ -70,7 +70,8 @@ def add(commands: Commands) -> None:
     parser = command(
         commands, "decode", decode,
         "Decode a Zarr array into an image file. The format is the suffix's: any that Pillow writes, .tif also "
-        "for stacks, or .npy, which holds arrays of every shape and dtype. An existing file is replaced.",
+        "for stacks, .ome.tif, which keeps axes, pixel sizes and channel names, or .npy, which holds arrays of every "
+        "shape and dtype. An existing file is replaced.",
     )  # fmt: skip
     parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
     parser.add_argument("image", type=Path, metavar="IMAGE")
@@ -124,7 +125,11 @@ def decode(arguments: argparse.Namespace) -> None:
             cast("np.memmap[Any, Any]", target).flush()
         return
     from zarr_cae.slides.arrays import kept_metadata
+    from zarr_cae.slides.ome_tiff import is_ome_tiff
 
+    if is_ome_tiff(path):
+        _decode_ome_tiff(array, path)
+        return
     stack, page = _picture_axes(array, pages=name in PAGES)
     shape = [array.shape[axis] for axis in page]
     picture(np.empty(shape, array.dtype), path)  # refuse before the work
@@ -134,6 +139,21 @@ def decode(arguments: argparse.Namespace) -> None:
         picture(np.ascontiguousarray(one), path) for one in pixels.transpose(*stack, *page).reshape(-1, *shape)
     )
     save_picture(first, path, name, further=further, metadata=kept_metadata(array.attrs.asdict()))
+
+
+def _decode_ome_tiff(array: zarr.Array[Any], path: Path) -> None:
+    from zarr_cae.slides.arrays import kept_metadata
+    from zarr_cae.slides.ome_tiff import write_ome_tiff
+
+    names = tuple(getattr(array.metadata, "dimension_names", None) or ())
+    if not {"y", "x"} <= set(names) <= set("tczyx"):
+        refuse(f"{array.store_path} does not name its axes t, c, z, y and x; write it to .tif or .npy")
+    channels = _channel_axis(array)
+    rgb = channels is not None and names[channels] == "c" and array.shape[channels] == 3
+    pixels = np.empty(array.shape, array.dtype)
+    _read(array, pixels)
+    with replacing(path) as partial:
+        write_ome_tiff(partial, pixels, "".join(names), kept_metadata(array.attrs.asdict()), rgb=rgb)
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:

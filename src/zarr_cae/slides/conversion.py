@@ -13,7 +13,8 @@ import zarr
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.background import WritingCodec
 from zarr_cae.slides.journal import flush
-from zarr_cae.slides.ome import SOURCE, attributes
+from zarr_cae.slides.metadata import SlideMetadata
+from zarr_cae.slides.ome import attributes, source_attributes
 from zarr_cae.slides.pyramid import Block, Downsample, Pyramid, level_sizes
 from zarr_cae.slides.sources import Slide, open_slide
 
@@ -75,6 +76,7 @@ class Conversion:
     """Size of the source and when it was last modified, as `source_state` returns them."""
     weights: tuple[str, ...] = ()
     """Digest of the weights of each quality of `choices`."""
+    metadata: SlideMetadata = field(default_factory=SlideMetadata, hash=False)
     attributes: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -147,6 +149,7 @@ def prepare(source: Path, choices: Choices) -> Conversion:
             _background(slide, value_range),
             source_state(source),
             tuple(codec.weights for codec in codecs),
+            slide.metadata,
             attributes(
                 slide.name, slide.axes, slide.shape, len(sizes), slide.metadata, rgb=slide.rgb, dtype=slide.dtype,
                 value_range=value_range, downsample=choices.downsample,
@@ -260,6 +263,6 @@ def create(conversion: Conversion, out: Path) -> None:
     """Write the metadata of a pyramid: the group and the array of every level."""
     group = zarr.create_group(out, attributes=conversion.attributes, overwrite=True)
     for level in range(len(conversion.pyramid.sizes)):
-        kept = {name: value for name, value in conversion.attributes.items() if name == SOURCE and level == 0}
+        kept = source_attributes(conversion.metadata, level)
         group.create_array(str(level), attributes=kept, **array_options(conversion, level))
     flush(out.rglob("zarr.json"), out)
