@@ -36,23 +36,25 @@ def add(commands: Commands) -> None:
         "-q", "--quality", type=several(quality), default=[8], metavar="Q[,Q...]",
         help="1 (smallest) to 8 (best), default 8; several: of level 0, level 1 and so on, the last one for the rest",
     )  # fmt: skip
-    parser.add_argument("--metric", choices=METRICS, default="mse", help="what the network was trained for")
+    parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
     parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
     parser.add_argument("--chunks", type=pair, default=(512, 512), metavar="ROWS,COLS", help="default 512")
     parser.add_argument(
-        "--shards", type=_shards, default=(4096, 4096), metavar="ROWS,COLS|none", help="files of many chunks; 4096"
+        "--shards", type=_shards, default=(4096, 4096), metavar="ROWS,COLS|none", help="files of chunks; default 4096"
     )
     parser.add_argument(
         "--levels", type=_levels, metavar="N|auto", help="default auto: halve the image until it fits into a chunk"
     )
     parser.add_argument("--downsample", choices=("mean", "nearest"), default="mean", help="default mean")
-    parser.add_argument("--value-range", type=value_range, metavar="LO,HI", help="values of the data, if not uint8")
+    parser.add_argument(
+        "--value-range", type=value_range, metavar="LO,HI", help="lowest and highest value; for dtypes but uint8"
+    )
     parser.add_argument("--series", type=int, metavar="N", help="which image of a file that holds several")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="begin at this level of the file's pyramid")
-    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a dask.distributed cluster that does the work")
+    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of the dask.distributed cluster that converts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.ome.zarr if it exists")
-    parser.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    parser.add_argument("--restart", action="store_true", help="begin an interrupted conversion anew")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -78,10 +80,9 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
     """Convert one file to an image at the root of the output."""
-    from zarr_cae.slides.conversion import prepare
     from zarr_cae.slides.journal import Journal
 
-    conversion = prepare(source, choices)
+    conversion = _prepare(source, choices)
     with Journal(Path(out.absolute()), conversion.settings, restart=arguments.restart) as journal:
         with pixel_bar(conversion.megapixels, "convert") as bar:
             _run(conversion, journal, bar, arguments.dask)
@@ -93,11 +94,10 @@ def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.
 def _convert_several(sources: list[Path], out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
     """Convert several files to the images of a group; see `zarr_cae.slides.collection`."""
     from zarr_cae.slides.collection import create_collection, image_names, image_target, is_placed, list_images
-    from zarr_cae.slides.conversion import prepare
     from zarr_cae.slides.journal import Journal
 
     names = image_names(sources)
-    images = {name: prepare(source, choices) for name, source in zip(names, sources, strict=True)}
+    images = {name: _prepare(source, choices) for name, source in zip(names, sources, strict=True)}
     with Journal(Path(out.absolute()), {"several images": True, **asdict(choices)}, restart=arguments.restart) as whole:
         if not whole.resumed:
             create_collection(whole.out)
@@ -118,6 +118,16 @@ def _convert_several(sources: list[Path], out: Path, choices: Choices, arguments
         whole.remove()
     for name, conversion in images.items():
         _report(conversion, out / name)
+
+
+def _prepare(source: Path, choices: Choices) -> Conversion:
+    """Open a slide and decide how it is converted; say so where the file does not tell the range of its values."""
+    from zarr_cae.slides.conversion import prepare
+
+    conversion = prepare(source, choices)
+    if conversion.dtype[1:] == "u2" and conversion.value_range == (0, 65535) and choices.value_range is None:
+        note(f"{source} is uint16, coded as values from 0 to 65535; give --value-range 0,4095 if it has 12 bits")
+    return conversion
 
 
 def _run(conversion: Conversion, journal: Journal, bar: tqdm[NoReturn], dask: str | None) -> None:

@@ -93,7 +93,7 @@ def _size(array: Any, axes: list[str]) -> tuple[int, int]:
 
 
 def kept_metadata(attributes: Mapping[str, Any]) -> SlideMetadata:
-    """Return what an archive of this package keeps of the file that it was made from."""
+    """Return the metadata of the original file that an archive of this package keeps in its attributes."""
     kept = attributes.get(SOURCE)
     if not isinstance(kept, dict):
         return SlideMetadata()

@@ -1,4 +1,4 @@
-"""What a conversion is: the choices, the grid, levels and codecs that follow from them, and the output's metadata."""
+"""Decide how a slide is converted: levels, grid, codecs and metadata, from the slide and the user's choices."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Choices:
     Attributes
     ----------
     qualities
-        Quality of level 0, of level 1, and so on; the last one holds for all further levels.
+        Quality of level 0, of level 1 and so on. The last one is that of all further levels.
     metric, model, weights
         As in `CAECodec`.
     chunks, shards
         Rows and columns of a chunk and of a shard; no shards if `shards` is None.
     levels
-        Number of levels; None halves the image until it fits into a chunk.
+        Number of levels. None: as many as halve the image until it fits into a chunk.
     downsample
         "mean" or "nearest".
     value_range
-        Lowest and highest value; None takes 0 to 255 for uint8, and else what the file says.
+        Lowest and highest value. None: 0 to 255 for uint8, and what the file says for other dtypes.
     series, level
         Which image of the file, and which of its levels becomes level 0.
     """
@@ -94,12 +94,12 @@ class Conversion:
 
     @property
     def megapixels(self) -> float:
-        """Pixels of all levels, in millions; the channels of a place count as one pixel."""
+        """Pixels of all levels and planes, in millions. Red, green and blue together count as one pixel."""
         return math.prod(self.pyramid.planes) * sum(rows * columns for rows, columns in self.pyramid.sizes) / 1e6
 
     @property
     def channels(self) -> int:
-        """Samples of a pixel that are coded together."""
+        """How many samples of a pixel are coded together: 3 for RGB, else 1."""
         return self.shape[self.axes.index("c")] if self.rgb else 1
 
     def window(self, block: Block) -> tuple[slice, ...]:
@@ -117,12 +117,12 @@ class Conversion:
 
 
 def prepare(source: Path, choices: Choices) -> Conversion:
-    """Open a slide and decide how it is converted; no pixel is read but those in its corners.
+    """Open a slide and decide how it is converted. Of its pixels, only the corners are read.
 
     Raises
     ------
     CAEConfigurationError
-        If the file can't be read (see `open_slide`), or what is chosen does not fit it.
+        If the file can't be read (see `open_slide`), or the choices do not fit it.
     """
     slide = open_slide(source, series=choices.series, level=choices.level)
     try:
@@ -160,9 +160,10 @@ def prepare(source: Path, choices: Choices) -> Conversion:
 
 
 def source_state(source: Path) -> dict[str, int]:
-    """Return what tells a source that was changed: its bytes, and the time in nanoseconds when it was last modified.
+    """Return the size of a source in bytes, and when it was last modified, in nanoseconds.
 
-    For a folder, and for the folder that MRXS keeps beside its file, all files in it count.
+    Either differs if the source was changed. The files in a folder count together. So do an MRXS file and the files in
+    the folder beside it.
     """
     folder = source.with_suffix("") if source.suffix.lower() == ".mrxs" else source
     files = [source] if source.is_file() else []
@@ -233,7 +234,7 @@ def _codec(choices: Choices, quality: int, slide: Slide, value_range: tuple[floa
 
 
 def array_options(conversion: Conversion, level: int) -> dict[str, Any]:
-    """Return what `zarr.create_array` needs for a level, without its place."""
+    """Return the arguments of `zarr.create_array` for a level, without those that say where it is stored."""
     choices, sizes = conversion.choices, conversion.pyramid.sizes[level]
     place = min(level, len(choices.qualities) - 1)
     slide = Slide("", np.empty((0,) * len(conversion.axes), conversion.dtype), conversion.axes, conversion.rgb)

@@ -1,6 +1,6 @@
 """Convert a slide into an OME-Zarr pyramid, block after block.
 
-    convert_block    read or assemble the pixels of one block, write its shard, keep its reduced copy
+    convert_block    read or assemble the pixels of one block, write its shard and its reduced copy
     convert_here     all blocks in this process, the next one read while one is coded
 
 `zarr_cae.slides.conversion` opens the slide and decides; `zarr_cae.slides.cluster` gives the blocks to other machines.
@@ -31,13 +31,13 @@ __all__ = ["Advance", "close_slide", "convert_block", "convert_here"]
 
 Pixels = npt.NDArray[Any]
 Advance = Callable[[float], object]
-"""Called with the megapixels that are done since the last call."""
+"""Called with the megapixels that were coded since the last call."""
 _CONCURRENCY = 64
 _CONFIG: Any = {"write_empty_chunks": False}
 
 
 def _level_array(conversion: Conversion, out: Path, level: int) -> zarr.AsyncArray[Any]:
-    """Open the array of a level for writing, with a codec that knows chunks of one colour."""
+    """Open the array of a level, to write with `WritingCodec`."""
     model = zarr.create_array(MemoryStore(), config=_CONFIG, **array_options(conversion, level))
     where = StorePath(LocalStore(out), str(level))
     return zarr.AsyncArray(cast("Any", model.metadata), where, config=_CONFIG)
@@ -95,9 +95,9 @@ def convert_block(
     conversion, folder
         The conversion and the folder of its journal.
     block
-        Which block; its children must be done.
+        The block. Its children must be done.
     pixels
-        Its pixels, if they are read already.
+        Its pixels, if they were read already.
     advance
         Called as chunks are coded.
     """
@@ -116,7 +116,7 @@ def convert_block(
         out = folder / "out"
         array = _level_array(conversion, out, block.level)
         keys = [f"{block.level}/{key}" for key in _keys(conversion, block, array)]
-        for key in keys:  # of an interrupted run: they would be read and merged
+        for key in keys:  # left by an interrupted run: zarr would read and merge them
             await array.store_path.store.delete(key)
         await array.setitem(window, pixels)
         await asyncio.to_thread(flush, [out / key for key in keys], out)

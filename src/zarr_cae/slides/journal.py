@@ -1,11 +1,11 @@
-"""The journal of a conversion: what is done, so that it can be interrupted at any moment and go on.
+"""The journal of a conversion. It records which blocks are done, so that an interrupted conversion can go on.
 
 The journal is a folder beside the output, `.NAME.converting`, until all is done:
 
     journal.json   source, settings and the version of the format; another source or setting is refused
     done           one line for each block that is complete
     reduced/       the exact reduced copies of blocks whose parent is not made yet, as .npy files
-    out/           the output, which gets its final name at the end
+    out/           the output, which is moved to its final name at the end
 
 A block is recorded only after its shard and its reduced copy are on the disk (fsync), in this order. So a process that
 is killed, or a power cut, costs at most the blocks that were in work. A lock keeps two processes from the same journal.
@@ -60,7 +60,7 @@ class Journal:
     folder
         The journal's folder.
     resumed
-        Whether there was a journal to go on with.
+        Whether the journal is that of an interrupted conversion.
 
     Raises
     ------

@@ -40,13 +40,13 @@ DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
     ValueError, struct.error, zlib.error,
 )  # fmt: skip
-"""What readers of files raise, besides OSError, for bytes that make no sense."""
+"""Exceptions, besides OSError, that the readers of file formats raise for damaged files."""
 _CACHED_BYTES = 512 << 20
 _BLOCK_BYTES = 32 << 20
 
 
 class Sliceable(Protocol):
-    """An array that is read by windows: NumPy's, zarr's, or one of this package."""
+    """An array of which windows are read: of NumPy, of zarr or of this package."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,11 +78,11 @@ class Slide:
     levels
         Rows and columns of the image and of the smaller copies that the file holds.
     by_rows
-        Whether pixels are cheap to read only together with their whole row.
+        Whether the file stores whole rows together, so that a window costs as much to read as all of its rows.
     orientation
-        The orientation tag of TIFF and EXIF, 1 to 8; windows are those of the upright image.
+        The orientation tag of TIFF and EXIF, 1 to 8. Windows are those of the upright image.
     plain
-        Whether samples are grey values or RGB as they stand; not indices of a palette, CMYK, bits or inverted.
+        Whether samples are grey or RGB values; not indices of a palette, CMYK, single bits or inverted grey values.
     close
         Closes the file.
     """
@@ -151,9 +151,10 @@ def _mirrored(window: slice, length: int) -> slice:
 
 
 class CachedRows:
-    """An array of which rows are read whole, many at a time, and kept for the next windows.
+    """An array that reads whole rows, many at a time, and keeps them for the next windows.
 
-    For files whose rows lie together (strips of a TIFF): a window of some columns would decode whole rows each time.
+    It is for files that store whole rows together, such as TIFF files of strips. Without it, each window would decode
+    its rows again.
     """
 
     def __init__(self, array: Sliceable, rows: int, columns: int, chunk_rows: int) -> None:
@@ -204,9 +205,10 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         The file, the folder of a zarr hierarchy (also of an array inside one: `OUT.zarr/0`), or a folder of DICOM
         files.
     series
-        Which of the images in the file; by default the first, and the file is refused if several are equal in size.
+        Number of the image in a file that holds several. By default the only one, or the one that the others are
+        smaller copies, labels or thumbnails of; a file that holds other images, too, is refused.
     level
-        Which of the levels of a pyramid; 0 is the largest.
+        Number of the level in a pyramid; 0 is the largest.
 
     Raises
     ------
