@@ -10,6 +10,7 @@ by name, so that a viewer that opens the group finds all of them. Until all imag
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def create_collection(out: Path) -> None:
 
 
 def list_images(out: Path, names: Sequence[str]) -> None:
-    """Write the list of the images in the group."""
+    """Write the list of the images in the group, and remove others, which an interrupted run of more files left."""
+    for member in out.iterdir():
+        if member.is_dir() and member.name not in names:
+            shutil.rmtree(member)
     attributes = {"ome": {"version": VERSION, "series": list(names)}}
     zarr.create_group(out, path=_LIST, attributes=attributes, overwrite=True)
 
