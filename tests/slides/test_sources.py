@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from zarr_cae.cli import main
 from zarr_cae.errors import CAEConfigurationError, CAEError
 from zarr_cae.slides.sources import CachedRows, Slide, open_slide
 
@@ -322,6 +323,8 @@ def test_dicom_slides(tissue: np.ndarray, tmp_path: Path) -> None:
     assert slide.levels == ((300, 420),)
     with pytest.raises(CAEConfigurationError, match="no level 2; its levels are 0: 420 x 300, 1: 210 x 150"):
         open_slide(folder, level=2)
+    assert main(["convert", str(folder), str(tmp_path / "a.ome.zarr"), "--chunks", "128", "--level", "1"]) == 0
+    assert zarr.open_array(tmp_path / "a.ome.zarr" / "0").shape == (3, 150, 210)
 
 
 @pytest.mark.filterwarnings("ignore")
