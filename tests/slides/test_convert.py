@@ -18,13 +18,14 @@ import pytest
 import zarr
 
 from zarr_cae.cli import main
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.evaluation.measures import psnr
 from zarr_cae.slides import background
 from zarr_cae.slides.conversion import Choices, create, prepare
 from zarr_cae.slides.convert import convert_here
 from zarr_cae.slides.journal import Journal, journal_folder
-from zarr_cae.slides.pyramid import reduced
+from zarr_cae.slides.pyramid import Block, reduced
+from zarr_cae.slides.sources import open_slide
 
 tifffile = pytest.importorskip("tifffile")
 Write = Callable[..., Path]
@@ -273,3 +274,179 @@ def test_dask_cluster_of_which_one_worker_is_killed(write: Write, tissue: np.nda
 def test_attributes_are_json(write: Write, tissue: np.ndarray, tmp_path: Path) -> None:
     conversion = prepare(write("a.tif", tissue), Choices())
     assert json.loads(json.dumps(conversion.attributes)) == conversion.attributes
+
+
+def test_several_files_become_the_images_of_a_group(write: Write, tissue: np.ndarray, tmp_path: Path) -> None:
+    first, second = write("a.tif", tissue), write("b.ome.tif", tissue[:140, :200])
+    out = tmp_path / "all.ome.zarr"
+    assert main(["convert", str(first), str(second), str(out), *SMALL]) == 0
+    group = zarr.open_group(out, mode="r")
+    assert group["OME"].attrs["ome"]["series"] == ["a", "b"]
+    assert group["a/0"].shape == (3, 300, 420)
+    for name, slide in (("a", first), ("b", second)):
+        assert main(["convert", str(slide), str(tmp_path / f"{name}.zarr"), *SMALL]) == 0
+        assert digests(out / name) == digests(tmp_path / f"{name}.zarr")
+    assert not journal_folder(out).exists()
+    yaozarrs = pytest.importorskip("yaozarrs")
+    yaozarrs.validate_zarr_store(str(out))
+
+
+def test_several_files_with_one_name_are_refused(
+    write: Write, tissue: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "more").mkdir()
+    slide = write("a.tif", tissue[:64, :64])
+    for other in (slide, slide.rename(tmp_path / "more" / "a.ome.tif")):
+        assert main(["convert", str(slide), str(other), str(tmp_path / "out.ome.zarr")]) == 1
+        assert "would both become image 'a'" in capsys.readouterr().err
+    named = write("ome.tif", tissue[:64, :64])
+    assert main(["convert", str(named), str(other), str(tmp_path / "out.ome.zarr")]) == 1
+    assert "'ome'" in capsys.readouterr().err
+
+
+def test_several_files_go_on_after_an_interruption(
+    write: Write,
+    tissue: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slides = [str(write(f"{name}.tif", tissue[:, : 200 + place])) for place, name in enumerate("abc")]
+    out, whole = tmp_path / "out.ome.zarr", tmp_path / "whole.ome.zarr"
+    assert main(["convert", *slides, str(whole), *SMALL]) == 0
+    original, limit = Journal.record, 8
+
+    def interrupted(self: Journal, block: Block) -> None:
+        nonlocal limit
+        limit -= 1
+        if limit < 0:
+            raise KeyboardInterrupt
+        original(self, block)
+
+    command = ["convert", *slides, str(out), *SMALL]
+    monkeypatch.setattr(Journal, "record", interrupted)
+    assert main(command) == 130
+    assert not out.exists()
+    assert main([*command, "-q", "3"]) == 1
+    assert "qualities" in capsys.readouterr().err
+    assert main(["convert", slides[0], str(out), *SMALL]) == 1
+    assert "source" in capsys.readouterr().err
+    monkeypatch.setattr(Journal, "record", original)
+    os.utime(slides[0], (1, 1))  # the first image is complete; it must not be taken for one of the changed file
+    assert main(command) == 1
+    assert "modified was" in capsys.readouterr().err
+    assert main([*command, "--restart"]) == 0
+    assert digests(out) == digests(whole)
+
+
+def test_images_that_were_moved_to_the_group_are_not_converted_again(
+    write: Write, tissue: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slides = [str(write(f"{name}.tif", tissue[:, :200])) for name in "abc"]
+    out, moved = tmp_path / "out.ome.zarr", []
+
+    def take_place(image: Path, target: Path) -> None:
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(target.name)
+        image.rename(target)
+
+    monkeypatch.setattr("zarr_cae.cli.convert.take_place", take_place)
+    assert main(["convert", *slides, str(out), *SMALL]) == 130
+    assert moved == ["a", "b"]
+    monkeypatch.undo()
+    monkeypatch.setattr("zarr_cae.slides.convert.convert_block", None)  # all blocks are done
+    assert main(["convert", *slides[1:], str(out), *SMALL]) == 0
+    assert sorted(zarr.open_group(out).group_keys()) == ["OME", "b", "c"]
+    assert not journal_folder(out).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the names of open files")
+def test_data_are_on_the_disk_before_the_journal_says_so(
+    write: Write, tissue: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut keeps only what was flushed, so a block may be recorded only after all its files were."""
+    conversion = prepare(write("a.tif", tissue), Choices((2,), chunks=(64, 64), shards=(128, 128)))
+    flushed: list[Path] = []
+    fsync, record = os.fsync, Journal.record
+    recorded = []
+
+    def observed(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    def checked(self: Journal, block: Block) -> None:
+        output = [path for path in self.out.rglob("*") if path.is_file()]
+        reduced_copies = list((self.folder / "reduced").iterdir())
+        assert any(path.parent.parent.parent.parent.name == str(block.level) for path in output)
+        assert {*output, *(path.parent for path in output)} <= set(flushed)
+        assert {path.name for path in reduced_copies} <= {path.name for path in flushed}  # under a temporary name
+        assert not reduced_copies or self.folder / "reduced" in flushed
+        flushed[:] = [path for path in flushed if path.name != "done"]
+        record(self, block)
+        assert flushed[-1] == self.folder / "done"
+        recorded.append(block)
+
+    monkeypatch.setattr(os, "fsync", observed)
+    monkeypatch.setattr(Journal, "record", checked)
+    with Journal(tmp_path / "out", conversion.settings) as journal:
+        create(conversion, journal.out)
+        convert_here(conversion, journal, lambda megapixels: None)
+    assert recorded == list(conversion.pyramid.blocks())
+
+
+def test_a_source_that_changes_meanwhile_is_refused(write: Write, tissue: np.ndarray, tmp_path: Path) -> None:
+    slide = write("a.tif", tissue)
+    conversion = prepare(slide, Choices((2,), chunks=(64, 64), shards=(128, 128)))
+
+    def change(megapixels: float) -> None:
+        write("a.tif", 255 - tissue)
+
+    with Journal(tmp_path / "out", conversion.settings) as journal:
+        create(conversion, journal.out)
+        with pytest.raises(CAEDataError, match="was changed while it was converted"):
+            convert_here(conversion, journal, change)
+    with pytest.raises(CAEConfigurationError, match="modified was"):
+        Journal(tmp_path / "out", prepare(slide, Choices((2,), chunks=(64, 64), shards=(128, 128))).settings)
+
+
+def test_a_folder_that_was_changed_is_another_source(tissue: np.ndarray, tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "a.zarr", data=tissue, chunks=(100, 100, 3))
+    settings = prepare(tmp_path / "a.zarr", Choices((2,), chunks=(64, 64))).settings
+    with Journal(tmp_path / "out", settings) as journal:
+        journal.out.mkdir()
+        (journal.out / "zarr.json").touch()
+    array[:100, :100] = 7
+    with pytest.raises(CAEConfigurationError, match="modified was"):
+        Journal(tmp_path / "out", prepare(tmp_path / "a.zarr", Choices((2,), chunks=(64, 64))).settings)
+
+
+def test_axes_sizes_and_names_come_back_in_an_ome_tiff(write: Write, tissue: np.ndarray, tmp_path: Path) -> None:
+    grey = np.stack([tissue[rows : rows + 70, 100:190].transpose(2, 0, 1) for rows in (80, 90)]).astype(np.uint16) * 16
+    sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.25, "PhysicalSizeYUnit": "µm"}
+    metadata = {"axes": "ZCYX", "SignificantBits": 12, "Channel": {"Name": ["DAPI", "GFP", "RFP"]}, **sizes}
+    stack = write("a.ome.tif", grey, photometric="minisblack", metadata=metadata)
+    slide = write("b.ome.tif", tissue, metadata={"axes": "YXS", **sizes}, iccprofile=b"a profile")
+    for source, axes in ((stack, "czyx"), (slide, "cyx")):
+        original = open_slide(source)
+        values = ["--value-range", "0,4095"] if axes == "czyx" else []
+        for command, name, level in (("encode", "", 0), ("convert", "0", 0), ("convert", "1", 1)):
+            out, back = tmp_path / f"{command}.zarr", tmp_path / "back.ome.tif"
+            if not level:
+                options = ["-q", "8", "--chunks", "32", "--overwrite", *values]
+                assert main([command, str(source), str(out), *options]) == 0
+            assert main(["decode", str(out / name), str(back)]) == 0
+            found = open_slide(back)
+            assert (found.axes, found.rgb, found.dtype) == (axes, original.rgb, original.dtype)
+            assert found.shape == (*original.shape[:-2], *(-(-n // 2**level) for n in original.shape[-2:]))
+            assert found.metadata.pixel_size == {
+                "x": (0.5 * 2**level, "micrometer"), "y": (0.25 * 2**level, "micrometer"),
+            }  # fmt: skip
+            assert found.metadata.channel_names == original.metadata.channel_names
+            assert found.metadata.icc_profile == original.metadata.icc_profile
+            if not level:
+                window = [slice(0, length) for length in original.shape]
+                peak = 4095 if axes == "czyx" else 255
+                assert psnr(found.read(window), original.read(window), peak) > 30
+            found.close()
+        original.close()

@@ -80,6 +80,27 @@ def test_dask_and_xarray_read(image: Path, tissue: np.ndarray) -> None:
     assert tree["scale1/image"].shape == (3, 150, 210)
 
 
+def test_spatialdata_holds_the_levels(image: Path, tissue: np.ndarray) -> None:
+    """SpatialData has no reader of single OME-Zarr images, so dask opens the levels."""
+    spatialdata = pytest.importorskip("spatialdata")
+    dask = pytest.importorskip("dask.array")
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Scale
+
+    scales = zarr.open_group(image, mode="r").attrs["ome"]["multiscales"][0]["datasets"]
+    micrometres = scales[0]["coordinateTransformations"][0]["scale"]
+    element = Image2DModel.parse(
+        dask.from_zarr(str(image), component="0"), dims=("c", "y", "x"), c_coords=["red", "green", "blue"],
+        transformations={"micrometer": Scale(micrometres[1:], axes=("y", "x"))},
+    )  # fmt: skip
+    data = spatialdata.SpatialData(images={"slide": element})
+    assert same(data["slide"].to_numpy(), tissue)
+    part = data.query.bounding_box(
+        axes=("y", "x"), min_coordinate=[25, 50], max_coordinate=[50, 100], target_coordinate_system="micrometer"
+    )
+    assert same(part["slide"].to_numpy(), tissue[100:200, 200:400])
+
+
 def test_ngff_zarr_reads_metadata_but_no_pixels(image: Path) -> None:
     """The reader is written in Rust and has a fixed list of codecs."""
     ngff_zarr = pytest.importorskip("ngff_zarr", minversion="0.50")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from zarr_cae.cli import main
 from zarr_cae.errors import CAEConfigurationError, CAEError
 from zarr_cae.slides.sources import CachedRows, Slide, open_slide
 
@@ -255,3 +256,84 @@ def test_damaged_tiffs_raise_our_errors(write: Write, tissue: np.ndarray, tmp_pa
                 except (CAEError, OSError):
                     refused += 1
     assert refused > 40
+
+
+def write_dicom(path: Path, pixels: np.ndarray, spacing: float, **changes: object) -> None:
+    """Write a level of a slide as a DICOM file of uncompressed tiles of 64 x 64."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage, generate_uid
+
+    def nested(**values: object) -> Dataset:
+        dataset = Dataset()
+        for name, value in values.items():
+            setattr(dataset, name, value)
+        return dataset
+
+    rows, columns, samples = pixels.shape
+    padded = np.pad(pixels, [(0, -rows % 64), (0, -columns % 64), (0, 0)])
+    tiles = padded.reshape(padded.shape[0] // 64, 64, -1, 64, samples).swapaxes(1, 2)
+    measures = nested(PixelSpacing=[spacing / 1000, spacing / 1000], SliceThickness=0.001, SpacingBetweenSlices=0.001)
+    frame_type = nested(FrameType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"])
+    illumination = nested(CodeValue="111744", CodingSchemeDesignator="DCM", CodeMeaning="Brightfield illumination")
+    optical_path = nested(
+        OpticalPathIdentifier="1", IlluminationTypeCodeSequence=[illumination], ICCProfile=b"a profile "
+    )
+    slide = nested(
+        SOPClassUID=VLWholeSlideMicroscopyImageStorage, SOPInstanceUID=generate_uid(), StudyInstanceUID="1.2.3",
+        SeriesInstanceUID="1.2.3.4", FrameOfReferenceUID="1.2.3.5", Modality="SM", ContainerIdentifier="a",
+        ImageType=["ORIGINAL" if spacing < 0.5 else "DERIVED", "PRIMARY", "VOLUME", "NONE"],
+        VolumetricProperties="VOLUME",
+        Rows=64, Columns=64, TotalPixelMatrixRows=rows, TotalPixelMatrixColumns=columns, SamplesPerPixel=samples,
+        PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8, BitsStored=8, HighBit=7,
+        PixelRepresentation=0, NumberOfFrames=tiles.shape[0] * tiles.shape[1], DimensionOrganizationType="TILED_FULL",
+        ImagedVolumeWidth=columns * spacing / 1000, ImagedVolumeHeight=rows * spacing / 1000, ImagedVolumeDepth=0.001,
+        NumberOfOpticalPaths=1, TotalPixelMatrixFocalPlanes=1, FocusMethod="AUTO", ExtendedDepthOfField="NO",
+        SharedFunctionalGroupsSequence=[
+            nested(PixelMeasuresSequence=[measures], WholeSlideMicroscopyImageFrameTypeSequence=[frame_type])
+        ],
+        OpticalPathSequence=[optical_path], PixelData=tiles.tobytes(),
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(slide, name, value)
+    slide.file_meta = FileMetaDataset()
+    slide.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    slide.file_meta.MediaStorageSOPClassUID = slide.SOPClassUID
+    slide.file_meta.MediaStorageSOPInstanceUID = slide.SOPInstanceUID
+    slide.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dicom_slides(tissue: np.ndarray, tmp_path: Path) -> None:
+    pytest.importorskip("wsidicom")
+    folder = tmp_path / "slide"
+    folder.mkdir()
+    write_dicom(folder / "0.dcm", tissue, 0.25)
+    write_dicom(folder / "1.dcm", tissue[::2, ::2], 0.5)
+    for path, level, pixels in (
+        (folder, 0, tissue), (folder, 1, tissue[::2, ::2]), (folder / "0.dcm", 0, tissue),
+    ):  # fmt: skip
+        slide = open_slide(path, level=level)
+        assert (slide.axes, slide.rgb, slide.dtype) == ("cyx", True, np.dtype(np.uint8))
+        np.testing.assert_array_equal(whole(slide), pixels.transpose(2, 0, 1))
+        window = (slice(1, 3), slice(60, 70), slice(100, 150))
+        np.testing.assert_array_equal(slide.read(window), pixels.transpose(2, 0, 1)[window])
+        assert slide.metadata.pixel_size == dict.fromkeys("xy", (0.25 * 2**level, "micrometer"))
+        assert slide.metadata.icc_profile == b"a profile "
+        slide.close()
+    assert slide.levels == ((300, 420),)
+    with pytest.raises(CAEConfigurationError, match="no level 2; its levels are 0: 420 x 300, 1: 210 x 150"):
+        open_slide(folder, level=2)
+    assert main(["convert", str(folder), str(tmp_path / "a.ome.zarr"), "--chunks", "128", "--level", "1"]) == 0
+    assert zarr.open_array(tmp_path / "a.ome.zarr" / "0").shape == (3, 150, 210)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_dicom_is_refused(tissue: np.ndarray, tmp_path: Path) -> None:
+    pytest.importorskip("wsidicom")
+    (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM" + bytes(64))
+    write_dicom(tmp_path / "b.dcm", tissue, 0.25, Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
+    write_dicom(tmp_path / "c.dcm", tissue, 0.25)
+    (tmp_path / "c.dcm").write_bytes((tmp_path / "c.dcm").read_bytes()[:-200_000])
+    for name in "abc":
+        with pytest.raises(CAEError, match=name):
+            whole(open_slide(tmp_path / f"{name}.dcm"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, progress, quality, refuse, value_range
+from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, quality, refuse, value_range
 from zarr_cae.cli.fitting import add_fit, fit_to_images, store_weights
 from zarr_cae.cli.images import (
     PAGES,
@@ -26,7 +26,7 @@ from zarr_cae.cli.images import (
     save_picture,
 )
 from zarr_cae.cli.replacing import create_npy, replacing, replacing_zarr
-from zarr_cae.cli.writing import BAR, Options, many_chunks_at_once, new_array, slabs, stored_bytes, write
+from zarr_cae.cli.writing import Options, many_chunks_at_once, new_array, pixel_bar, slabs, stored_bytes, write
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     import zarr
 
     from zarr_cae.codec.cae import CAECodec
+
+_WINDOW_SAMPLES = 1 << 20
+_READ_SAMPLES = 1 << 23
+"""Samples that `decode` reads in one window, and in all windows at a time, if a chunk is not larger."""
 
 
 def add(commands: Commands) -> None:
@@ -68,7 +72,8 @@ def add(commands: Commands) -> None:
     parser = command(
         commands, "decode", decode,
         "Decode a Zarr array into an image file. The format is the suffix's: any that Pillow writes, .tif also "
-        "for stacks, or .npy, which holds arrays of every shape and dtype. An existing file is replaced.",
+        "for stacks, .ome.tif, which keeps axes, pixel sizes and channel names, or .npy, which holds arrays of every "
+        "shape and dtype. An existing file is replaced.",
     )  # fmt: skip
     parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
     parser.add_argument("image", type=Path, metavar="IMAGE")
@@ -124,7 +129,11 @@ def decode(arguments: argparse.Namespace) -> None:
             cast("np.memmap[Any, Any]", target).flush()
         return
     from zarr_cae.slides.arrays import kept_metadata
+    from zarr_cae.slides.ome_tiff import is_ome_tiff
 
+    if is_ome_tiff(path):
+        _decode_ome_tiff(array, path)
+        return
     stack, page = _picture_axes(array, pages=name in PAGES)
     shape = [array.shape[axis] for axis in page]
     picture(np.empty(shape, array.dtype), path)  # refuse before the work
@@ -136,23 +145,45 @@ def decode(arguments: argparse.Namespace) -> None:
     save_picture(first, path, name, further=further, metadata=kept_metadata(array.attrs.asdict()))
 
 
+def _decode_ome_tiff(array: zarr.Array[Any], path: Path) -> None:
+    from zarr_cae.slides.arrays import kept_metadata
+    from zarr_cae.slides.ome_tiff import write_ome_tiff
+
+    names = tuple(getattr(array.metadata, "dimension_names", None) or ())
+    if not {"y", "x"} <= set(names) <= set("tczyx"):
+        refuse(f"{array.store_path} does not name its axes t, c, z, y and x; write it to .tif or .npy")
+    channels = _channel_axis(array)
+    rgb = channels is not None and names[channels] == "c" and array.shape[channels] == 3
+    pixels = np.empty(array.shape, array.dtype)
+    _read(array, pixels)
+    with replacing(path) as partial:
+        write_ome_tiff(partial, pixels, "".join(names), kept_metadata(array.attrs.asdict()), rgb=rgb)
+
+
 def _read(array: zarr.Array[Any], target: Pixels) -> None:
     """Decode an array into another in host memory, piece by piece.
 
     It has an event loop of its own, so that Ctrl-C stops all work before it returns.
     """
     size = _positions(array) / 1e6
-    with many_chunks_at_once(), progress(size, "MP", "decode", bar_format=BAR) as bar:
+    with many_chunks_at_once(), pixel_bar(size, "decode") as bar:
         asyncio.run(_read_slabs(array, target, lambda samples: bar.update(size * samples / array.size)))
 
 
 async def _read_slabs(array: zarr.Array[Any], target: Pixels, advance: Callable[[int], object]) -> None:
+    """Read small windows, several at a time, so that progress shows each of them and batches are full."""
     from zarr.buffer import cpu
 
-    for window in slabs(array.shape, array.shards or array.chunks):
-        with refusing_damage(str(array.store_path)):
-            target[window] = await array.async_array.getitem(window, prototype=cpu.buffer_prototype)
-        advance(target[window].size)
+    windows = list(slabs(array.shape, array.chunks, _WINDOW_SAMPLES))
+    at_a_time = asyncio.Semaphore(max(1, _READ_SAMPLES // max(1, target[windows[0]].size if windows else 1)))
+
+    async def read(window: tuple[slice, ...]) -> None:
+        async with at_a_time:
+            with refusing_damage(str(array.store_path)):
+                target[window] = await array.async_array.getitem(window, prototype=cpu.buffer_prototype)
+            advance(target[window].size)
+
+    await asyncio.gather(*map(read, windows))
 
 
 def _picture_axes(array: zarr.Array[Any], *, pages: bool) -> tuple[list[int], list[int]]:

@@ -3,91 +3,171 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from zarr_cae.cli.arguments import Commands, command, note, pair, progress, quality, refuse, several, value_range
+from zarr_cae.cli.arguments import Commands, command, note, pair, quality, refuse, several, value_range
 from zarr_cae.cli.fitting import add_fit, fit_to_slides, store_weights
 from zarr_cae.cli.replacing import refuse_existing, take_place
-from zarr_cae.cli.writing import BAR
+from zarr_cae.cli.writing import pixel_bar
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from zarr_cae.slides.conversion import Choices, Conversion
+    from zarr_cae.slides.journal import Journal
 
 
 def add(commands: Commands) -> None:
     """Declare `convert` and its arguments."""
     parser = command(
         commands, "convert", convert,
-        "Convert a slide or any other image into an OME-Zarr 0.5 pyramid. The image is read piece by piece. A "
-        "conversion that was interrupted goes on when the same command is given again.",
+        "Convert a slide or any other image into an OME-Zarr 0.5 pyramid, or several into a group with a pyramid for "
+        "each, named after the files. An image is read piece by piece. A conversion that was interrupted goes on when "
+        "the same command is given again.",
     )  # fmt: skip
-    parser.add_argument("slide", type=Path, metavar="SLIDE", help="TIFF, SVS, NDPI, MRXS, .zarr, .npy, PNG ...")
-    parser.add_argument("out", type=Path, metavar="OUT.ome.zarr")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH",
+        help="SLIDE... OUT.ome.zarr: the images (TIFF, SVS, NDPI, MRXS, .zarr, .npy, PNG ...), and last the output",
+    )  # fmt: skip
     parser.add_argument(
         "-q", "--quality", type=several(quality), default=[8], metavar="Q[,Q...]",
         help="1 (smallest) to 8 (best), default 8; several: of level 0, level 1 and so on, the last one for the rest",
     )  # fmt: skip
-    parser.add_argument("--metric", choices=METRICS, default="mse", help="what the network was trained for")
+    parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
     parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
     add_fit(parser)
     parser.add_argument("--chunks", type=pair, default=(512, 512), metavar="ROWS,COLS", help="default 512")
     parser.add_argument(
-        "--shards", type=_shards, default=(4096, 4096), metavar="ROWS,COLS|none", help="files of many chunks; 4096"
+        "--shards", type=_shards, default=(4096, 4096), metavar="ROWS,COLS|none", help="files of chunks; default 4096"
     )
     parser.add_argument(
         "--levels", type=_levels, metavar="N|auto", help="default auto: halve the image until it fits into a chunk"
     )
     parser.add_argument("--downsample", choices=("mean", "nearest"), default="mean", help="default mean")
-    parser.add_argument("--value-range", type=value_range, metavar="LO,HI", help="values of the data, if not uint8")
+    parser.add_argument(
+        "--value-range", type=value_range, metavar="LO,HI", help="lowest and highest value; for dtypes but uint8"
+    )
     parser.add_argument("--series", type=int, metavar="N", help="which image of a file that holds several")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="begin at this level of the file's pyramid")
-    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a dask.distributed cluster that does the work")
+    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of the dask.distributed cluster that converts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.ome.zarr if it exists")
-    parser.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    parser.add_argument("--restart", action="store_true", help="begin an interrupted conversion anew")
 
 
 def convert(arguments: argparse.Namespace) -> None:
     """Run `zarr-cae convert`."""
-    from zarr_cae.slides.cluster import convert_on_dask
-    from zarr_cae.slides.conversion import Choices, create, prepare
-    from zarr_cae.slides.convert import convert_here
-    from zarr_cae.slides.journal import Journal
+    from zarr_cae.slides.conversion import Choices
 
-    out = Path(arguments.out.absolute())
-    if out.suffix != ".zarr":
-        refuse(f"the output ends in .ome.zarr or .zarr; got {arguments.out}")
-    refuse_existing(out, overwrite=arguments.overwrite)
-    if not out.parent.is_dir():
-        refuse(f"folder {out.parent} does not exist")
+    *sources, out = [Path(path) for path in arguments.paths]
+    if not sources or out.suffix != ".zarr":
+        refuse(f"the last path is the output and ends in .ome.zarr or .zarr; got {out}")
+    refuse_existing(Path(out.absolute()), overwrite=arguments.overwrite)
+    if not out.absolute().parent.is_dir():
+        refuse(f"folder {out.absolute().parent} does not exist")
     choices = Choices(
         tuple(arguments.quality), arguments.metric, arguments.model, arguments.weights, arguments.chunks,
         arguments.shards, arguments.levels, arguments.downsample, arguments.value_range, arguments.series,
         arguments.level,
     )  # fmt: skip
-    choices = fit_to_slides(arguments, choices, [arguments.slide], out)
-    conversion = prepare(arguments.slide, choices)
-    with Journal(out, conversion.settings, restart=arguments.restart) as journal:
-        if not journal.resumed or not (journal.out / "zarr.json").exists():
-            create(conversion, journal.out)
-        done = [block for block in conversion.pyramid.blocks() if block in journal]
-        if done:
-            note(f"going on after {len(done)} blocks")
-        with progress(conversion.megapixels, "MP", "convert", bar_format=BAR) as bar:
-            for block in done:
-                rows, columns = conversion.pyramid.window(block)
-                bar.update((rows.stop - rows.start) * (columns.stop - columns.start) / 1e6)
-            if arguments.dask is None:
-                convert_here(conversion, journal, bar.update)
-            else:
-                convert_on_dask(conversion, journal, bar.update, arguments.dask)
+    choices = fit_to_slides(arguments, choices, sources, out)
+    if len(sources) == 1:
+        _convert_one(sources[0], out, choices, arguments)
+    else:
+        _convert_several(sources, out, choices, arguments)
+
+
+def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
+    """Convert one file to an image at the root of the output."""
+    from zarr_cae.slides.journal import Journal
+
+    conversion = _prepare(source, choices)
+    with Journal(Path(out.absolute()), conversion.settings, restart=arguments.restart) as journal:
+        with pixel_bar(conversion.megapixels, "convert") as bar:
+            _run(conversion, journal, bar, arguments.dask)
         store_weights(journal.out, arguments)
-        take_place(journal.out, out)
+        take_place(journal.out, Path(out.absolute()))
         journal.remove()
+    _report(conversion, out)
+
+
+def _convert_several(sources: list[Path], out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
+    """Convert several files to the images of a group; see `zarr_cae.slides.collection`."""
+    from zarr_cae.slides.collection import create_collection, image_names, image_target, is_placed, list_images
+    from zarr_cae.slides.journal import Journal
+
+    names = image_names(sources)
+    images = {name: _prepare(source, choices) for name, source in zip(names, sources, strict=True)}
+    with Journal(Path(out.absolute()), {"several images": True, **asdict(choices)}, restart=arguments.restart) as whole:
+        if not whole.resumed:
+            create_collection(whole.out)
+        total = sum(conversion.megapixels for conversion in images.values())
+        complete: dict[str, Path] = {}
+        with pixel_bar(total, "convert") as bar:
+            for name, conversion in images.items():
+                if is_placed(whole, name, conversion):
+                    _skip(bar, conversion.megapixels)
+                    continue
+                with Journal(image_target(whole, name), conversion.settings) as journal:
+                    _run(conversion, journal, bar, arguments.dask)
+                    complete[name] = journal.out
+        for name, image in complete.items():
+            take_place(image, whole.out / name)
+        list_images(whole.out, names)
+        store_weights(whole.out, arguments)
+        take_place(whole.out, Path(out.absolute()))
+        whole.remove()
+    for name, conversion in images.items():
+        _report(conversion, out / name)
+
+
+def _prepare(source: Path, choices: Choices) -> Conversion:
+    """Open a slide and decide how it is converted; say so where the file does not tell the range of its values."""
+    from zarr_cae.slides.conversion import prepare
+
+    conversion = prepare(source, choices)
+    if conversion.dtype[1:] == "u2" and conversion.value_range == (0, 65535) and choices.value_range is None:
+        note(f"{source} is uint16, coded as values from 0 to 65535; give --value-range 0,4095 if it has 12 bits")
+    return conversion
+
+
+def _run(conversion: Conversion, journal: Journal, bar: tqdm[NoReturn], dask: str | None) -> None:
+    """Convert what is not done yet of an image, here or on a cluster."""
+    from zarr_cae.slides.cluster import convert_on_dask
+    from zarr_cae.slides.conversion import create
+    from zarr_cae.slides.convert import convert_here
+
+    if not journal.resumed or not (journal.out / "zarr.json").exists():
+        create(conversion, journal.out)
+    done = [block for block in conversion.pyramid.blocks() if block in journal]
+    if done:
+        note(f"{conversion.source}: going on after {len(done)} blocks")
+        _skip(bar, sum(conversion.pyramid.pixels(block) for block in done) / 1e6)
+    if dask is None:
+        convert_here(conversion, journal, bar.update)
+    else:
+        convert_on_dask(conversion, journal, bar.update, dask)
+
+
+def _skip(bar: tqdm[NoReturn], megapixels: float) -> None:
+    """Count what an earlier run did as done, but not in the speed of this run."""
+    if bar.disable:
+        return
+    bar.initial += megapixels
+    bar.n += megapixels
+    bar.last_print_n = bar.n
+    bar.refresh()
+
+
+def _report(conversion: Conversion, image: Path) -> None:
     sizes = ", ".join(f"{columns} x {rows}" for rows, columns in conversion.pyramid.sizes)
-    stored = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    pixels = conversion.pyramid.sizes[0][0] * conversion.pyramid.sizes[0][1]
-    for length in conversion.pyramid.planes:
-        pixels *= length
-    print(f"{arguments.out}: {sizes}; {stored:,} bytes, {8 * stored / pixels:.3f} bits per pixel of level 0")
+    stored = sum(path.stat().st_size for path in image.rglob("*") if path.is_file())
+    pixels = math.prod(conversion.pyramid.planes) * math.prod(conversion.pyramid.sizes[0])
+    print(f"{image}: {sizes}; {stored:,} bytes, {8 * stored / pixels:.3f} bits per pixel of level 0")
 
 
 def _shards(text: str) -> tuple[int, int] | None:

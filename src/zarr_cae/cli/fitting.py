@@ -101,7 +101,7 @@ def fit_to_slides(arguments: argparse.Namespace, choices: Choices, sources: Sequ
         refuse("--fit fits one network, for qualities 1 to 5 or for 6 to 8; give --quality within one of these")
     settings = None if arguments.restart else _settings_of_journal(out)
     if settings is not None:
-        weights = settings.get("several images", settings).get("weights")
+        weights = settings.get("weights")
         known = str(weights[0]) if isinstance(weights, list) and weights else cast("str | None", weights)
         note(f"going on with the weights that this conversion began with: {known or 'the bundled ones'}")
         return replace(choices, weights=known)

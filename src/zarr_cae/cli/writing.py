@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 
 if TYPE_CHECKING:
     import zarr
+    from tqdm import tqdm
 
     from zarr_cae.codec.cae import CAECodec
 
 DEFAULT_CHUNK = 256
 _SLAB_SAMPLES = 1 << 23
 """Samples read from the source and handed to zarr at a time, if chunks and shards are not larger."""
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 _CONCURRENCY = 64
 """Chunks that zarr codes at a time: as many as fill a batch of the network."""
 
@@ -58,7 +61,7 @@ class NewArray:
 
 def new_array(source: Source, options: Options) -> NewArray:
     """Choose codec, grid and fill value. Raise CAEConfigurationError if the array can't be encoded."""
-    from zarr_cae.codec.cae import CAECodec
+    from zarr_cae.slides.background import WritingCodec
 
     wanted = source.channel_axis if options.channel_axis == "auto" else options.channel_axis
     axis = resolve_channel_axis(source.shape, wanted)
@@ -66,7 +69,7 @@ def new_array(source: Source, options: Options) -> NewArray:
     if math.prod(source.shape) == 0:
         refuse(f"{source.name} has no pixels: its shape is {source.shape}")
     value_range = _value_range(source, options.value_range)
-    codec = CAECodec(
+    codec: CAECodec = WritingCodec(
         options.quality,
         metric=options.metric,
         model=options.model,
@@ -131,10 +134,7 @@ def write(arrays: Iterable[NewArray], path: Path, megapixels: float, *, group: b
 
     It has an event loop of its own, so that Ctrl-C stops all work before it returns.
     """
-    with (
-        many_chunks_at_once(),
-        progress(megapixels, "MP", "encode", bar_format=BAR) as bar,
-    ):
+    with many_chunks_at_once(), pixel_bar(megapixels, "encode") as bar:
         asyncio.run(_write(arrays, path, bar.update, group=group))
 
 
@@ -146,7 +146,25 @@ def many_chunks_at_once() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", zarr.config.set({"async.concurrency": concurrency}))
 
 
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
+@contextmanager
+def pixel_bar(megapixels: float, text: str) -> Iterator[tqdm[NoReturn]]:
+    """Yield a progress bar of megapixels with speed and time left. Its clock runs also while nothing is complete."""
+    with progress(megapixels, "MP", text, bar_format=_BAR) as bar:
+        end = Event()
+
+        def tick() -> None:
+            while not end.wait(1):
+                bar.refresh()
+
+        clock = Thread(target=tick, name="cae-progress", daemon=True)
+        if not bar.disable:
+            clock.start()
+        try:
+            yield bar
+        finally:
+            end.set()
+            if not bar.disable:
+                clock.join()
 
 
 async def _write(arrays: Iterable[NewArray], path: Path, advance: Callable[[float], object], *, group: bool) -> None:
@@ -163,6 +181,8 @@ async def _write(arrays: Iterable[NewArray], path: Path, advance: Callable[[floa
 
 async def _write_one(item: NewArray, path: Path, advance: Callable[[float], object], *, group: bool) -> None:
     import zarr.api.asynchronous
+
+    from zarr_cae.slides.background import begin
 
     source = item.source
     array = await zarr.api.asynchronous.create_array(
@@ -182,8 +202,9 @@ async def _write_one(item: NewArray, path: Path, advance: Callable[[float], obje
     for window in slabs(source.shape, item.shards or item.chunks):
         with refusing_damage(source.name):
             pixels = np.asarray(source.array[window])
+        count_rest = begin(pixels.size, lambda samples: advance(item.megapixels * samples / math.prod(source.shape)))
         await array.setitem(window, pixels)
-        advance(item.megapixels * pixels.size / math.prod(source.shape))
+        count_rest()
 
 
 def stored_bytes(array: zarr.Array[Any]) -> int:

@@ -93,18 +93,24 @@ def _size(array: Any, axes: list[str]) -> tuple[int, int]:
 
 
 def kept_metadata(attributes: Mapping[str, Any]) -> SlideMetadata:
-    """Return what an archive of this package keeps of the file that it was made from."""
+    """Return the metadata of the original file that an archive of this package keeps in its attributes."""
     kept = attributes.get(SOURCE)
     if not isinstance(kept, dict):
         return SlideMetadata()
-    further = {name: value for name, value in kept.items() if name not in {"icc_profile", "dpi"}}
-    profile, dpi = None, None
+    known = {"icc_profile", "dpi", "pixel_size", "channel_names"}
+    further = {name: value for name, value in kept.items() if name not in known}
     try:
-        if "icc_profile" in kept:
-            profile = base64.b64decode(kept["icc_profile"], validate=True)
-        if "dpi" in kept:
-            across, down = kept["dpi"]
-            dpi = float(across), float(down)
-    except (TypeError, ValueError, binascii.Error):
+        across, down = kept.get("dpi", (None, None))
+        return SlideMetadata(
+            {
+                str(axis): (float(size), unit)
+                for axis, (size, unit) in kept.get("pixel_size", {}).items()
+                if unit_name(unit) == unit
+            },
+            tuple(str(name) for name in kept.get("channel_names", ())),
+            icc_profile=base64.b64decode(kept["icc_profile"], validate=True) if "icc_profile" in kept else None,
+            dpi=None if across is None else (float(across), float(down)),
+            further=further,
+        )
+    except (AttributeError, TypeError, ValueError, binascii.Error):  # not those that this package writes
         return SlideMetadata(further=further)
-    return SlideMetadata(icc_profile=profile, dpi=dpi, further=further)

@@ -1,4 +1,4 @@
-"""The codec as `convert` writes with it: chunks of one colour are coded once, and coded chunks are counted."""
+"""The codec with which `convert` and `encode` write: it codes chunks of one colour once, and counts what is coded."""
 
 from __future__ import annotations
 
@@ -22,24 +22,46 @@ __all__ = ["WritingCodec", "begin"]
 _counting: ContextVar[Callable[[int], None] | None] = ContextVar("counting", default=None)
 """Called with the number of samples of each chunk that was coded."""
 _coding: ContextVar[dict[tuple[Any, ...], asyncio.Lock]] = ContextVar("coding")
-"""A lock for each colour, so that of equal chunks that are coded at the same time one is coded. For one event loop."""
+"""A lock for each colour, so that of equal chunks only one goes through the network. It is for one event loop."""
 _MOST = 1024
 _colours: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
 _lock = Lock()
 
 
-def begin(count: Callable[[int], None]) -> None:
-    """Prepare an asyncio task to write with `WritingCodec`; `count` gets the samples of each chunk that was coded."""
+def begin(samples: int, advance: Callable[[int], object]) -> Callable[[], None]:
+    """Prepare an asyncio task to write with `WritingCodec`, and count what is coded.
+
+    Parameters
+    ----------
+    samples
+        How many samples the task will write.
+    advance
+        Called with the number of samples of each chunk that was coded; in all never more than `samples`.
+
+    Returns
+    -------
+    Callable
+        To be called after the task: counts the rest, such as chunks of fill value, which zarr does not code.
+    """
+    left = samples
+
+    def count(coded: int) -> None:
+        nonlocal left
+        coded = min(coded, left)
+        left -= coded
+        advance(coded)
+
     _counting.set(count)
     _coding.set({})
+    return lambda: count(left)
 
 
 @dataclass(frozen=True)
 class WritingCodec(CAECodec):
     """A `CAECodec` with the same metadata and the same bytes.
 
-    Chunks of one colour, such as the glass around the tissue, go through the network once for each colour. Chunks
-    that are all fill value do not come here: zarr leaves them out.
+    Chunks of one colour, such as the glass around the tissue, go through the network once for each colour. zarr does
+    not store chunks that are all fill value, so they are not coded at all.
     """
 
     __init__ = CAECodec.__init__
@@ -78,10 +100,10 @@ class WritingCodec(CAECodec):
             byte_setter.set_sync(self._encode_sync(chunk_array, chunk_spec))
 
     def _colour(self, chunk_array: Any) -> tuple[Any, ...] | None:
-        """Return a key that is equal for chunks of the same form and one colour; None for all other chunks."""
+        """Return a key for a chunk of one colour: equal for chunks of this colour, shape and codec. None for others."""
         pixels = np.asarray(chunk_array.as_numpy_array())
         corner = pixels[..., :1, :1]  # rows and columns are last in arrays that `convert` writes
-        for part in (pixels[..., ::61, ::67], pixels):  # most chunks differ in the first few pixels
+        for part in (pixels[..., ::61, ::67], pixels):  # a look at some pixels is enough for most chunks
             if not (part == corner).all():
                 return None
         return str(self.to_dict()), pixels.shape, pixels.dtype.str, corner.tobytes()
@@ -107,7 +129,7 @@ def _whole(chunk_array: Any, spec: Any) -> bool:
 
 
 def _is_fill(chunk_array: Any, spec: Any) -> bool:
-    """Whether zarr keeps no chunk of these pixels: all have the fill value."""
+    """Whether all pixels have the fill value, so that zarr stores no chunk."""
     return not spec.config.write_empty_chunks and bool((chunk_array.as_numpy_array() == spec.fill_value).all())
 
 

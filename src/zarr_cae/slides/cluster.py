@@ -18,16 +18,16 @@ __all__ = ["convert_on_dask"]
 def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, address: str) -> None:
     """Convert all blocks that are not done yet as tasks of a dask.distributed cluster.
 
-    A block is a task that waits for its children, so no two tasks write one shard, and a task that was lost with its
-    worker is repeated. The workers need the source and the output under the same paths, and this package. The journal
-    is written here, as tasks end.
+    Each block is a task, which waits for the tasks of its children. So no two tasks write to one shard. A task that was
+    lost with its worker is repeated. This process writes the journal, as tasks end. The workers need this package, and
+    the source and the output under the same paths.
 
     Parameters
     ----------
     conversion, journal, advance
         As in `convert_here`.
     address
-        Of the scheduler, for example "tcp://host:8786".
+        Address of the scheduler, for example "tcp://host:8786".
 
     Raises
     ------
@@ -56,14 +56,13 @@ def convert_on_dask(conversion: Conversion, journal: Journal, advance: Advance, 
                 future.result()
             except KilledWorker as error:
                 raise CAEDataError(
-                    f"cae: the workers that converted block {block.name} died, one after the other; "
-                    "is their memory enough? Give the same command again to go on"
+                    f"cae: every worker that tried block {block.name} died; perhaps they need more memory. Give the "
+                    "same command again to go on"
                 ) from error
             journal.record(block)
             for child in conversion.pyramid.children(block):
                 remove_reduced(journal.folder, child)
-            rows, columns = conversion.pyramid.window(block)
-            advance((rows.stop - rows.start) * (columns.stop - columns.start) / 1e6)
+            advance(conversion.pyramid.pixels(block) / 1e6)
         client.run(close_slide, on_error="ignore")
 
 

@@ -1,4 +1,4 @@
-"""What a conversion is: the choices, the grid, levels and codecs that follow from them, and the output's metadata."""
+"""Decide how a slide is converted: levels, grid, codecs and metadata, from the slide and the user's choices."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import zarr
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.background import WritingCodec
-from zarr_cae.slides.ome import SOURCE, attributes
+from zarr_cae.slides.journal import flush
+from zarr_cae.slides.metadata import SlideMetadata
+from zarr_cae.slides.ome import attributes, source_attributes
 from zarr_cae.slides.pyramid import Block, Downsample, Pyramid, level_sizes
 from zarr_cae.slides.sources import Slide, open_slide
 
-__all__ = ["Choices", "Conversion", "array_options", "create", "prepare"]
+__all__ = ["Choices", "Conversion", "array_options", "create", "prepare", "source_state"]
 
 _BLOCK = 4096
 
@@ -28,17 +30,17 @@ class Choices:
     Attributes
     ----------
     qualities
-        Quality of level 0, of level 1, and so on; the last one holds for all further levels.
+        Quality of level 0, of level 1 and so on. The last one is that of all further levels.
     metric, model, weights
         As in `CAECodec`.
     chunks, shards
         Rows and columns of a chunk and of a shard; no shards if `shards` is None.
     levels
-        Number of levels; None halves the image until it fits into a chunk.
+        Number of levels. None: as many as halve the image until it fits into a chunk.
     downsample
         "mean" or "nearest".
     value_range
-        Lowest and highest value; None takes 0 to 255 for uint8, and else what the file says.
+        Lowest and highest value. None: 0 to 255 for uint8, and what the file says for other dtypes.
     series, level
         Which image of the file, and which of its levels becomes level 0.
     """
@@ -70,18 +72,19 @@ class Conversion:
     pyramid: Pyramid
     value_range: tuple[float, float]
     fill_value: float
+    state: dict[str, int] = field(default_factory=dict, hash=False)
+    """Size of the source and when it was last modified, as `source_state` returns them."""
     weights: tuple[str, ...] = ()
     """Digest of the weights of each quality of `choices`."""
+    metadata: SlideMetadata = field(default_factory=SlideMetadata, hash=False)
     attributes: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The source and the settings that must be the same for a conversion to go on, as JSON values."""
-        status = self.source.stat()
-        state = {} if self.source.is_dir() else {"size": status.st_size, "modified": status.st_mtime_ns}
         return {
             "source": str(self.source.absolute()),
-            **state,
+            **self.state,
             **asdict(self.choices),
             "shape": self.shape,
             "dtype": self.dtype,
@@ -91,12 +94,12 @@ class Conversion:
 
     @property
     def megapixels(self) -> float:
-        """Pixels of all levels, in millions; the channels of a place count as one pixel."""
+        """Pixels of all levels and planes, in millions. Red, green and blue together count as one pixel."""
         return math.prod(self.pyramid.planes) * sum(rows * columns for rows, columns in self.pyramid.sizes) / 1e6
 
     @property
     def channels(self) -> int:
-        """Samples of a pixel that are coded together."""
+        """How many samples of a pixel are coded together: 3 for RGB, else 1."""
         return self.shape[self.axes.index("c")] if self.rgb else 1
 
     def window(self, block: Block) -> tuple[slice, ...]:
@@ -114,12 +117,12 @@ class Conversion:
 
 
 def prepare(source: Path, choices: Choices) -> Conversion:
-    """Open a slide and decide how it is converted; no pixel is read but those in its corners.
+    """Open a slide and decide how it is converted. Of its pixels, only the corners are read.
 
     Raises
     ------
     CAEConfigurationError
-        If the file can't be read (see `open_slide`), or what is chosen does not fit it.
+        If the file can't be read (see `open_slide`), or the choices do not fit it.
     """
     slide = open_slide(source, series=choices.series, level=choices.level)
     try:
@@ -144,7 +147,9 @@ def prepare(source: Path, choices: Choices) -> Conversion:
             Pyramid(sizes, planes, _edge(choices)),
             value_range,
             _background(slide, value_range),
+            source_state(source),
             tuple(codec.weights for codec in codecs),
+            slide.metadata,
             attributes(
                 slide.name, slide.axes, slide.shape, len(sizes), slide.metadata, rgb=slide.rgb, dtype=slide.dtype,
                 value_range=value_range, downsample=choices.downsample,
@@ -152,6 +157,22 @@ def prepare(source: Path, choices: Choices) -> Conversion:
         )  # fmt: skip
     finally:
         slide.close()
+
+
+def source_state(source: Path) -> dict[str, int]:
+    """Return the size of a source in bytes, and when it was last modified, in nanoseconds.
+
+    Either differs if the source was changed. The files in a folder count together. So do an MRXS file and the files in
+    the folder beside it.
+    """
+    folder = source.with_suffix("") if source.suffix.lower() == ".mrxs" else source
+    files = [source] if source.is_file() else []
+    files += [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    states = [path.stat() for path in files]
+    return {
+        "size": sum(state.st_size for state in states),
+        "modified": max((state.st_mtime_ns for state in states), default=0),
+    }
 
 
 def _edge(choices: Choices) -> tuple[int, int]:
@@ -213,7 +234,7 @@ def _codec(choices: Choices, quality: int, slide: Slide, value_range: tuple[floa
 
 
 def array_options(conversion: Conversion, level: int) -> dict[str, Any]:
-    """Return what `zarr.create_array` needs for a level, without its place."""
+    """Return the arguments of `zarr.create_array` for a level, without those that say where it is stored."""
     choices, sizes = conversion.choices, conversion.pyramid.sizes[level]
     place = min(level, len(choices.qualities) - 1)
     slide = Slide("", np.empty((0,) * len(conversion.axes), conversion.dtype), conversion.axes, conversion.rgb)
@@ -243,5 +264,6 @@ def create(conversion: Conversion, out: Path) -> None:
     """Write the metadata of a pyramid: the group and the array of every level."""
     group = zarr.create_group(out, attributes=conversion.attributes, overwrite=True)
     for level in range(len(conversion.pyramid.sizes)):
-        kept = {name: value for name, value in conversion.attributes.items() if name == SOURCE and level == 0}
+        kept = source_attributes(conversion.metadata, level)
         group.create_array(str(level), attributes=kept, **array_options(conversion, level))
+    flush(out.rglob("zarr.json"), out)

@@ -1,6 +1,6 @@
 """Convert a slide into an OME-Zarr pyramid, block after block.
 
-    convert_block    read or assemble the pixels of one block, write its shard, keep its reduced copy
+    convert_block    read or assemble the pixels of one block, write its shard and its reduced copy
     convert_here     all blocks in this process, the next one read while one is coded
 
 `zarr_cae.slides.conversion` opens the slide and decides; `zarr_cae.slides.cluster` gives the blocks to other machines.
@@ -20,9 +20,10 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
+from zarr_cae.errors import CAEDataError
 from zarr_cae.slides.background import begin
-from zarr_cae.slides.conversion import Conversion, array_options
-from zarr_cae.slides.journal import Journal, read_reduced, remove_reduced, write_reduced
+from zarr_cae.slides.conversion import Conversion, array_options, source_state
+from zarr_cae.slides.journal import Journal, flush, read_reduced, remove_reduced, write_reduced
 from zarr_cae.slides.pyramid import Block, reduced
 from zarr_cae.slides.sources import Slide, open_slide
 
@@ -30,13 +31,13 @@ __all__ = ["Advance", "close_slide", "convert_block", "convert_here"]
 
 Pixels = npt.NDArray[Any]
 Advance = Callable[[float], object]
-"""Called with the megapixels that are done since the last call."""
+"""Called with the megapixels that were coded since the last call."""
 _CONCURRENCY = 64
 _CONFIG: Any = {"write_empty_chunks": False}
 
 
 def _level_array(conversion: Conversion, out: Path, level: int) -> zarr.AsyncArray[Any]:
-    """Open the array of a level for writing, with a codec that knows chunks of one colour."""
+    """Open the array of a level, to write with `WritingCodec`."""
     model = zarr.create_array(MemoryStore(), config=_CONFIG, **array_options(conversion, level))
     where = StorePath(LocalStore(out), str(level))
     return zarr.AsyncArray(cast("Any", model.metadata), where, config=_CONFIG)
@@ -48,9 +49,11 @@ _lock = Lock()
 
 
 def _slide(conversion: Conversion) -> Slide:
-    """Return the open slide of a conversion."""
+    """Return the open slide of a conversion. Raise CAEDataError if the file was changed since the conversion began."""
     source, choices = conversion.source, conversion.choices
-    key = source, choices.series, choices.level, source.stat().st_mtime_ns
+    if not source.is_dir() and source_state(source) != conversion.state:
+        raise CAEDataError(f"cae: {source} was changed while it was converted; give --restart to convert the new one")
+    key = source, choices.series, choices.level, *conversion.state.values()
     with _lock:
         if key not in _opened:
             while _opened:
@@ -92,9 +95,9 @@ def convert_block(
     conversion, folder
         The conversion and the folder of its journal.
     block
-        Which block; its children must be done.
+        The block. Its children must be done.
     pixels
-        Its pixels, if they are read already.
+        Its pixels, if they were read already.
     advance
         Called as chunks are coded.
     """
@@ -103,25 +106,24 @@ def convert_block(
     if block.level + 1 < len(conversion.pyramid.sizes):
         write_reduced(folder, block, reduced(pixels, conversion.choices.downsample))
     window = conversion.window(block)
-    left = pixels.size
 
     def count(samples: int) -> None:
-        nonlocal left
         if advance is not None:
-            samples = min(samples, left)
-            left -= samples
             advance(samples / conversion.channels / 1e6)
 
     async def write() -> None:
-        begin(count)
-        array = _level_array(conversion, folder / "out", block.level)
-        for key in _keys(conversion, block, array):  # of an interrupted run: they would be read and merged
-            await array.store_path.store.delete(f"{array.store_path.path}/{key}")
+        count_rest = begin(pixels.size, count)
+        out = folder / "out"
+        array = _level_array(conversion, out, block.level)
+        keys = [f"{block.level}/{key}" for key in _keys(conversion, block, array)]
+        for key in keys:  # left by an interrupted run: zarr would read and merge them
+            await array.store_path.store.delete(key)
         await array.setitem(window, pixels)
+        await asyncio.to_thread(flush, [out / key for key in keys], out)
+        count_rest()
 
     with zarr.config.set({"async.concurrency": max(_CONCURRENCY, zarr.config.get("async.concurrency"))}):
         asyncio.run(write())
-    count(left)
 
 
 def _keys(conversion: Conversion, block: Block, array: zarr.AsyncArray[Any]) -> Iterable[str]:

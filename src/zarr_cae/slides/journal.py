@@ -1,14 +1,14 @@
-"""The journal of a conversion: what is done, so that it can be interrupted at any moment and go on.
+"""The journal of a conversion. It records which blocks are done, so that an interrupted conversion can go on.
 
 The journal is a folder beside the output, `.NAME.converting`, until all is done:
 
     journal.json   source, settings and the version of the format; another source or setting is refused
     done           one line for each block that is complete
     reduced/       the exact reduced copies of blocks whose parent is not made yet, as .npy files
-    out/           the output, which gets its final name at the end
+    out/           the output, which is moved to its final name at the end
 
-A block is recorded only after its shard and its reduced copy are written, so a process that is killed loses at most
-the blocks in work. A lock keeps two processes from the same journal.
+A block is recorded only after its shard and its reduced copy are on the disk (fsync), in this order. So a process that
+is killed, or a power cut, costs at most the blocks that were in work. A lock keeps two processes from the same journal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -29,7 +29,16 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.files import atomic_write
 from zarr_cae.slides.pyramid import Block
 
-__all__ = ["Journal", "is_recorded", "journal_folder", "read_reduced", "remove_reduced", "write_reduced"]
+__all__ = [
+    "Journal",
+    "check_settings",
+    "flush",
+    "is_recorded",
+    "journal_folder",
+    "read_reduced",
+    "remove_reduced",
+    "write_reduced",
+]
 
 _VERSION = 1
 
@@ -51,7 +60,7 @@ class Journal:
     folder
         The journal's folder.
     resumed
-        Whether there was a journal to go on with.
+        Whether the journal is that of an interrupted conversion.
 
     Raises
     ------
@@ -67,7 +76,7 @@ class Journal:
         try:
             if restart:
                 self._clear()
-            self.resumed = self._check(output, {"version": _VERSION, **settings})
+            self.resumed = self._check(output, settings)
             self._done = set(self._complete_lines())
             self._file = (self.folder / "done").open("ab")
         except BaseException:
@@ -83,7 +92,7 @@ class Journal:
         return block.name in self._done
 
     def record(self, block: Block) -> None:
-        """Record that a block and its reduced copy are written; return when that is on the disk."""
+        """Record that a block and its reduced copy are on the disk; return when the record is there, too."""
         self._file.write(f"{block.name}\n".encode())
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -123,31 +132,20 @@ class Journal:
     def _clear(self) -> None:
         for name in ("journal.json", "done"):
             (self.folder / name).unlink(missing_ok=True)
-        for name in ("reduced", "out"):
+        for name in ("reduced", "images", "out"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _check(self, output: Path, settings: dict[str, Any]) -> bool:
+    def _check(self, output: Path, settings: Mapping[str, Any]) -> bool:
         """Return whether to go on with this journal; write its settings if it is new."""
-        path = self.folder / "journal.json"
-        settings = json.loads(json.dumps(settings))
-        try:
-            known = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            known = None
+        known = _known_settings(self.folder)
         # Without the output, the process was killed after it got its final name: that conversion is complete.
         if known is None or not (self.out / "zarr.json").exists():
             self._clear()
             (self.folder / "reduced").mkdir()
-            with atomic_write(path) as partial:
-                partial.write_text(json.dumps(settings, indent=1))
+            with atomic_write(self.folder / "journal.json") as partial:
+                partial.write_text(json.dumps({"version": _VERSION, **settings}, indent=1))
             return False
-        if known != settings:
-            names = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
-            changes = "; ".join(f"{name} was {known.get(name)!r} and is {settings.get(name)!r}" for name in names)
-            raise CAEConfigurationError(
-                f"cae: an interrupted conversion to {output} had another source or other settings: {changes}. Give the "
-                "same ones to go on, or --restart to begin anew"
-            )
+        check_settings(self.folder, output, settings)
         return True
 
     def _complete_lines(self) -> Iterator[str]:
@@ -165,6 +163,53 @@ def journal_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.converting")
 
 
+def _known_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of a journal; None if it has none, or the process was killed while it wrote them."""
+    try:
+        found = json.loads((folder / "journal.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def check_settings(folder: Path, output: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a journal is of the same source and settings.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If it is not; the error names the differences.
+    """
+    known = _known_settings(folder) or {}
+    wanted = json.loads(json.dumps({"version": _VERSION, **settings}))
+    if known != wanted:
+        names = sorted(name for name in {*known, *wanted} if known.get(name) != wanted.get(name))
+        changes = "; ".join(f"{name} was {known.get(name)!r} and is {wanted.get(name)!r}" for name in names)
+        raise CAEConfigurationError(
+            f"cae: an interrupted conversion to {output} had another source or other settings: {changes}. Give the "
+            "same ones to go on, or --restart to begin anew"
+        )
+
+
+def flush(files: Iterable[Path], top: Path) -> None:
+    """Return when files are on the disk, and so are their names in the folders from `top` on. Skips missing files."""
+    present = [path for path in files if path.exists()]
+    folders = {folder for path in present for folder in path.parents if folder.is_relative_to(top)}
+    for path in present:
+        _fsync(path)
+    if sys.platform != "win32":  # which can't open folders
+        for folder in sorted(folders, reverse=True):
+            _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def is_recorded(folder: Path, block: Block) -> bool:
     """Return whether a journal that another process writes records a block as complete."""
     try:
@@ -174,9 +219,13 @@ def is_recorded(folder: Path, block: Block) -> bool:
 
 
 def write_reduced(folder: Path, block: Block, pixels: npt.NDArray[Any]) -> None:
-    """Write the reduced copy of a block, whole or not at all."""
-    with atomic_write(_reduced(folder, block)) as partial, partial.open("wb") as file:
-        np.save(file, pixels, allow_pickle=False)
+    """Write the reduced copy of a block to the disk, whole or not at all."""
+    path = _reduced(folder, block)
+    with atomic_write(path) as partial:
+        with partial.open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+        flush([partial], partial.parent)
+    flush([path], path.parent)
 
 
 def read_reduced(folder: Path, block: Block) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""`SlideMetadata`: what an image file says about its pixels, in one form for all formats."""
+"""`SlideMetadata`: pixel sizes, channel names, colour profile and resolution, in one form for all file formats."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SlideMetadata:
     dpi
         Pixels per inch along columns and rows.
     further
-        What else is kept in attributes, as JSON values.
+        Other values of the file that are kept in attributes, as JSON.
     """
 
     pixel_size: Mapping[str, tuple[float, str]] = field(default_factory=dict)

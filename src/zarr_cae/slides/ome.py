@@ -14,7 +14,7 @@ __all__ = ["SOURCE", "VERSION", "attributes", "multiscales", "source_attributes"
 
 VERSION = "0.5"
 SOURCE = "source_image"
-"""Attribute that keeps what OME-Zarr has no place for: ICC profile, resolution, description."""
+"""Attribute of an array that keeps what the file said about it: ICC profile, resolution, description, pixel size ..."""
 _TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 _RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 _COLOURS = ("FFFFFF", "00FF00", "FF00FF", "00FFFF", "FFFF00", "FF0000", "0000FF")
@@ -68,13 +68,21 @@ def attributes(
     return {"ome": ome, **source_attributes(metadata)}
 
 
-def source_attributes(metadata: SlideMetadata) -> dict[str, Any]:
-    """Return the attribute `source_image`, or nothing if there is nothing to keep."""
+def source_attributes(metadata: SlideMetadata, level: int = 0) -> dict[str, Any]:
+    """Return the attribute `source_image` of a level, or nothing if there is nothing to keep.
+
+    It repeats the pixel size and the channel names, so that an array alone is enough for `zarr-cae decode`.
+    """
     kept: dict[str, Any] = dict(metadata.further)
+    if metadata.pixel_size:
+        factors = {axis: 2**level if axis in "yx" else 1 for axis in metadata.pixel_size}
+        kept["pixel_size"] = {axis: [size * factors[axis], unit] for axis, (size, unit) in metadata.pixel_size.items()}
+    if metadata.channel_names:
+        kept["channel_names"] = list(metadata.channel_names)
     if metadata.icc_profile is not None:
         kept["icc_profile"] = base64.b64encode(metadata.icc_profile).decode("ascii")
     if metadata.dpi is not None:
-        kept["dpi"] = list(metadata.dpi)
+        kept["dpi"] = [number / 2**level for number in metadata.dpi]
     return {SOURCE: kept} if kept else {}
 
 

@@ -16,7 +16,7 @@ __all__ = ["open_with_openslide"]
 
 
 class _Regions:
-    """A level of a slide as an array (rows, columns, 3) of uint8; transparent pixels are on white."""
+    """A level of a slide as an array (rows, columns, 3) of uint8. Transparent pixels are laid on white."""
 
     def __init__(self, slide: Any, level: int) -> None:
         columns, rows = slide.level_dimensions[level]

@@ -91,12 +91,12 @@ def slide_patches(
         Rows and columns of a patch, and from one patch to the next, in latent positions of 16 x 16 pixels. The default
         of `step` is `patch`.
     level
-        Which level of the pyramid.
+        Number of the level in the pyramid; 0 is the largest.
     region
         Rows and columns in pixels of this level; only patches that lie wholly inside are taken.
     tissue
-        Take only patches of which at least a quarter is tissue (see `tissue_mask`), by a small level; another part as
-        a number from 0 to 1. False takes all.
+        True: only patches of which at least a quarter is tissue (see `tissue_mask`), judged on a small level. A number
+        from 0 to 1: the least part of a patch that must be tissue. False: all patches.
     labels
         A label for each patch in the order of `positions`, or a function of the first row and column in pixels.
     missing
@@ -175,7 +175,7 @@ def _inside(grid: npt.NDArray[np.int64], extent: npt.NDArray[np.int64], region: 
 def _tissue_parts(
     group: zarr.Group, paths: list[str], level: int, grid: npt.NDArray[np.int64], extent: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """Return which part of each patch is tissue, by the smallest level in which a patch has some pixels."""
+    """Return the part of each patch that is tissue, judged on the smallest level in which a patch has some pixels."""
     smaller = level
     while smaller + 1 < len(paths) and int(extent.min()) >> (smaller + 1 - level) >= _LEAST_PIXELS:
         smaller += 1

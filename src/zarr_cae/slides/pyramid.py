@@ -84,6 +84,12 @@ class Pyramid:
         )
         return rows, columns
 
+    def pixels(self, block: Block) -> int:
+        """Return how many pixels a block has."""
+        rows, columns = self.window(block)
+        pixels: int = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return pixels
+
     def children(self, block: Block) -> list[Block]:
         """Return the blocks of the next larger level from which a block is made; none for level 0."""
         if block.level == 0:

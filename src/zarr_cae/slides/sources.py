@@ -4,10 +4,11 @@
 |---|---|---|
 | TIFF: OME-TIFF, SVS, NDPI, COG, BigTIFF ... | tifffile and imagecodecs, `zarr_cae.slides.tiff` | `slides` |
 | MRXS, VSI, SCN and the other formats of OpenSlide | OpenSlide, `zarr_cae.slides.openslides` | `openslide` |
+| DICOM whole slide images: a folder of `.dcm` files, or one | wsidicom, `zarr_cae.slides.dicoms` | `dicom` |
 | zarr and OME-Zarr arrays, `.npy` | zarr, NumPy | |
 | other images | Pillow; imagecodecs for 16-bit colour, `zarr_cae.slides.pictures` | |
 
-The first two and the arrays are read window by window. Pillow decodes the whole picture.
+All but the last are read window by window. Pillow decodes the whole picture.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
     ValueError, struct.error, zlib.error,
 )  # fmt: skip
-"""What readers of files raise, besides OSError, for bytes that make no sense."""
+"""Exceptions, besides OSError, that the readers of file formats raise for damaged files."""
 _CACHED_BYTES = 512 << 20
 _BLOCK_BYTES = 32 << 20
 
 
 class Sliceable(Protocol):
-    """An array that is read by windows: NumPy's, zarr's, or one of this package."""
+    """An array of which windows are read: of NumPy, of zarr or of this package."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,11 +78,11 @@ class Slide:
     levels
         Rows and columns of the image and of the smaller copies that the file holds.
     by_rows
-        Whether pixels are cheap to read only together with their whole row.
+        Whether the file stores whole rows together, so that a window costs as much to read as all of its rows.
     orientation
-        The orientation tag of TIFF and EXIF, 1 to 8; windows are those of the upright image.
+        The orientation tag of TIFF and EXIF, 1 to 8. Windows are those of the upright image.
     plain
-        Whether samples are grey values or RGB as they stand; not indices of a palette, CMYK, bits or inverted.
+        Whether samples are grey or RGB values; not indices of a palette, CMYK, single bits or inverted grey values.
     close
         Closes the file.
     """
@@ -150,9 +151,10 @@ def _mirrored(window: slice, length: int) -> slice:
 
 
 class CachedRows:
-    """An array of which rows are read whole, many at a time, and kept for the next windows.
+    """An array that reads whole rows, many at a time, and keeps them for the next windows.
 
-    For files whose rows lie together (strips of a TIFF): a window of some columns would decode whole rows each time.
+    It is for files that store whole rows together, such as TIFF files of strips. Without it, each window would decode
+    its rows again.
     """
 
     def __init__(self, array: Sliceable, rows: int, columns: int, chunk_rows: int) -> None:
@@ -200,11 +202,13 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
     Parameters
     ----------
     path
-        The file, or the folder of a zarr hierarchy (also an array inside one: `OUT.zarr/0`).
+        The file, the folder of a zarr hierarchy (also of an array inside one: `OUT.zarr/0`), or a folder of DICOM
+        files.
     series
-        Which of the images in the file; by default the first, and the file is refused if several are equal in size.
+        Number of the image in a file that holds several. By default the only one, or the one that the others are
+        smaller copies, labels or thumbnails of; a file that holds other images, too, is refused.
     level
-        Which of the levels of a pyramid; 0 is the largest.
+        Number of the level in a pyramid; 0 is the largest.
 
     Raises
     ------
@@ -212,7 +216,11 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         If no reader knows the file, a library that reads it is not installed (the error names the extra), or there is
         no such series or level. OSError if the file can't be read.
     """
+    from zarr_cae.slides.dicoms import is_dicom, open_dicom
+
     suffix = path.suffix.lower()
+    if path.exists() and is_dicom(path):
+        return open_dicom(path, level=level)
     if (path.is_dir() and suffix != ".mrxs") or any(part.endswith(".zarr") for part in path.parts):
         from zarr_cae.slides.arrays import open_zarr
 

@@ -21,7 +21,7 @@ EXTRA = "pip install 'zarr-cae[slides]'"
 _AXES = {"T": "t", "Z": "z", "C": "c", "Y": "y", "X": "x"}
 _FREE = "tz"
 _LARGEST_PIXEL = 50.0
-"""Micrometres: a resolution tag that says more is that of a print, not of a microscope."""
+"""Micrometres. A resolution tag with larger pixels is that of a print, not of a microscope."""
 _MINIMUM_LEVEL = 2
 _GREY, _RGB, _YCBCR = 1, 2, 6
 
@@ -92,7 +92,7 @@ def _choose(path: Path, found: Sequence[Any], series: int | None) -> tuple[Any, 
     first = found[0]
     if len(first.levels) > 1 or len(found) == 1:
         return first, list(first.levels)
-    # Pages of several sizes: smaller copies of the first, or images of their own.
+    # Pages of several sizes are smaller copies of the first, or other images.
     rest = [other for other in found[1:] if other.axes == first.axes and other.dtype == first.dtype]
     copies = [first, *(other for other in rest if _is_copy(first, other))]
     others = [other for other in found if other not in copies and not _is_extra(other, first)]
@@ -185,7 +185,7 @@ def _metadata(file: Any, item: Any, largest: Any, series: int) -> SlideMetadata:
 
 
 def _from_resolution(dpi: tuple[float, float] | None, sizes: dict[str, tuple[float, str]]) -> None:
-    """Take pixel sizes from the resolution, if it is one of a microscope."""
+    """Take pixel sizes from the resolution, if it is that of a microscope."""
     across = (0.0, 0.0) if dpi is None else (MICROMETRES_PER_INCH / dpi[0], MICROMETRES_PER_INCH / dpi[1])
     if 0 < max(across) <= _LARGEST_PIXEL:
         sizes["x"], sizes["y"] = (across[0], "micrometer"), (across[1], "micrometer")
