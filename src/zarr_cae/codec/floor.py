@@ -70,7 +70,7 @@ def poor_tiles(
     pixels, decoded
         The pixels of a whole chunk, as they should be and as they are decoded.
     mask
-        (N, C, H, W), true for samples without data, which do not count; None if there are none.
+        Sample planes (S, H, W), true for samples without data, which do not count; None if there are none.
     candidates
         The tiles in question, numbered within the chunk; by default all.
     """
@@ -80,10 +80,10 @@ def poor_tiles(
     planes = header.tile_grid[0] * header.tile_grid[1]
     for found in tiles(header) if candidates is None else candidates:
         tile = found._replace(plane=found.number // planes)  # its plane in the chunk
-        error, variance = _errors(header, tile, original, result, mask)
+        error, variance = _errors(coder, header, tile, original, result, mask)
         if not error <= _allowed(coder, variance):  # also for NaN
             poor.append(tile)
-    return dict(over_cores(lambda tile: (tile.number, encode_pixels(_cut(header, tile, original))), poor))
+    return dict(over_cores(lambda tile: (tile.number, encode_pixels(_cut(coder, header, tile, original))), poor))
 
 
 def reaches(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None) -> bool:
@@ -96,12 +96,17 @@ def reaches(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None) -> 
 
 
 def _errors(
-    header: FrameHeader, tile: Tile, original: npt.NDArray[Any], result: npt.NDArray[Any], mask: Mask | None
+    coder: ChunkCoder,
+    header: FrameHeader,
+    tile: Tile,
+    original: npt.NDArray[Any],
+    result: npt.NDArray[Any],
+    mask: Mask | None,
 ) -> tuple[float, float]:
     """Return the mean squared error of a tile, and the mean of the variances of its components."""
     errors, variances = [], []
-    holes = None if mask is None else _cut(header, tile, mask)
-    values, known = _cut(header, tile, result), _cut(header, tile, original)
+    holes = None if mask is None else _cut(coder, header, tile, mask)
+    values, known = (_cut(coder, header, tile, one) for one in (result, original))
     for component in range(len(known)):
         here = slice(None) if holes is None else ~holes[component]
         truth = known[component][here].astype(np.float64)
@@ -139,7 +144,7 @@ def _squares(values: npt.NDArray[Any], known: npt.NDArray[Any]) -> npt.NDArray[n
     return squares
 
 
-def _cut(header: FrameHeader, tile: Tile, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _cut(coder: ChunkCoder, header: FrameHeader, tile: Tile, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the samples (C, rows, columns) of a tile."""
     pixels = tile_pixels(header, tile)
-    return samples[tile.plane, :, pixels.rows, pixels.columns]
+    return samples[coder.layout.samples_of(tile.plane), pixels.rows, pixels.columns]

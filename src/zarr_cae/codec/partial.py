@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
-from zarr_cae.codec.exact import Parts, box_pixels, restore, stored_mask, tile_pixels, tile_samples
+from zarr_cae.codec.exact import Parts, box_pixels, mask_section, restore, stored_mask, tile_pixels, tile_samples
 from zarr_cae.codec.floor import is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
-from zarr_cae.coder.lossless import encode_mask, encode_pixels
+from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Patch, Tile, decode_streams, decode_tile, encode_streams, encode_tile, tiles
 from zarr_cae.errors import FrameError
 from zarr_cae.networks.pieces import HALO
@@ -249,8 +249,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
         if (exact or mask is not None) and header.version < 3:
             header = replace(header, version=3, row=coder.row)
             streams = list(encode_streams(all_symbols, header, coder.tables))
-    section = None if mask is None else encode_mask(mask)
-    yield Put(coder.to_buffer(pack(header, streams, mask=section, exact=exact)))
+    yield Put(coder.to_buffer(pack(header, streams, mask=mask_section(coder, mask), exact=exact)))
 
 
 def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:
@@ -258,7 +257,7 @@ def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask
     if coder.nodata is None:
         return None
     mask, inside = stored_mask(coder, parts).copy(), box_pixels(box)
-    mask[box.planes, :, inside.rows, inside.columns] = coder.to_samples(find_mask(pixels, coder.nodata), box.layout)
+    mask[box.samples, inside.rows, inside.columns] = coder.to_samples(find_mask(pixels, coder.nodata), box.layout)
     return mask if mask.any() else None
 
 
@@ -271,7 +270,7 @@ def _new_exact(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> dic
     for tile in tiles(parts.header, box.planes, box.patch):
         if tile.number in exact:
             own, values = tile_pixels(parts.header, tile), tile_samples(coder, parts, tile)
-            values[:, *inside.within(own)] = samples[tile.plane, :, *own.within(inside)]
+            values[:, *inside.within(own)] = samples[box.layout.samples_of(tile.plane), *own.within(inside)]
             exact[tile.number] = encode_pixels(values)
     return exact
 
