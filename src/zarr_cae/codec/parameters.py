@@ -115,4 +115,4 @@ def resolve_nodata(dtype: np.dtype[Any], nodata: float | str | None) -> float | 
 def _number(value: Any) -> float:
     """Return an integer if `value` has an integer type, or is a whole number that a float holds exactly."""
     number = float(value)
-    return int(value) if isinstance(value, Integral) or (number.ischecked_integer() and abs(number) <= 1 << 53) else number
+    return int(value) if isinstance(value, Integral) or (number.is_integer() and abs(number) <= 1 << 53) else number
