@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zarr_cae.cli.arguments import Commands, command, note, pair, progress, quality, refuse, several, value_range
+from zarr_cae.cli.arguments import (
+    Commands, add_values, command, note, pair, progress, quality, refuse, several, value_range, values,
+)  # fmt: skip
 from zarr_cae.cli.replacing import refuse_existing, take_place
 from zarr_cae.cli.writing import BAR
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
@@ -36,6 +38,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--downsample", choices=("mean", "nearest"), default="mean", help="default mean")
     parser.add_argument("--value-range", type=value_range, metavar="LO,HI", help="values of the data, if not uint8")
+    add_values(parser)
     parser.add_argument("--series", type=int, metavar="N", help="which image of a file that holds several")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="begin at this level of the file's pyramid")
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a dask.distributed cluster that does the work")
@@ -59,7 +62,7 @@ def convert(arguments: argparse.Namespace) -> None:
     choices = Choices(
         tuple(arguments.quality), arguments.metric, arguments.model, arguments.weights, arguments.chunks,
         arguments.shards, arguments.levels, arguments.downsample, arguments.value_range, arguments.series,
-        arguments.level,
+        arguments.level, values(arguments),
     )  # fmt: skip
     conversion = prepare(arguments.slide, choices)
     with Journal(out, conversion.settings, restart=arguments.restart) as journal:

@@ -29,7 +29,7 @@ from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.exact import Parts, mask_section, restore
-from zarr_cae.codec.floor import is_unusual, poor_tiles, reaches
+from zarr_cae.codec.floor import is_unusual, measured_psnr, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
 from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
@@ -216,10 +216,11 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
         if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
             break
     exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)
-    plain = mask is None and not exact and tried is coder
+    psnr = None if tried.min_psnr is None else measured_psnr(tried, pixels, decoded, mask, exact)
+    plain = mask is None and not exact and psnr is None
     header = tried.header if plain else tried.exact_header
     streams = tiles.encode_streams(symbols, header, tried.tables)
-    return coder.to_buffer(pack(header, streams, mask=mask_section(coder, mask), exact=exact))
+    return coder.to_buffer(pack(header, streams, mask=mask_section(coder, mask), exact=exact, psnr=psnr))
 
 
 def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:

@@ -8,14 +8,15 @@ next to nothing, and only decodes and looks where there are many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.codec.exact import tile_pixels
-from zarr_cae.coder.frame import FrameHeader, Symbols
+from zarr_cae.coder.frame import NO_ERROR, FrameHeader, Symbols
 from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Tile, tiles
 from zarr_cae.pixels.mask import Mask
@@ -88,11 +89,29 @@ def poor_tiles(
 
 def reaches(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None) -> bool:
     """Return whether decoded pixels of a whole chunk reach the PSNR that the array demands; see `poor_tiles`."""
-    values, known = (coder.to_samples(one, coder.layout) for one in (decoded, pixels))
-    inside = np.ones(known.shape, bool) if mask is None else ~mask
-    if not inside.any():
-        return True
-    return bool(_squares(values, known)[inside].mean() <= _demanded(coder))
+    return _mean_error(coder, pixels, decoded, mask, ()) <= _demanded(coder)
+
+
+def measured_psnr(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None, exact: Iterable[int]) -> int:
+    """Return the PSNR of a whole chunk with exact tiles, as a frame stores it: in hundredths of dB, rounded down.
+
+    The arguments are those of `poor_tiles`, and its result.
+    """
+    error = _mean_error(coder, pixels, decoded, mask, exact)
+    if error == 0:
+        return NO_ERROR
+    return min(max(0, math.floor(1000 * math.log10(_extent(coder) ** 2 / error))), NO_ERROR - 1)
+
+
+def _mean_error(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None, exact: Iterable[int]) -> float:
+    """Return the mean squared error of a chunk; 0 if it has no data."""
+    squares = _squares(*(coder.to_samples(one, coder.layout) for one in (decoded, pixels)))
+    every = tiles(coder.geometry)
+    for number in exact:
+        own = tile_pixels(coder.geometry, every[number])
+        squares[coder.layout.samples_of(every[number].plane), own.rows, own.columns] = 0
+    inside = np.ones(squares.shape, bool) if mask is None else ~mask
+    return float(squares[inside].mean()) if inside.any() else 0.0
 
 
 def _errors(

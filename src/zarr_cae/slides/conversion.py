@@ -41,6 +41,8 @@ class Choices:
         Lowest and highest value; None takes 0 to 255 for uint8, and else what the file says.
     series, level
         Which image of the file, and which of its levels becomes level 0.
+    values
+        Further parameters of `CAECodec`: nodata, min_psnr and value_transform.
     """
 
     qualities: tuple[int, ...] = (8,)
@@ -54,6 +56,13 @@ class Choices:
     value_range: tuple[float, float] | None = None
     series: int | None = None
     level: int = 0
+    values: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def nodata(self) -> float | None:
+        """The value of pixels without data; None if all have data."""
+        value = self.values.get("nodata")
+        return float(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Conversion:
         return {
             "source": str(self.source.absolute()),
             **state,
-            **asdict(self.choices),
+            **{name: value for name, value in asdict(self.choices).items() if name != "values" or value},
             "shape": self.shape,
             "dtype": self.dtype,
             "value_range": self.value_range,
@@ -143,7 +152,7 @@ def prepare(source: Path, choices: Choices) -> Conversion:
             slide.by_rows,
             Pyramid(sizes, planes, _edge(choices)),
             value_range,
-            _background(slide, value_range),
+            _background(slide, value_range) if choices.nodata is None else choices.nodata,
             tuple(codec.weights for codec in codecs),
             attributes(
                 slide.name, slide.axes, slide.shape, len(sizes), slide.metadata, rgb=slide.rgb, dtype=slide.dtype,
@@ -200,7 +209,7 @@ def _background(slide: Slide, value_range: tuple[float, float]) -> float:
 
 
 def _codec(choices: Choices, quality: int, slide: Slide, value_range: tuple[float, float]) -> WritingCodec:
-    given: dict[str, Any] = {} if choices.model is None else {"model": choices.model}
+    given: dict[str, Any] = choices.values | ({} if choices.model is None else {"model": choices.model})
     codec: WritingCodec = WritingCodec(
         quality,
         metric=cast("Any", choices.metric),
