@@ -29,7 +29,7 @@ from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.exact import Parts, mask_section, restore
-from zarr_cae.codec.floor import is_unusual, measured_psnr, poor_tiles, reaches
+from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
 from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
@@ -216,6 +216,7 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
         if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
             break
     exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)
+    symbols = yield from calmed(tried, tried.geometry, pixels, symbols, exact)
     psnr = None if tried.min_psnr is None else measured_psnr(tried, pixels, decoded, mask, exact)
     plain = mask is None and not exact and psnr is None
     header = tried.header if plain else tried.exact_header

@@ -9,7 +9,8 @@ next to nothing, and only decodes and looks where there are many.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from zarr_cae.codec.exact import tile_pixels
 from zarr_cae.coder.frame import NO_ERROR, FrameHeader, Symbols
 from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Tile, tiles
+from zarr_cae.networks.pieces import HALO
 from zarr_cae.pixels.mask import Mask
+from zarr_cae.pixels.smooth import smoothed
 from zarr_cae.threads import over_cores
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 _UNUSUAL, _UNUSUAL_SHARE = 64, 1e-3
 """Symbols of a tile outside their alphabets, as a number or a share, up to which it is not worth a look. Photographs
 have at most one in 5,000; patterns that decode to garbage one in 200 to one in 2."""
+_SMOOTHING = (2, 4)
+"""Levels of smoothing for the latents of exact tiles, as log2 of the edges of blocks: the later one if that is not
+enough."""
 _WORSE = 1.02
 """Mean squared error in units of the variance from which a tile is worse than its mean: 0.1 dB."""
 _MARGIN = 0.999
@@ -90,6 +96,59 @@ def poor_tiles(
 def reaches(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None) -> bool:
     """Return whether decoded pixels of a whole chunk reach the PSNR that the array demands; see `poor_tiles`."""
     return _mean_error(coder, pixels, decoded, mask, ()) <= _demanded(coder)
+
+
+def calmed(
+    coder: ChunkCoder, header: FrameHeader, pixels: Any, symbols: Symbols, exact: Collection[int]
+) -> Generator[Future[Symbols], Symbols, Symbols]:
+    """Return the symbols of a chunk with those of unusual exact tiles replaced by symbols of smoothed pixels.
+
+    The pixels of exact tiles do not come from their symbols, and unusual symbols take many bytes. Symbols that take
+    part in pixels of other tiles stay.
+
+    Parameters
+    ----------
+    coder, header, pixels
+        As for `poor_tiles`.
+    symbols
+        (N, M, h, w), of these pixels.
+    exact
+        The numbers of the exact tiles.
+    """
+    every = tiles(header)
+    wild = [every[one] for one in sorted(exact) if is_unusual(_symbols_of(every[one], symbols), coder)]
+    if not wild:
+        return symbols
+    free = _free_positions(header, [every[one] for one in exact])
+    planes = sorted({tile.plane for tile in wild})
+    sharp = coder.to_planes(pixels, coder.layout)[planes]
+    symbols = symbols.copy()
+    for levels in _SMOOTHING:
+        smooth = yield coder.analyse(smoothed(sharp, levels))
+        for tile in wild:
+            own, place = _symbols_of(tile, symbols), planes.index(tile.plane)
+            new = smooth[place : place + 1, :, tile.patch.rows, tile.patch.columns]
+            np.copyto(own, new, where=free[tile.plane, tile.patch.rows, tile.patch.columns])
+        wild = [tile for tile in wild if is_unusual(_symbols_of(tile, symbols), coder)]
+        if not wild:
+            break
+    return symbols
+
+
+def _symbols_of(tile: Tile, symbols: Symbols) -> Symbols:
+    """Return a view of the symbols (1, M, h, w) of a tile in those of its chunk."""
+    return symbols[tile.plane : tile.plane + 1, :, tile.patch.rows, tile.patch.columns]
+
+
+def _free_positions(header: FrameHeader, exact: Iterable[Tile]) -> npt.NDArray[np.bool_]:
+    """Return the latent positions (N, h, w) that take part in pixels of exact tiles only."""
+    free = np.zeros((header.planes, *header.latent_shape), bool)
+    for tile in exact:
+        free[tile.plane, tile.patch.rows, tile.patch.columns] = True
+    for axis in (1, 2):
+        padded = np.pad(free, [(HALO, HALO) if one == axis else (0, 0) for one in range(3)], constant_values=True)
+        free = np.lib.stride_tricks.sliding_window_view(padded, 2 * HALO + 1, axis).all(-1)
+    return free
 
 
 def measured_psnr(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None, exact: Iterable[int]) -> int:

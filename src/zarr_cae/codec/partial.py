@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
 from zarr_cae.codec.exact import Parts, box_pixels, mask_section, restore, stored_mask, tile_pixels, tile_samples
-from zarr_cae.codec.floor import is_unusual, poor_tiles
+from zarr_cae.codec.floor import calmed, is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
@@ -238,7 +238,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     ):
         streams[number] = stream
     mask, exact = _new_mask(coder, parts, around, after), _new_exact(coder, parts, around, after)
-    unsure = any(tile.number not in exact and is_unusual(own[None], coder) for tile, own in touched)
+    unsure = any(is_unusual(own[None], coder) for _, own in touched)
     if unsure or coder.min_psnr is not None or (mask is not None and header.version < 3):
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
         _put(chunk, selection, value)
@@ -248,7 +248,9 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
         exact = {**poor, **exact}
         if (exact or mask is not None) and header.version < 3:
             header = replace(header, version=3, row=coder.row)
-            streams = list(encode_streams(all_symbols, header, coder.tables))
+        calm = yield from calmed(coder, header, chunk, all_symbols, exact)
+        if calm is not all_symbols or header.version > parts.header.version:
+            streams = list(encode_streams(calm, header, coder.tables))
     yield Put(coder.to_buffer(pack(header, streams, mask=mask_section(coder, mask), exact=exact)))
 
 

@@ -11,6 +11,8 @@ The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape`
 * Channel axis: M latent channels for an RGB chunk; M for each grey plane, plane after plane. With the codec's `colour`:
   M for the plane of the three colours, and then M for each other channel, in ascending order.
 * No channel axis: the latents have an additional last axis of length M.
+* Tiles whose pixels are stored exactly may have the latents of smoothed pixels, if those of the pixels themselves are
+  far from what the networks saw in training.
 * Other axes do not change.
 * Names of axes: `y` becomes `y_latent`, since its length is another one, and coordinates or masks along `y` can stand
   in the same data set. This holds for rows, columns and the channel axis. If 16 does not divide the chunk's edge c, the
