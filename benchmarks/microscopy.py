@@ -2,14 +2,14 @@
 
     python benchmarks/microscopy.py FOLDER [--every N] [--crop 256] [--quality 1,2,3,4,5,6,7,8] [--against jpegxl]
 
-The images are grey, 8 or 16 bits. A square of `--crop` pixels is cut from the middle of each, and coded as one chunk by
-the bundled weights, as it is and with value_transform="sqrt". JPEG XL (effort 7) codes the same square at the setting
-whose bytes come nearest, in the same run. PSNR is in dB of the largest value: 255 for 8 bits; for 16 bits 2^b - 1, where b
-is the number of bits that the image needs. JPEG XL gets such images rounded to 8 bits.
+The images are grey, 8 or 16 bits. A square of `--crop` pixels is cut from the middle of each, and coded as one chunk
+by the bundled weights, as it is and with value_transform="sqrt". JPEG XL (effort 7) codes the same square at the
+setting whose bytes come nearest, in the same run. PSNR is in dB of the largest value: 255 for 8 bits; for 16 bits
+2^b - 1, where b is the number of bits that the image needs. JPEG XL gets such images rounded to 8 bits.
 
 The first table has means over the images. The second names the images on which a quality has a lower PSNR than the one
-before it. `bias` is the mean of decoded minus original samples among the darkest half of an image, in thousandths of the
-range.
+before it. `bias` is the mean of decoded minus original samples among the darkest half of an image, in thousandths of
+the range.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main() -> None:
                     falls.append([name[:40], str(transform), f"{low} to {high}", f"{one:.2f}", f"{two:.2f}"])
     print(f"{len(pictures)} images, {arguments.crop} px\n")
     rows = [
-        [str(transform), str(quality)] + [f"{value:.{n}f}" for value, n in zip(np.mean(found, 0), (3, 2, 2, 2), strict=True)]
+        [str(transform), str(quality)]
+        + [f"{value:.{n}f}" for value, n in zip(np.mean(found, 0), (3, 2, 2, 2), strict=True)]
         for (transform, quality), found in sorted(points.items(), key=str)
     ]
     print(table(["transform", "quality", "bpp", "PSNR dB", f"{arguments.against} dB", "bias"], rows))

@@ -94,7 +94,7 @@ class Frame:
         ]
 
 
-def parse_frame(data: bytes) -> Frame:
+def parse_frame(data: bytes) -> Frame:  # noqa: C901
     r = Reader(data)
     need(r.take(4) == b"ZCAE", "no magic")
     version, flags = r.integer(1), r.integer(1)

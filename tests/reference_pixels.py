@@ -81,7 +81,7 @@ def contours(data: bytes, rows: int, width: int) -> np.ndarray:
             if y > top:
                 moves = [r.varint() for _ in range(k)]
                 columns = columns + [-(u + 1) // 2 if u & 1 else u // 2 for u in moves]
-            need(not k or (0 <= columns[0] and columns[-1] < width and (np.diff(columns) > 0).all()), "bad columns")
+            need(not k or (columns[0] >= 0 and columns[-1] < width and (np.diff(columns) > 0).all()), "bad columns")
             changes[y, columns.astype(int)] = True
         top += n
     need(r.at == len(data), "bytes after the contours")

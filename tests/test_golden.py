@@ -33,7 +33,10 @@ EXACT = [
 ]  # fmt: skip
 COLOUR = [
     ("rgba-mse-4", {"quality": 4, "channel_axis": -1, "colour": (0, 1, 2)}, "rgba"),
-    ("channels-first-mse-6", {"quality": 6, "channel_axis": 0, "colour": (3, 2, 1), "nodata": 0, "min_psnr": 36}, "five"),
+    (
+        "channels-first-mse-6", {"quality": 6, "channel_axis": 0, "colour": (3, 2, 1), "nodata": 0, "min_psnr": 36},
+        "five",
+    ),
     ("pattern-mse-8", {"quality": 8, "channel_axis": -1, "colour": (0, 1, 2)}, "pattern in alpha"),
 ]  # fmt: skip
 
@@ -47,7 +50,9 @@ def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
         "masked": np.where(holes[..., None], 0, np.maximum(crop, 1)),
         "pattern": ((x + y) % 2 * 255).astype("uint8"),
         "rgba": np.dstack([crop, np.where(holes, 255, 9 * (x // 9))]).astype("uint8"),
-        "five": np.where(holes, 0, np.stack([crop[..., 1] // 2 + 60, *np.maximum(crop, 1).transpose(2, 0, 1), 255 - y])).astype("u1"),
+        "five": np.where(
+            holes, 0, np.stack([crop[..., 1] // 2 + 60, *np.maximum(crop, 1).transpose(2, 0, 1), 255 - y])
+        ).astype("u1"),
         "pattern in alpha": np.dstack([crop, (x + y) % 2 * 255]).astype("uint8"),
         "rgb": crop,
         "first": np.ascontiguousarray(crop.transpose(2, 0, 1)),

@@ -66,7 +66,7 @@ def test_colours_must_fit_the_array():
     with pytest.raises(CAEConfigurationError, match="colour"):
         make((32, 32, 2), channel_axis=-1)
     for shape in ((4, 32, 32), (32, 32), (12, 12, 4)):
-        with pytest.raises(CAEConfigurationError, match="give channel_axis|no channel axis"):
+        with pytest.raises(CAEConfigurationError, match=r"give channel_axis|no channel axis"):
             make(shape)
     for chunks in ((32, 32, 3), (32, 32, 4), (32, 32, 1)):
         with pytest.raises(CAEConfigurationError, match="32, 32, 5"):

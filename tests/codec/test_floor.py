@@ -7,8 +7,8 @@ from archives import coder_of
 
 from zarr_cae import CAECodec, open_bottleneck
 from zarr_cae.coder.frame import Frame, parse_frame
-from zarr_cae.networks.pieces import HALO
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.networks.pieces import HALO
 
 Y, X = np.mgrid[:128, :128]
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from zarr_cae.cli.arguments import (
-    Commands, add_values, channel_axis, colour, command, pair, progress, quality, refuse, value_range, values,
+    Commands,
+    add_values,
+    channel_axis,
+    colour,
+    command,
+    pair,
+    progress,
+    quality,
+    refuse,
+    value_range,
+    values,
 )  # fmt: skip
 from zarr_cae.cli.images import (
     PAGES,

@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 
 from zarr_cae.cli.arguments import (
-    Commands, add_values, command, note, pair, progress, quality, refuse, several, value_range, values,
+    Commands,
+    add_values,
+    command,
+    note,
+    pair,
+    progress,
+    quality,
+    refuse,
+    several,
+    value_range,
+    values,
 )  # fmt: skip
 from zarr_cae.cli.replacing import refuse_existing, take_place
 from zarr_cae.cli.writing import BAR

@@ -25,8 +25,16 @@ from zarr.storage import StorePath
 from zarr_cae._zarr import JSON, ArraySpec, parse_named_configuration
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk
 from zarr_cae.codec.parameters import (
-    ChannelAxis, Colour, check_choice, checked_channel_axis, checked_colour, checked_integer, checked_min_psnr,
-    checked_nodata, checked_value_range, resolve_nodata,
+    ChannelAxis,
+    Colour,
+    check_choice,
+    checked_channel_axis,
+    checked_colour,
+    checked_integer,
+    checked_min_psnr,
+    checked_nodata,
+    checked_value_range,
+    resolve_nodata,
 )  # fmt: skip
 from zarr_cae.codec.partial import read_selection, write_selection
 from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
@@ -211,9 +219,10 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         return evolved
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:  # noqa: ARG002
-        """Refuse chunks that cut or pad the axis of colours: their channels would be coded as grey planes.
+        """Refuse chunks that cut or pad the axis of colours: these would be coded as grey planes.
 
-        This holds if "auto" found the axis, or if `colour` is given. A user who gives only the number of the axis means that.
+        This holds if "auto" found the axis, or if `colour` is given. Otherwise the user chose grey planes by giving
+        the number of the axis.
         """
         if self.channel_axis is None or (self.colour is None and self._origin != "guessed"):
             return

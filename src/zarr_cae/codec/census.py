@@ -118,7 +118,9 @@ def take_census(array: zarr.Array[Any], *, most: int = 10_000) -> Census | None:
     return census
 
 
-def _find(codecs: Sequence[Any], shape: tuple[int, ...]) -> tuple[CAECodec, tuple[int, ...], ShardingCodec | None] | None:
+def _find(
+    codecs: Sequence[Any], shape: tuple[int, ...]
+) -> tuple[CAECodec, tuple[int, ...], ShardingCodec | None] | None:
     """Return the codec `cae`, the shape of its chunks and the sharding around it; None if headers can't be read."""
     sharding = None
     chain = list(codecs)

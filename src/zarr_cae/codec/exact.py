@@ -74,7 +74,7 @@ def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts)
 
 
 def stored_mask(coder: ChunkCoder, parts: Parts) -> Mask:
-    """Return the mask of a chunk as sample planes (S, H, W); nothing is masked where the frame has none. The result is read only.
+    """Return the mask of a chunk as sample planes (S, H, W), read only. Nothing is masked if the frame has no mask.
 
     Raises
     ------

@@ -142,12 +142,12 @@ def _symbols_of(tile: Tile, symbols: Symbols) -> Symbols:
 
 def _free_positions(header: FrameHeader, exact: Iterable[Tile]) -> npt.NDArray[np.bool_]:
     """Return the latent positions (N, h, w) that take part in pixels of exact tiles only."""
-    free = np.zeros((header.planes, *header.latent_shape), bool)
+    free: npt.NDArray[np.bool_] = np.zeros((header.planes, *header.latent_shape), np.bool_)
     for tile in exact:
         free[tile.plane, tile.patch.rows, tile.patch.columns] = True
     for axis in (1, 2):
         padded = np.pad(free, [(HALO, HALO) if one == axis else (0, 0) for one in range(3)], constant_values=True)
-        free = np.lib.stride_tricks.sliding_window_view(padded, 2 * HALO + 1, axis).all(-1)
+        free = np.logical_and.reduce(np.lib.stride_tricks.sliding_window_view(padded, 2 * HALO + 1, axis), axis=-1)
     return free
 
 

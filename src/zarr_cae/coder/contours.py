@@ -88,8 +88,8 @@ def decode_contours(content: bytes, rows: int, width: int) -> NDArray[np.bool_]:
 def _varints(values: NDArray[np.int64]) -> bytes:
     """Return numbers as varints."""
     groups = (values[:, None] >> 7 * np.arange(_BYTES)) & 0x7F
-    sizes = 1 + sum((values >> 7 * n > 0).astype(np.int64) for n in range(1, _BYTES))
     places = np.arange(_BYTES)
+    sizes = 1 + np.count_nonzero(values[:, None] >> 7 * places[1:], axis=1)
     groups |= np.where(places < sizes[:, None] - 1, 0x80, 0)
     return groups[places < sizes[:, None]].astype(np.uint8).tobytes()
 

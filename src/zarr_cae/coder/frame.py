@@ -18,7 +18,8 @@ from zarr_cae.coder.header import MAX_LOG2_TILE, STRIDE, VERSIONS, FrameHeader, 
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
 __all__ = [
-    "NO_ERROR", "STRIDE", "Frame", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_frame", "parse_index", "unpack",
+    "NO_ERROR", "STRIDE", "Frame", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_frame", "parse_index",
+    "unpack",
 ]  # fmt: skip
 
 NO_ERROR = 65535

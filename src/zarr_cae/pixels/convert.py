@@ -64,7 +64,8 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
         If a value lies outside the range: decoding could not return it.
     """
     if layout.mixed:
-        return joined(to_planes(chunk, layout.separate, value_range), layout)
+        together: Planes = joined(to_planes(chunk, layout.separate, value_range), layout)
+        return together
     low, high = value_range
     if not (chunk.dtype == np.uint8 and value_range == (0, 255)):
         _check_range(chunk, value_range)
@@ -101,7 +102,8 @@ def separated(planes: Planes, layout: Layout) -> Planes:
     A grey plane is the mean of its components.
     """
     if layout.grey:
-        return planes.mean(1, keepdims=True)
+        grey: Planes = planes.mean(1, keepdims=True)
+        return grey
     images = planes.reshape(layout.images, -1, RGB, *planes.shape[2:])
     samples = np.empty((layout.images, layout.channels, *planes.shape[2:]), planes.dtype)
     samples[:, layout.colour] = images[:, 0]

@@ -170,9 +170,7 @@ class PixelFormat:
         return self.layout.planes * self.plane_shape[1] * self.plane_shape[2]
 
 
-def resolve_channel_axis(
-    shape: tuple[int, ...], channel_axis: int | str | None, *, colour: bool = False
-) -> int | None:
+def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None, *, colour: bool = False) -> int | None:
     """Return the channel axis of an array of this shape, as a non-negative number or None.
 
     Parameters
@@ -210,13 +208,11 @@ def resolve_channel_axis(
         return Layout(shape, channel_axis).channel_axis
     if count <= 2:
         return Layout(shape, None).channel_axis
-    if shape[-1] == RGB or (colour and RGB < shape[-1] <= min(shape[-3:-1]) // _IMAGE_ASPECT):
+    if shape[-1] == RGB:
         return count - 1
     if colour:
-        raise CAEConfigurationError(
-            f"cae: colour needs the channel axis of shape {shape}, and 'auto' takes only a last axis of a few channels; "
-            "give channel_axis=<number of the axis>"
-        )
+        _check_last_axis(shape)
+        return count - 1
     for axis, length in enumerate(shape[:-1]):
         if length == RGB and (axis < count - 2 or count == 3) and not (count == 5 and axis == 2):
             raise CAEConfigurationError(
@@ -233,3 +229,12 @@ def resolve_channel_axis(
                 "if there are no channels"
             )
     return None
+
+
+def _check_last_axis(shape: tuple[int, ...]) -> None:
+    """Refuse to take the last axis for one of colours and other channels, unless it is much shorter than the others."""
+    if not RGB < shape[-1] <= min(shape[-3:-1]) // _IMAGE_ASPECT:
+        raise CAEConfigurationError(
+            f"cae: colour needs the channel axis of shape {shape}, and 'auto' takes only a last axis of a few "
+            "channels; give channel_axis=<number of the axis>"
+        )

@@ -25,7 +25,8 @@ def smoothed(planes: Planes, levels: int) -> Planes:
     images = planes.reshape(-1, rows // edge, edge, columns // edge, edge).mean((2, 4), dtype=np.float32)
     for _ in range(levels):
         images = enlarged(enlarged(images, 1), 2)
-    return images.reshape(*outer, rows, columns)
+    result: Planes = images.reshape(*outer, rows, columns)
+    return result
 
 
 def enlarged(image: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
