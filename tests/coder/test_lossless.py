@@ -58,7 +58,8 @@ def test_contours_come_back(rows):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        (b"", "malformed"), (b"\x80", "malformed"), (b"\x04\x80\x00", "malformed"), (b"\xff" * 5 + b"\x01", "malformed"),
+        (b"", "malformed"), (b"\x80", "malformed"), (b"\x04\x80\x00", "malformed"),
+        (b"\xff" * 5 + b"\x01", "malformed"),
         (b"\x04", "0 rows"), (b"\x00\x00", "0 rows"), (b"\x05\x00", "5 rows"), (b"\x04\x0a", "4 rows of 10"),
         (b"\x04\x02\x01\x01", "4 rows of 2"), (b"\x04\x00\x00", "1 numbers after"), (b"\x03\x00", "0 rows"),
         (b"\x04\x01\x09\x00\x00\x00", "outside"), (b"\x04\x01\x00\x01\x00\x00", "outside"),

@@ -91,7 +91,8 @@ def _varints(values: NDArray[np.int64]) -> bytes:
     places = np.arange(_BYTES)
     sizes = 1 + np.count_nonzero(values[:, None] >> 7 * places[1:], axis=1)
     groups |= np.where(places < sizes[:, None] - 1, 0x80, 0)
-    return groups[places < sizes[:, None]].astype(np.uint8).tobytes()
+    chosen: NDArray[np.int64] = groups[places < sizes[:, None]]
+    return chosen.astype(np.uint8).tobytes()
 
 
 def _numbers(content: bytes) -> NDArray[np.int64]:

@@ -208,9 +208,7 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None,
         return Layout(shape, channel_axis).channel_axis
     if count <= 2:
         return Layout(shape, None).channel_axis
-    if shape[-1] == RGB:
-        return count - 1
-    if colour:
+    if shape[-1] == RGB or colour:
         _check_last_axis(shape)
         return count - 1
     for axis, length in enumerate(shape[:-1]):
@@ -232,8 +230,8 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None,
 
 
 def _check_last_axis(shape: tuple[int, ...]) -> None:
-    """Refuse to take the last axis for one of colours and other channels, unless it is much shorter than the others."""
-    if not RGB < shape[-1] <= min(shape[-3:-1]) // _IMAGE_ASPECT:
+    """Refuse a last axis that is neither one of three colours nor much shorter than the axes before it."""
+    if shape[-1] != RGB and not RGB < shape[-1] <= min(shape[-3:-1]) // _IMAGE_ASPECT:
         raise CAEConfigurationError(
             f"cae: colour needs the channel axis of shape {shape}, and 'auto' takes only a last axis of a few "
             "channels; give channel_axis=<number of the axis>"
