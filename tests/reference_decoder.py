@@ -80,6 +80,7 @@ class Frame:
     shape: tuple[int, int, int]  # N, H, W
     edge: int
     row: int | None = None
+    psnr: int | None = None
     mask: bytes | None = None
     streams: list[bytes] = field(default_factory=list)
     exact: dict[int, bytes] = field(default_factory=dict)
@@ -93,12 +94,12 @@ class Frame:
         ]
 
 
-def parse_frame(data: bytes) -> Frame:
+def parse_frame(data: bytes) -> Frame:  # noqa: C901
     r = Reader(data)
     need(r.take(4) == b"ZCAE", "no magic")
     version, flags = r.integer(1), r.integer(1)
     need(version in {1, 2, 3}, "unknown version")
-    need(flags < (8 if version == 3 else 2), "unknown flags")
+    need(flags < (16 if version == 3 else 2), "unknown flags")
     n, height, width, log_edge = r.varint(), r.varint(), r.varint(), r.integer(1)
     need(min(n, height, width) >= 1 and log_edge <= 10, "bad sizes")
     frame = Frame(version, bool(flags & 1), (n, height, width), 1 << log_edge)
@@ -106,6 +107,8 @@ def parse_frame(data: bytes) -> Frame:
     mask_length, exact = 0, []
     if version == 3:
         frame.row = r.integer(1)
+    if flags & 8:
+        frame.psnr = r.integer(2)
     if flags & 2:
         mask_length = r.varint()
         need(mask_length, "empty mask")
@@ -228,12 +231,10 @@ def decode_stream(data: bytes, tables: Tables, rows: int, columns: int, version:
     m, ctx = tables.channels, tables.contexts
     per_channel = len(tables.minimum) // m
     is_coded = []
-    for c in range(m):
-        f0 = tables.zero(c)
+    for f0 in map(tables.zero, range(m)):
         z = zero_frequency(f0, rows * columns)
         flagged = 16 * z >= 15 * TOTAL and (version == 3 or f0 < TOTAL)
-        is_coded.append((flagged, z))
-    is_coded = [not flagged or decide([z, TOTAL - z]) == 1 for flagged, z in is_coded]
+        is_coded.append(not flagged or decide([z, TOTAL - z]) == 1)
     coded = np.zeros((m, rows, columns), np.int64)
     neighbourhoods = np.zeros((m, rows, columns), np.int64)
     escapes = []
@@ -242,11 +243,9 @@ def decode_stream(data: bytes, tables: Tables, rows: int, columns: int, version:
             continue
         classes = np.zeros((rows, columns), np.int64)
         if ctx:
-            score = sum(
-                w * neighbourhoods[s] for s, w in zip(ctx["source"][c], ctx["weight"][c], strict=True) if s >= 0
-            )
-            classes = (ctx["threshold"][c][:, None, None] <= score).sum(0)
-            classes = np.broadcast_to(classes, (rows, columns))
+            sources = zip(ctx["source"][c], ctx["weight"][c], strict=True)
+            score = sum(weight * neighbourhoods[s] for s, weight in sources if s >= 0)
+            classes = np.broadcast_to((ctx["threshold"][c][:, None, None] <= score).sum(0), (rows, columns))
         for y, x in np.ndindex(rows, columns):
             row = c * per_channel + int(classes[y, x])
             entry = decide(tables.frequency[row])

@@ -7,16 +7,16 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from reference_decoder import Frame, Weights, decode_latents, need
+from reference_decoder import Frame, Reader, Weights, decode_latents, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def inflate(data: bytes, size: int) -> np.ndarray:
+def inflate(data: bytes, size: int | None, most: int = 0) -> np.ndarray:
     z = zlib.decompressobj()
-    out = z.decompress(data, size + 1)
-    need(len(out) == size and z.eof and not z.unused_data, "bad zlib stream")
+    out = z.decompress(data, (size or most) + 1)
+    need((len(out) <= most if size is None else len(out) == size) and z.eof and not z.unused_data, "bad zlib stream")
     return np.frombuffer(out, np.uint8)
 
 
@@ -70,18 +70,52 @@ def exact_samples(section: bytes, shape: tuple[int, int, int], dtype: np.dtype) 
     return v.view(dtype.newbyteorder("<"))
 
 
-def mask_bits(section: bytes, shape: tuple[int, int, int, int]) -> np.ndarray:
+def contours(data: bytes, rows: int, width: int) -> np.ndarray:
+    r, changes = Reader(data), np.zeros((rows, width), bool)
+    top = 0
+    while top < rows:
+        n, k = r.varint(), r.varint()
+        need(1 <= n <= rows - top, "bad group of rows")
+        columns = np.cumsum([r.varint() for _ in range(k)])
+        for y in range(top, top + n):
+            if y > top:
+                moves = [r.varint() for _ in range(k)]
+                columns = columns + [-(u + 1) // 2 if u & 1 else u // 2 for u in moves]
+            need(not k or (columns[0] >= 0 and columns[-1] < width and (np.diff(columns) > 0).all()), "bad columns")
+            changes[y, columns.astype(int)] = True
+        top += n
+    need(r.at == len(data), "bytes after the contours")
+    return np.logical_xor.accumulate(changes, axis=1)
+
+
+def mask_bits(section: bytes, shape: tuple[int, ...]) -> np.ndarray:
     n, c, h, w = shape
     k = -(-w // 8)
-    packed = inflate(section, n * c * h * k).reshape(n, c, h, k)
-    packed = np.bitwise_xor.accumulate(np.bitwise_xor.accumulate(packed, axis=1), axis=2)
-    bits = np.unpackbits(packed, axis=3, bitorder="little")
-    need(bits.any() and not bits[..., w:].any(), "bad mask")
-    return bits[..., :w].astype(bool)
+    if section[0] == 1:
+        changed = contours(inflate(section[1:], None, n * c * h * k).tobytes(), n * c * h, w).reshape(shape)
+    else:
+        packed = inflate(section, n * c * h * k).reshape(n, c, h, k)
+        bits = np.unpackbits(np.bitwise_xor.accumulate(packed, axis=2), axis=3, bitorder="little")
+        need(not bits[..., w:].any(), "bits after the last column")
+        changed = bits[..., :w].astype(bool)
+    mask = np.logical_xor.accumulate(changed, axis=1)
+    need(mask.any(), "empty mask")
+    return mask
 
 
-def decode_planes(frame: Frame, weights: Weights, configuration: dict[str, Any], dtype: np.dtype) -> np.ndarray:
-    """The samples (N, C, H, W) of a frame."""
+def components(frame: Frame, colour: list[int] | None, images: int) -> list[tuple[int, list[int]]]:
+    """The image and the channels of each plane."""
+    n = frame.shape[0]
+    if colour is None:
+        return [(p, [0] if frame.grey else [0, 1, 2]) for p in range(n)]
+    others = [[c] for c in range(n // images + 2) if c not in colour]
+    return [(i, group) for i in range(images) for group in [colour, *others]]
+
+
+def decode_planes(
+    frame: Frame, weights: Weights, configuration: dict[str, Any], dtype: np.dtype, images: int = 1
+) -> np.ndarray:
+    """The samples (I, D, H, W) of a frame; (N, C, H, W) without colour."""
     low, high = configuration.get("value_range", [0, 255])
     (_, height, width), extent = frame.shape, high - low
     latents = decode_latents(frame, weights, configuration["quality"])
@@ -89,9 +123,12 @@ def decode_planes(frame: Frame, weights: Weights, configuration: dict[str, Any],
     def get(name: str) -> np.ndarray:
         return weights.tensors["synthesis." + name].astype(np.float64)
 
-    value = np.stack([synthesise(plane, get) for plane in latents.astype(np.float64)])[:, :, :height, :width]
-    if frame.grey:
-        value = value.mean(1, keepdims=True)
+    groups = components(frame, configuration.get("colour"), images)
+    shape = (groups[-1][0] + 1, max(max(group) for _, group in groups) + 1, height, width)
+    value = np.zeros(shape)
+    for plane, (i, group) in zip(latents.astype(np.float64), groups, strict=True):
+        made = synthesise(plane, get)[:, :height, :width]
+        value[i, group] = made if len(group) == 3 else made.mean(0)
     if configuration.get("value_transform") == "sqrt":
         a = math.sqrt(3 / 8)
         value = ((np.clip(value, 0, 1) * (math.sqrt(extent + 3 / 8) - a) + a) ** 2 - 3 / 8) / extent
@@ -100,8 +137,9 @@ def decode_planes(frame: Frame, weights: Weights, configuration: dict[str, Any],
     tiles = frame.tiles()
     for number, section in frame.exact.items():
         p, y, x, rows, columns = tiles[number]
-        part = samples[p, :, 16 * y : 16 * (y + rows), 16 * x : 16 * (x + columns)]
-        part[:] = exact_samples(section, part.shape, dtype)
+        i, group = groups[p]
+        part = samples[i, :, 16 * y : 16 * (y + rows), 16 * x : 16 * (x + columns)]
+        part[group] = exact_samples(section, (len(group), *part.shape[1:]), dtype)
     need("nodata" in configuration or frame.mask is None, "a mask without nodata")
     if "nodata" in configuration:
         nodata = dtype.type(float(configuration["nodata"]) if dtype.kind == "f" else configuration["nodata"])

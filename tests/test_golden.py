@@ -1,8 +1,8 @@
 """Arrays of earlier releases must open for ever.
 
 `python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights; with
-the argument `exact` after NAME it writes the arrays whose frames are of version 3. These folders are never
-written again: a new format or family adds a folder.
+the argument `exact` or `colour` after NAME it writes the arrays whose frames are of version 3, or whose metadata have
+`colour`. These folders are never written again: a new format or family adds a folder.
 """
 
 import hashlib
@@ -31,6 +31,14 @@ EXACT = [
     ("pattern-mse-8", {"quality": 8}, "pattern"), ("least-psnr-mse-1", {"quality": 1, "min_psnr": 30}, "rgb"),
     ("least-psnr-mse-6", {"quality": 6, "min_psnr": 60}, "grey"),
 ]  # fmt: skip
+COLOUR = [
+    ("rgba-mse-4", {"quality": 4, "channel_axis": -1, "colour": (0, 1, 2)}, "rgba"),
+    (
+        "channels-first-mse-6", {"quality": 6, "channel_axis": 0, "colour": (3, 2, 1), "nodata": 0, "min_psnr": 36},
+        "five",
+    ),
+    ("pattern-mse-8", {"quality": 8, "channel_axis": -1, "colour": (0, 1, 2)}, "pattern in alpha"),
+]  # fmt: skip
 
 
 def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
@@ -41,6 +49,11 @@ def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
         "nan": np.where(holes, np.nan, crop[..., 1] / 255).astype("float32"),
         "masked": np.where(holes[..., None], 0, np.maximum(crop, 1)),
         "pattern": ((x + y) % 2 * 255).astype("uint8"),
+        "rgba": np.dstack([crop, np.where(holes, 255, 9 * (x // 9))]).astype("uint8"),
+        "five": np.where(
+            holes, 0, np.stack([crop[..., 1] // 2 + 60, *np.maximum(crop, 1).transpose(2, 0, 1), 255 - y])
+        ).astype("u1"),
+        "pattern in alpha": np.dstack([crop, (x + y) % 2 * 255]).astype("uint8"),
         "rgb": crop,
         "first": np.ascontiguousarray(crop.transpose(2, 0, 1)),
         "grey": np.ascontiguousarray(crop[..., 1]),
@@ -54,7 +67,7 @@ def make_golden_arrays(folder: Path, photograph: np.ndarray, cases: list) -> Non
     expected, latents = {}, {}
     for name, keywords, kind in cases:
         data = pictures(photograph)[kind]
-        chunks = tuple(3 if length == 3 else 64 for length in data.shape)
+        chunks = tuple(min(length, 64) for length in data.shape)
         array = zarr.create_array(
             folder / f"{name}.zarr", shape=data.shape, chunks=chunks, dtype=data.dtype,
             serializer=CAECodec(**keywords), compressors=None,
@@ -105,5 +118,5 @@ if __name__ == "__main__":
         make_golden_arrays(
             ARRAYS / sys.argv[1],
             np.asarray(Image.open(source).convert("RGB")),
-            EXACT if "exact" in sys.argv[2:] else CASES,
+            {"exact": EXACT, "colour": COLOUR}.get(sys.argv[-1], CASES),
         )

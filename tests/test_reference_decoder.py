@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference_decoder import FormatError, Weights, decode_latents, parse_frame
+from reference_decoder import FormatError, Tables, Weights, decode_latents, decode_stream, parse_frame
 from reference_pixels import decode_planes
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -39,7 +39,7 @@ def test_array(path: Path) -> None:
         if axis is not None:
             index.pop(axis)
         frame = parse_frame(chunk.read_bytes())
-        lat = decode_latents(frame, weights, configuration["quality"])[0]
+        lat = np.concatenate(decode_latents(frame, weights, configuration["quality"]))
         pix = decode_planes(frame, weights, configuration, np.dtype(metadata["data_type"]))[0]
         if pixels is None or latents is None:
             pixels = np.zeros((len(pix), 128, 128), pix.dtype)
@@ -59,6 +59,26 @@ def test_array(path: Path) -> None:
         expected = arrays[path.stem]
     low, high = configuration.get("value_range", [0, 255])
     np.testing.assert_allclose(pixels.astype(float), expected.astype(float), rtol=0, atol=(high - low) / 255)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "row", "shape"),
+    [
+        ("wide_alphabet", -255, [8] * 512, (2, 1, 900)),
+        ("one_lane_escapes", -4, [1, 15, 90, 500, 2048, 500, 90, 15, 837], (6, 1, 40)),
+    ],
+)
+def test_streams_without_contexts(name: str, first: int, row: list[int], shape: tuple[int, ...]) -> None:
+    """Streams of frames of version 1, and the symbols that `test_rans` made them of."""
+    data = (FIXTURES / "streams" / f"{name}.p12.bin").read_bytes()
+    got = decode_stream(data, Tables(shape[0], [first] * shape[0], [row] * shape[0]), *shape[1:], version=1)
+    if name == "wide_alphabet":
+        expected = np.arange(2 * 900).reshape(shape) * 6151 % 520 - 260
+    else:
+        expected = np.arange(6 * 40).reshape(shape) * 7919 % 31 % 9 - 4
+        expected[2] = 0
+        expected[4, 0, 5], expected[4, 0, 6], expected[5, 0, 39] = -32768, 300, 32767
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("path", FRAMES, ids=lambda p: p.stem)

@@ -23,7 +23,9 @@ def schema(name):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"quality": 3, "metric": "ms-ssim", "value_range": (0, 4095)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"quality": 3, "metric": "ms-ssim", "value_range": (0, 4095)}, {"colour": (1, 0, 2)}]
+)
 @pytest.mark.parametrize("axis", [None, 2, -1])
 def test_metadata_of_the_codecs_fit_the_schemas(options, axis):
     codec = CAECodec(channel_axis=axis, **options)

@@ -50,6 +50,42 @@ def test_info_counts_the_bytes_of_chunks(here: Path, photo: np.ndarray, capsys: 
     assert f"{8 * size / 512**2:.4f} bits per pixel" in out
 
 
+def test_options_about_values(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    values = photo[:96, :128, 1].astype("f4")
+    values[values < 20] = np.nan
+    np.save("a.npy", values)
+    assert main(["encode", "a.npy", "a.zarr", "-q", "3", "--chunks", "64", "--value-range", "0,255", "--nodata", "nan",
+                 "--min-psnr", "34", "--value-transform", "sqrt"]) == 0  # fmt: skip
+    array = zarr.open_array("a.zarr", mode="r")
+    assert np.isnan(array.fill_value)
+    np.testing.assert_array_equal(np.isnan(array[...]), np.isnan(values))
+    capsys.readouterr()
+    assert main(["info", "a.zarr"]) == 0
+    out = capsys.readouterr().out
+    assert "0 to 255, no data: NaN, transform: sqrt" in out
+    assert "coded    4 chunks: " in out
+    assert "with masks" in out
+    assert "dB in the worst chunk, 34 dB asked for" in out
+    assert "min_psnr" in refused(capsys, "encode", "a.npy", "b.zarr", "--value-range", "0,255", "--min-psnr", "-1")
+
+
+def test_transparent_pictures_have_colour(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.dstack([photo[:64, :80], photo[:64, :80, 0]])
+    save(pixels, "a.png")
+    np.save("a.npy", np.dstack([pixels, pixels[..., 0]]))
+    assert main(["encode", "a.png", "a.zarr", "-q", "5"]) == 0
+    codec = zarr.open_array("a.zarr", mode="r").metadata.codecs[-1]
+    assert codec.colour == (0, 1, 2)
+    assert main(["decode", "a.zarr", "b.png"]) == 0
+    assert psnr(load("b.png"), pixels) > 30
+    assert main(["encode", "a.npy", "c.zarr", "-q", "5", "--colour", "2,1,0", "--channel-axis", "-1"]) == 0
+    assert zarr.open_array("c.zarr", mode="r").metadata.codecs[-1].colour == (2, 1, 0)
+    capsys.readouterr()
+    assert main(["info", "c.zarr"]) == 0
+    assert "channel axis -1, colour 2, 1, 0" in capsys.readouterr().out
+    assert "colour" in refused(capsys, "encode", "a.npy", "d.zarr", "--colour", "0,1,9", "--channel-axis", "-1")
+
+
 def test_npy_and_zarr_are_read_piece_by_piece(here: Path, photo: np.ndarray) -> None:
     stack = np.stack([photo[:96, :128], photo[100:196, :128]])
     np.save("stack.npy", stack)

@@ -63,6 +63,16 @@ def golden_mask() -> np.ndarray:
     return (y + plane) ** 2 + x**2 < 500
 
 
+@pytest.mark.parametrize("psnr", [0, 3805, 65535])
+def test_the_measured_psnr(psnr):
+    frame = pack(SMALL_3, SMALL_STREAMS, **PARTS_3, psnr=psnr)
+    index = parse_index(frame, SMALL_3)
+    assert (index.psnr, index.header, index.frame_bytes) == (psnr, SMALL_3, len(frame))
+    assert parse_index(pack(SMALL_3, SMALL_STREAMS), SMALL_3).psnr is None
+    with pytest.raises(CAEConfigurationError, match="only frames of version 3"):
+        pack(SMALL_2, SMALL_STREAMS, psnr=psnr)
+
+
 def golden_parts() -> dict:
     return {"mask": encode_mask(golden_mask()), "exact": {n: encode_pixels(golden_pixels(n)) for n in (2, 5, 11)}}
 
@@ -324,7 +334,7 @@ def test_each_flipped_bit_and_truncation_of_version_3():
 # Version 3 of the small frame: magic 0-3, version 4, flags 5, planes 6, height 7, width 8, tile 9, row 10, length of
 # the mask 11, bits of exact tiles 12, lengths of 4 tiles 13-17 and of 2 pixel sections 18-19.
 MALFORMED_3 = {
-    "unknown flag": (slice(5, 6), b"\x0f", "flags must be 0 to 7 in version 3; got 15"),
+    "unknown flag": (slice(5, 6), b"\x17", "flags must be 0 to 15 in version 3; got 23"),
     "flag of version 2": (slice(4, 5), b"\x02", "flags must be 0 to 1 in version 2; got 7"),
     "mask of no bytes": (slice(11, 12), b"\x00", "mask must have at least one byte"),
     "no exact tile": (slice(12, 13), b"\x00", "at least one of 4 tiles and no other"),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from zarr_cae.coder.contours import decode_contours, encode_contours
 from zarr_cae.coder.lossless import decode_mask, decode_pixels, encode_mask, encode_pixels
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
@@ -37,7 +38,47 @@ def test_usual_masks_cost_next_to_nothing(kind):
         "stripes": y % 7 == 0,
     }[kind]
     section = encode_mask(np.broadcast_to(mask, (1, 3, 512, 512)))
-    assert 8 * len(section) < 0.02 * 3 * 512 * 512  # bits per sample
+    assert 8 * len(section) < 0.02 * 512 * 512  # bits per pixel
+
+
+OUTLINES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.floats(0.02, 0.98)).map(
+    lambda drawn: np.random.default_rng(drawn[2]).random(drawn[:2]) < drawn[3]
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(OUTLINES)
+def test_contours_come_back(rows):
+    content = encode_contours(rows, 10**6)
+    np.testing.assert_array_equal(decode_contours(content, *rows.shape), rows)
+    assert encode_contours(rows, len(content)) == content
+    assert encode_contours(rows, len(content) - 1) is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (b"", "malformed"), (b"\x80", "malformed"), (b"\x04\x80\x00", "malformed"),
+        (b"\xff" * 5 + b"\x01", "malformed"),
+        (b"\x04", "0 rows"), (b"\x00\x00", "0 rows"), (b"\x05\x00", "5 rows"), (b"\x04\x0a", "4 rows of 10"),
+        (b"\x04\x02\x01\x01", "4 rows of 2"), (b"\x04\x00\x00", "1 numbers after"), (b"\x03\x00", "0 rows"),
+        (b"\x04\x01\x09\x00\x00\x00", "outside"), (b"\x04\x01\x00\x01\x00\x00", "outside"),
+        (b"\x04\x02\x01\x00" + bytes(6), "out of order"), (b"\xff\xff\xff\xff\x0f\x02\x01\x01", "4294967295 rows"),
+        (b"\xff\xff\xff\xff\x1f\x02\x01\x01", "2\\^32"),
+    ],
+)  # fmt: skip
+def test_malformed_contours_are_refused(numbers, message):
+    with pytest.raises(StreamError, match=message):
+        decode_contours(numbers, 4, 9)
+
+
+def test_the_older_form_of_masks_stays_readable():
+    mask = np.random.default_rng(0).random((2, 3, 20, 13)) < 0.3
+    changed = mask.copy()
+    changed[:, 1:] ^= mask[:, :-1]
+    packed = np.packbits(changed, axis=-1, bitorder="little")
+    packed[..., 1:, :] ^= packed[..., :-1, :].copy()
+    np.testing.assert_array_equal(decode_mask(zlib.compress(packed.tobytes()), mask.shape), mask)
 
 
 def test_noise_costs_a_bit_a_sample():
@@ -95,11 +136,15 @@ MASK = encode_mask(np.ones((1, 1, 8, 12), bool))
         (b"garbage", "not a zlib stream"),
         (MASK[:-1], "no proper end"),
         (MASK + b"x", "1 bytes after it"),
-        (zlib.compress(bytes(15)), "got 15 bytes"),
+        (zlib.compress(bytes(15)), "got 15"),
         (zlib.compress(bytes(17)), "got 17 bytes"),
         (zlib.compress(bytes(1 << 20)), "got 17 bytes"),
         (zlib.compress(bytes(16)), "at least one sample"),
         (zlib.compress(b"\0\xf0" + bytes(14)), "after the last column"),
+        (b"\1", "no proper end"),
+        (b"\1" + zlib.compress(b"\x08\x00"), "at least one sample"),
+        (b"\1" + zlib.compress(b"\x08\x01" + bytes(15)), "of 16 bytes"),
+        (b"\1" + zlib.compress(b"\x08\x01" + bytes(8)) + b"x", "1 bytes after it"),
     ],
 )
 def test_malformed_masks(section, message):
@@ -113,7 +158,7 @@ def test_malformed_masks(section, message):
         (b"", "predictor of 0 to 2; got no bytes"),
         (b"\3" + zlib.compress(bytes(12)), "got predictor 3"),
         (b"\0", "can't hold"),
-        (b"\0" + zlib.compress(bytes(11)), "got 11 bytes"),
+        (b"\0" + zlib.compress(bytes(11)), "got 11"),
         (b"\1" + zlib.compress(bytes(13)), "got 13 bytes"),
         (b"\2" + zlib.compress(bytes(12)) + b"x", "1 bytes after it"),
         (b"\2" + zlib.compress(bytes(12))[:-2], "no proper end"),
@@ -127,6 +172,8 @@ def test_malformed_pixels(section, message):
 def test_a_short_section_of_a_huge_chunk_is_refused_before_anything_is_allocated():
     with pytest.raises(StreamError, match="can't hold"):
         decode_mask(MASK, (1 << 20, 3, 1 << 20, 1 << 20))
+    with pytest.raises(StreamError, match="0 rows"):
+        decode_mask(b"\1" + zlib.compress(b"\x08\x00"), (1 << 20, 3, 1 << 20, 1 << 20))
     with pytest.raises(StreamError, match="can't hold"):
         decode_pixels(b"\0" + zlib.compress(bytes(100)), (3, 1 << 20, 1 << 20), np.dtype(np.float64))
 

@@ -25,7 +25,9 @@ RANGES = {
 def test_there_and_back_as_on_the_host(device, name, data):
     dtype, value_range = np.dtype(name), RANGES[name]
     shape = tuple(data.draw(st.lists(st.integers(1, 20), min_size=3, max_size=5)))
-    layout = Layout(shape, data.draw(st.one_of(st.none(), st.integers(0, len(shape) - 1))))
+    axis = data.draw(st.one_of(st.none(), st.integers(0, len(shape) - 1)))
+    colours = 0 if axis is None or shape[axis] < 3 else shape[axis]
+    layout = Layout(shape, axis, data.draw(st.permutations(range(colours)).map(lambda order: tuple(order[:3]) or None)))
     random = np.random.default_rng(data.draw(st.integers(0, 9)))
     chunk = (value_range[0] + random.random(shape) * (value_range[1] - value_range[0])).astype(dtype)
     chunk = chunk.clip(*value_range)

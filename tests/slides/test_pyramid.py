@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from zarr_cae.slides.pyramid import Pyramid, level_sizes, reduced
+from zarr_cae.slides.pyramid import Pyramid, level_sizes, reduced, reduced_data
 
 SIDES = st.integers(1, 90)
 
@@ -55,3 +55,26 @@ def test_means_of_floats_and_nearest():
     pixels = np.arange(12, dtype=np.float32).reshape(3, 4)
     np.testing.assert_array_equal(reduced(pixels), [[2.5, 4.5], [8.5, 10.5]])
     np.testing.assert_array_equal(reduced(pixels, "nearest"), [[0, 2], [8, 10]])
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("u1", 0), ("u1", 7), ("i8", -(2**63)), ("f4", np.nan), ("f8", -9999)])
+@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), seed=st.integers(0, 99), share=st.floats(0, 1))
+@settings(deadline=None, max_examples=40)
+def test_pixels_without_data_do_not_count(dtype, nodata, shape, seed, share):
+    random = np.random.default_rng(seed)
+    data = random.integers(0, 20, shape).astype(dtype)
+    data[data == nodata] += 1
+    holes = random.random(shape) < share
+    data[holes] = nodata
+    small = reduced_data(data, "mean", nodata, (0, 30))
+    rows, columns = small.shape
+    for y, x in np.ndindex(rows, columns):
+        block, empty = (one[2 * y : 2 * y + 2, 2 * x : 2 * x + 2] for one in (data, holes))
+        if empty.all():
+            assert small[y, x] == nodata or (np.isnan(nodata) and np.isnan(small[y, x]))
+        else:
+            known = block[~empty]
+            assert float(known.min()) - 1 <= small[y, x] <= float(known.max()) + 1
+            assert small[y, x] != nodata
+    if not np.isnan(nodata) and not holes.any() and not (reduced(data) == nodata).any():
+        np.testing.assert_array_equal(small, reduced(data))

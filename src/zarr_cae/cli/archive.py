@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from zarr_cae.cli.arguments import Commands, channel_axis, command, pair, quality, refuse, value_range
+from zarr_cae.cli.arguments import (
+    Commands,
+    add_values,
+    channel_axis,
+    colour,
+    command,
+    pair,
+    quality,
+    refuse,
+    value_range,
+    values,
+)  # fmt: skip
 from zarr_cae.cli.fitting import add_fit, fit_to_images, store_weights
 from zarr_cae.cli.images import (
     PAGES,
@@ -27,6 +38,7 @@ from zarr_cae.cli.images import (
 )
 from zarr_cae.cli.replacing import create_npy, replacing, replacing_zarr
 from zarr_cae.cli.writing import Options, many_chunks_at_once, new_array, pixel_bar, slabs, stored_bytes, write
+from zarr_cae.coder.frame import NO_ERROR
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
@@ -66,6 +78,11 @@ def add(commands: Commands) -> None:
         "--value-range", type=value_range, metavar="LO,HI",
         help="values of the data, for dtypes other than uint8 (write --value-range=-1,1 for a negative one)",
     )  # fmt: skip
+    add_values(parser)
+    parser.add_argument(
+        "--colour", type=colour, metavar="R,G,B",
+        help="which channels of more than three are coded together as RGB, such as 0,1,2; the default for RGBA",
+    )  # fmt: skip
     parser.add_argument("--series", type=int, metavar="N", help="which image of a TIFF file that holds several")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="which level of a pyramid; default 0, whole")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.zarr if it exists")
@@ -90,7 +107,7 @@ def encode(arguments: argparse.Namespace) -> None:
         refuse(f"the last path is the output and ends in .zarr; got {out}")
     options = Options(
         arguments.quality, arguments.metric, arguments.model, arguments.weights, arguments.chunks, arguments.shards,
-        arguments.channel_axis, arguments.value_range,
+        arguments.channel_axis, arguments.value_range, arguments.colour, values(arguments),
     )  # fmt: skip
     names = [path.stem for path in images]
     for name, path in zip(names, images, strict=True):
@@ -258,18 +275,47 @@ def _describe(array: zarr.Array[Any]) -> str:
         rows.append(("codecs", ", ".join(type(item).__name__ for item in chain if item is not None)))
     else:
         axis = "none" if codec.channel_axis is None else str(codec.channel_axis)
+        axis += "" if codec.colour is None else f", colour {', '.join(map(str, codec.colour))}"
         rows += [
             ("codec", f"cae: {codec.model}, quality {codec.quality}, metric {codec.metric}, channel axis {axis}"),
             ("weights", _weights(codec)),
+            ("latents", _latents(array)),
         ]
-        rows.append(("latents", _latents(array)))
-        if codec.value_range is not None:
-            rows.append(("values", f"{codec.value_range[0]} to {codec.value_range[1]}"))
+        values = [] if codec.value_range is None else [f"{codec.value_range[0]} to {codec.value_range[1]}"]
+        values += [] if codec.nodata is None else [f"no data: {codec.nodata}"]
+        values += [] if codec.value_transform is None else [f"transform: {codec.value_transform}"]
+        rows += [("values", ", ".join(values))] if values else []
+        rows += _coded(array, codec)
     ratio = f", 1 : {array.nbytes / size:.1f}" if size else ""
     rows.append(("stored", f"{size:,} bytes of {array.nbytes:,}{ratio}"))
     rows.append(("rate", f"{8 * size / _positions(array):.4f} bits per pixel"))
     title = str(array.store_path).removeprefix("file://")
     return "\n".join([title, *(f"  {name:<8} {value}" for name, value in rows)])
+
+
+def _coded(array: zarr.Array[Any], codec: CAECodec) -> list[tuple[str, str]]:
+    """Return how the stored chunks were coded, as far as their headers say."""
+    from zarr_cae.codec.census import take_census
+
+    census = take_census(array)
+    if census is None or not census.chunks + census.damaged:
+        return []
+    spread = ", ".join(f"{count:,} at quality {quality}" for quality, count in sorted(census.qualities.items()))
+    notes = [f"{census.masked:,} with masks"] if census.masked else []
+    notes += [] if census.complete else ["the others were not counted"]
+    notes += [f"{census.damaged:,} damaged (see `zarr-cae verify`)"] if census.damaged else []
+    rows = [("coded", f"{census.chunks:,} chunk{'s' * (census.chunks != 1)}: " + "; ".join([spread, *notes]))]
+    if census.exact_tiles:
+        rows.append(("exact", f"{census.exact_tiles:,} of {census.tiles:,} tiles, in {census.exact_chunks:,} chunks"))
+    if codec.min_psnr is not None:
+        lowest = census.lowest_psnr
+        found = (
+            "not measured" if lowest is None
+            else "no loss" if lowest == NO_ERROR else f"{lowest / 100:.2f} dB in the worst chunk"
+        )  # fmt: skip
+        parts = f"; {census.unmeasured:,} chunks were written in parts" if census.unmeasured else ""
+        rows.append(("PSNR", f"{found}, {codec.min_psnr} dB asked for{parts}"))
+    return rows
 
 
 def _latents(array: zarr.Array[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -48,6 +49,36 @@ def value_range(text: str) -> tuple[float, float]:
     """Parse `LO,HI`."""
     low, high = (float(part) for part in text.split(","))
     return low, high
+
+
+def colour(text: str) -> tuple[int, ...]:
+    """Parse `R,G,B`, the positions of three channels."""
+    channels = tuple(int(part) for part in text.split(","))
+    if len(set(channels)) != len(channels) or len(channels) != 3 or min(channels) < 0:
+        raise ValueError
+    return channels
+
+
+def nodata(text: str) -> float | str:
+    """Parse a number or `nan`, in the form of metadata."""
+    try:
+        return int(text)  # a float can't tell large integers apart
+    except ValueError:
+        number = float(text)
+    return number if math.isfinite(number) else "NaN" if math.isnan(number) else f"{'-' * (number < 0)}Infinity"
+
+
+def add_values(parser: argparse.ArgumentParser) -> None:
+    """Declare the options about values of pixels and their loss, which `encode` and `convert` share."""
+    parser.add_argument("--nodata", type=nodata, metavar="VALUE", help="value of pixels without data, or nan; exact")
+    parser.add_argument("--min-psnr", type=float, metavar="DB", help="PSNR that each chunk must reach, such as 38")
+    parser.add_argument("--value-transform", choices=("sqrt",), help="sqrt: for photon counts, dark and sparse data")
+
+
+def values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the parameters of `CAECodec` that the options of `add_values` give."""
+    given = {name: getattr(arguments, name) for name in ("nodata", "min_psnr", "value_transform")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def channel_axis(text: str) -> int | str | None:

@@ -8,7 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from zarr_cae.cli.arguments import Commands, command, note, pair, quality, refuse, several, value_range
+from zarr_cae.cli.arguments import (
+    Commands,
+    add_values,
+    command,
+    note,
+    pair,
+    quality,
+    refuse,
+    several,
+    value_range,
+    values,
+)  # fmt: skip
 from zarr_cae.cli.fitting import add_fit, fit_to_slides, store_weights
 from zarr_cae.cli.replacing import refuse_existing, take_place
 from zarr_cae.cli.writing import pixel_bar
@@ -52,6 +63,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--value-range", type=value_range, metavar="LO,HI", help="lowest and highest value; for dtypes but uint8"
     )
+    add_values(parser)
     parser.add_argument("--series", type=int, metavar="N", help="which image of a file that holds several")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="begin at this level of the file's pyramid")
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of the dask.distributed cluster that converts")
@@ -72,7 +84,7 @@ def convert(arguments: argparse.Namespace) -> None:
     choices = Choices(
         tuple(arguments.quality), arguments.metric, arguments.model, arguments.weights, arguments.chunks,
         arguments.shards, arguments.levels, arguments.downsample, arguments.value_range, arguments.series,
-        arguments.level,
+        arguments.level, values(arguments),
     )  # fmt: skip
     choices = fit_to_slides(arguments, choices, sources, out)
     if len(sources) == 1:

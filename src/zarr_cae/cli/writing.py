@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 import numpy as np
 
 from zarr_cae.cli.arguments import note, progress, refuse
-from zarr_cae.cli.images import Source, refusing_damage
+from zarr_cae.cli.images import RGBA, Source, refusing_damage
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class Options:
     shards: tuple[int, int] | None = None
     channel_axis: int | str | None = "auto"
     value_range: tuple[float, float] | None = None
+    colour: tuple[int, ...] | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Further parameters of `CAECodec`: nodata, min_psnr, value_transform."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,11 @@ def new_array(source: Source, options: Options) -> NewArray:
     from zarr_cae.slides.background import WritingCodec
 
     wanted = source.channel_axis if options.channel_axis == "auto" else options.channel_axis
-    axis = resolve_channel_axis(source.shape, wanted)
-    layout = Layout(source.shape, axis)
+    names, colour = source.dimension_names, options.colour
+    axis = resolve_channel_axis(source.shape, wanted, colour=colour is not None)
+    if colour is None and axis is not None and names is not None and names[axis] == RGBA:
+        colour = (0, 1, 2)
+    layout = Layout(source.shape, axis, colour)
     if math.prod(source.shape) == 0:
         refuse(f"{source.name} has no pixels: its shape is {source.shape}")
     value_range = _value_range(source, options.value_range)
@@ -76,15 +82,18 @@ def new_array(source: Source, options: Options) -> NewArray:
         weights=options.weights or "",
         channel_axis=axis,
         value_range=value_range,
+        colour=cast("Any", colour),
+        **options.values,
     )
     chunks, shards = _grid(layout, options.chunks, options.shards)
     low, high = value_range if value_range is not None else (0, 255)
-    names = source.dimension_names
     if names is None:
         own = dict(zip(layout.spatial_axes, "yx", strict=True))
         names = tuple("c" if i == axis else own.get(i) for i in range(len(source.shape)))
     megapixels = math.prod(source.shape) / layout.channels / 1e6
-    return NewArray(source, codec, chunks, shards, min(max(0, low), high), names, megapixels)
+    nodata = options.values.get("nodata")
+    fill_value = min(max(0, low), high) if nodata is None else float(nodata) if isinstance(nodata, str) else nodata
+    return NewArray(source, codec, chunks, shards, fill_value, names, megapixels)
 
 
 def _value_range(source: Source, chosen: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from numbers import Integral
 from types import FrameType
 from typing import Any, Literal, Self, cast
 
@@ -26,19 +24,28 @@ from zarr.storage import StorePath
 
 from zarr_cae._zarr import JSON, ArraySpec, parse_named_configuration
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk
+from zarr_cae.codec.parameters import (
+    ChannelAxis,
+    Colour,
+    check_choice,
+    checked_channel_axis,
+    checked_colour,
+    checked_integer,
+    checked_min_psnr,
+    checked_nodata,
+    checked_value_range,
+    resolve_nodata,
+)  # fmt: skip
 from zarr_cae.codec.partial import read_selection, write_selection
 from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.convert import resolve_value_range
-from zarr_cae.pixels.layout import RGB, Layout, ValueRange, ValueTransform, resolve_channel_axis
+from zarr_cae.pixels.layout import Layout, ValueRange, ValueTransform, resolve_channel_axis
 from zarr_cae.pixels.mask import find_mask
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
 from zarr_cae.weights.registry import check_digest, default_digest, find, load, resolve
 
 NAME = "cae"
-ChannelAxis = int | Literal["auto"] | None
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_LARGEST_PSNR = 200
 _EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
 """Whether zarr passes each codec the spec that the codecs before it leave; older releases pass the array's own."""
 
@@ -68,6 +75,11 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         axis. Of the other axes the last two are rows and columns. "auto" takes the last axis if it has length 3, and
         otherwise none. Metadata store the number counted from the end. Codecs before this one, such as transpose, come
         first: the axis is one of their output.
+    colour
+        The positions of red, green and blue along `channel_axis`, such as (0, 1, 2), if that has more than three
+        channels. These three are coded together, the others as grey planes: RGBA then costs about 1.3 times as much as
+        RGB, and not three to four times. Each chunk must hold all channels. With `channel_axis="auto"` the last axis is
+        taken, if it has three channels, or more but at most a quarter of its two neighbours.
     value_range
         (lowest, highest) value of the data. uint8 has the default (0, 255); every other dtype needs it.
     nodata
@@ -101,6 +113,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     model: str = DEFAULT_MODEL
     weights: str = ""
     channel_axis: ChannelAxis = "auto"
+    colour: Colour = None
     value_range: ValueRange | None = None
     nodata: float | str | None = None
     value_transform: ValueTransform = None
@@ -109,19 +122,23 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     """Whether the codec was made by a user, its channel axis guessed from "auto", or read from metadata. Stored
     arrays must open, so some checks are for new arrays only."""
 
+    _channels: int = field(default=0, init=False, repr=False, compare=False)
+    """The number of channels of the array, once it is known."""
+
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        put("quality", _integer(self.quality))
-        _check_choice("quality", self.quality, tuple(QUALITIES))
-        _check_choice("metric", self.metric, METRICS)
-        _check_choice("model", self.model, MODELS)
-        put("channel_axis", _channel_axis(self.channel_axis))
-        put("value_range", _value_range(self.value_range))
-        put("nodata", _nodata(self.nodata))
-        put("min_psnr", _min_psnr(self.min_psnr))
-        _check_choice("value_transform", self.value_transform, (None, "sqrt"))
+        put("quality", checked_integer(self.quality))
+        check_choice("quality", self.quality, tuple(QUALITIES))
+        check_choice("metric", self.metric, METRICS)
+        check_choice("model", self.model, MODELS)
+        put("channel_axis", checked_channel_axis(self.channel_axis))
+        put("colour", checked_colour(self.colour, self.channel_axis))
+        put("value_range", checked_value_range(self.value_range))
+        put("nodata", checked_nodata(self.nodata))
+        put("min_psnr", checked_min_psnr(self.min_psnr))
+        check_choice("value_transform", self.value_transform, (None, "sqrt"))
         weights = resolve(self.weights or None, model=self.model, quality=self.quality, metric=self.metric)
         put("weights", weights)
 
@@ -169,14 +186,9 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
             "weights": self.weights,
             "channel_axis": self.channel_axis,
         }
-        if self.value_range is not None:
-            configuration["value_range"] = self.value_range
-        if self.nodata is not None:
-            configuration["nodata"] = self.nodata
-        if self.value_transform is not None:
-            configuration["value_transform"] = self.value_transform
-        if self.min_psnr is not None:
-            configuration["min_psnr"] = self.min_psnr
+        for name in ("colour", "value_range", "nodata", "value_transform", "min_psnr"):
+            if (value := getattr(self, name)) is not None:
+                configuration[name] = value
         return {"name": NAME, "configuration": configuration}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
@@ -188,7 +200,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         spec = array_spec if _EVOLVES_IN_ORDER else _after_filters(self, array_spec, sys._getframe(1))  # noqa: SLF001
         dtype = spec.dtype.to_native_dtype()
         low, high = resolve_value_range(dtype, self.value_range)
-        nodata = _resolve_nodata(dtype, self.nodata)
+        nodata = resolve_nodata(dtype, self.nodata)
         missing = nodata is not None and bool(find_mask(np.asarray(spec.fill_value, dtype), nodata))
         if not missing and not low <= cast("float", spec.fill_value) <= high:
             raise CAEConfigurationError(
@@ -196,30 +208,34 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
                 "filled with it; give fill_value=<a value inside>, or nodata=<the fill_value> if such pixels have no "
                 "data"
             )
-        axis = resolve_channel_axis(spec.shape, self.channel_axis)
+        layout = layout_of(self, spec.shape)
+        axis = layout.channel_axis
         with suppress(*(WeightsNotFoundError, OSError) if self._origin == "stored" else ()):
             self._find_weights()
         evolved = replace(self, channel_axis=None if axis is None else axis - len(spec.shape))
         guessed = self.channel_axis == "auto" and self._origin == "made"
         object.__setattr__(evolved, "_origin", "guessed" if guessed else self._origin)
+        object.__setattr__(evolved, "_channels", layout.channels)
         return evolved
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:  # noqa: ARG002
-        """Refuse chunks that cut or pad an axis of three colours that "auto" found: they would be coded as grey planes.
+        """Refuse chunks that cut or pad the axis of colours: these would be coded as grey planes.
 
-        A user who gives the number of the axis means that.
+        This holds if "auto" found the axis, or if `colour` is given. Otherwise the user chose grey planes by giving
+        the number of the axis.
         """
-        if self._origin != "guessed" or self.channel_axis is None:
+        if self.channel_axis is None or (self.colour is None and self._origin != "guessed"):
             return
         axis = cast("int", self.channel_axis)
         # zarr passes the grid from before any transpose, so the colours may lie along another of its axes.
-        if any(set(_chunk_lengths(chunk_grid, one)) == {RGB} for one in range(len(shape))):
+        if any(set(_chunk_lengths(chunk_grid, one)) == {self._channels} for one in range(len(shape))):
             return
         chunks = tuple(max(_chunk_lengths(chunk_grid, one)) for one in range(len(shape)))
-        wanted = tuple(RGB if one == axis + len(shape) else length for one, length in enumerate(chunks))
+        wanted = tuple(self._channels if one == axis + len(shape) else n for one, n in enumerate(chunks))
+        without = f"give channel_axis={axis}" if self.colour is None else "leave out colour"
         raise CAEConfigurationError(
-            f"cae: chunks of {chunks} cut or pad axis {axis} of {shape}, which holds three colours; use chunks="
-            f"{wanted}, or give channel_axis={axis} to code its channels as independent grey planes"
+            f"cae: chunks of {chunks} cut or pad axis {axis} of {shape}, which holds colours; use chunks={wanted}, or "
+            f"{without} to code its channels as independent grey planes"
         )
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
@@ -276,12 +292,17 @@ def _handed_over(pixels: Any, spec: ArraySpec) -> NDBuffer:
 
 
 def _coder(codec: CAECodec, spec: ArraySpec) -> ChunkCoder:
-    axis = resolve_channel_axis(spec.shape, codec.channel_axis)
     dtype = spec.dtype.to_native_dtype()
     return ChunkCoder(
-        Layout(spec.shape, axis), spec, resolve_value_range(dtype, codec.value_range), codec.quality,
-        lambda: loaded(codec), _resolve_nodata(dtype, codec.nodata), codec.value_transform, codec.min_psnr,
+        layout_of(codec, spec.shape), spec, resolve_value_range(dtype, codec.value_range), codec.quality,
+        lambda: loaded(codec), resolve_nodata(dtype, codec.nodata), codec.value_transform, codec.min_psnr,
     )  # fmt: skip
+
+
+def layout_of(codec: CAECodec, shape: tuple[int, ...]) -> Layout:
+    """Return how the axes of an array or a chunk of this shape map to planes."""
+    axis = resolve_channel_axis(shape, codec.channel_axis, colour=codec.colour is not None)
+    return Layout(shape, axis, codec.colour)
 
 
 def loaded(codec: CAECodec) -> Weights:
@@ -321,81 +342,3 @@ def _after_filters(codec: CAECodec, array_spec: ArraySpec, frame: FrameType | No
         if isinstance(other, ArrayArrayCodec):
             spec = other.resolve_metadata(spec)
     return array_spec
-
-
-def _integer(value: object) -> object:
-    """Return a NumPy integer as a Python integer, which JSON can hold; return anything else unchanged."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise CAEConfigurationError(f"cae: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _channel_axis(value: object) -> ChannelAxis:
-    value = _integer(value)
-    if value is None or type(value) is int or (isinstance(value, str) and value == "auto"):
-        return cast("ChannelAxis", value)
-    raise CAEConfigurationError(f"cae: channel_axis must be an integer, None or 'auto', got {value!r}")
-
-
-def _value_range(value: object) -> ValueRange | None:
-    if value is None:
-        return None
-    try:
-        low, high = cast("Any", value)
-        pair = tuple(_number(v) for v in (low, high))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CAEConfigurationError(f"cae: value_range must be a pair (lowest, highest), got {value!r}") from error
-    if not all(map(math.isfinite, pair)):
-        raise CAEConfigurationError(f"cae: value_range must be finite, got {value!r}")
-    return cast("ValueRange", pair)
-
-
-def _nodata(value: Any) -> float | str | None:
-    if value is None or (isinstance(value, str) and value in _NOT_FINITE):
-        return value
-    try:
-        number = float("text") if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CAEConfigurationError(
-            f'cae: nodata must be a number, NaN or None, got {value!r}; in metadata NaN is the string "NaN"'
-        ) from error
-    if math.isfinite(number):
-        return _number(value)
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
-
-
-def _min_psnr(value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = math.nan if isinstance(value, str | bool) else _number(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 < number <= _LARGEST_PSNR:
-        raise CAEConfigurationError(
-            f"cae: min_psnr must be a number of dB above 0 and up to {_LARGEST_PSNR}, or None, got {value!r}"
-        )
-    return number
-
-
-def _resolve_nodata(dtype: np.dtype[Any], nodata: float | str | None) -> float | None:
-    """Return the nodata value as a number, if pixels of the dtype can have it."""
-    if nodata is None:
-        return None
-    number = _NOT_FINITE[nodata] if isinstance(nodata, str) else nodata
-    if dtype.kind == "f":
-        fits = isinstance(nodata, str) or abs(number) <= float(np.finfo(dtype).max)
-    else:
-        fits = math.isfinite(number) and number == int(number) and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
-    if not fits:
-        raise CAEConfigurationError(f"cae: nodata must be a value of dtype {dtype}, got {nodata!r}")
-    return number if dtype.kind == "f" else int(number)
-
-
-def _number(value: Any) -> float:
-    """Return an integer if `value` has an integer type, or is a whole number that a float holds exactly."""
-    number = float(value)
-    return int(value) if isinstance(value, Integral) or (number.is_integer() and abs(number) <= 1 << 53) else number

@@ -28,18 +28,17 @@ from zarr.abc.buffer import Buffer
 from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
-from zarr_cae.codec.exact import Parts, restore
-from zarr_cae.codec.floor import is_unusual, poor_tiles, reaches
+from zarr_cae.codec.exact import Parts, mask_section, restore
+from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
 from zarr_cae.codec.wear import note_decoded, note_encoded
 from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
-from zarr_cae.coder.lossless import encode_mask
 from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.convert import from_root, to_chunk, to_planes, to_root
+from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
 from zarr_cae.threads import lazy_property
@@ -175,24 +174,18 @@ class ChunkCoder:
             planes = to_planes(np.where(mask, self.dtype.type(self.value_range[0]), pixels), layout, self.value_range)
             if mask.any():
                 fill(planes, to_planes(mask.view(np.uint8), layout, (0, 1)) > 0.5)
-        if self.transform == "sqrt":
-            planes = to_root(planes, self.value_range)
-        # Three grey channels look like RGB to the layout of a box: the same numbers in another shape.
-        return planes.reshape(-1, self.components, *planes.shape[2:])
+        return to_root(planes, self.value_range) if self.transform == "sqrt" else planes
 
     def to_pixels(self, planes: Planes, layout: Layout) -> Chunk:
         """Return planes as pixels: the inverse of `to_planes`."""
-        if self.transform == "sqrt":
-            planes = from_root(planes, self.value_range)
-        return to_chunk(planes, layout, self.dtype, self.value_range)
+        return to_chunk(planes, layout, self.dtype, self.value_range, self.transform)
 
     def to_samples(self, pixels: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
-        """Return values of pixels, or of a mask, in the order of planes (N, C, H, W), as a copy without padding."""
-        ordered = pixels.transpose(layout.channels_first)
-        return ordered.reshape(-1, self.components, layout.height, layout.width).copy()
+        """Return values of pixels, or of a mask, as a copy in the order of sample planes (S, H, W), without padding."""
+        return pixels.transpose(layout.channels_first).reshape(-1, layout.height, layout.width).copy()
 
     def from_samples(self, samples: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
-        """Return samples (N, C, H, W) in the order of pixels: the inverse of `to_samples`."""
+        """Return sample planes (S, H, W) in the order of pixels: the inverse of `to_samples`."""
         order = layout.channels_first
         ordered = samples.reshape([layout.shape[axis] for axis in order])
         return np.ascontiguousarray(ordered.transpose(np.argsort(order)))
@@ -224,11 +217,12 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
         if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
             break
     exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)
-    plain = mask is None and not exact and tried is coder
+    symbols = yield from calmed(tried, tried.geometry, pixels, symbols, exact)
+    psnr = None if tried.min_psnr is None else measured_psnr(tried, pixels, decoded, mask, exact)
+    plain = mask is None and not exact and psnr is None
     header = tried.header if plain else tried.exact_header
     streams = tiles.encode_streams(symbols, header, tried.tables)
-    section = encode_mask(mask) if mask is not None and mask.any() else None
-    frame = pack(header, streams, mask=section, exact=exact)
+    frame = pack(header, streams, mask=mask_section(coder, mask), exact=exact, psnr=psnr)
     note_encoded(coder, pixels, frame)
     return coder.to_buffer(frame)
 

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from zarr_cae.codec.windows import Box
 from zarr_cae.coder.frame import STRIDE, Frame, FrameHeader
-from zarr_cae.coder.lossless import decode_mask, decode_pixels
+from zarr_cae.coder.lossless import decode_mask, decode_pixels, encode_mask
 from zarr_cae.coder.tiles import Patch, Tile, tiles
 from zarr_cae.errors import FrameError
+from zarr_cae.pixels.layout import Layout
 from zarr_cae.pixels.mask import Mask, apply_mask
 
 if TYPE_CHECKING:
@@ -65,36 +66,48 @@ def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts)
         if tile.number in parts.exact:
             values = tile_samples(coder, parts, tile)
             own = tile_pixels(parts.header, tile)
-            samples[tile.plane, :, *own.within(inside)] = values[:, *inside.within(own)]
+            samples[box.layout.samples_of(tile.plane), *own.within(inside)] = values[:, *inside.within(own)]
     mask = stored_mask(coder, parts)
     if coder.nodata is not None:
-        apply_mask(samples, mask[box.planes, :, inside.rows, inside.columns], coder.nodata, coder.value_range)
+        apply_mask(samples, mask[box.samples, inside.rows, inside.columns], coder.nodata, coder.value_range)
     return coder.from_samples(samples, box.layout)
 
 
 def stored_mask(coder: ChunkCoder, parts: Parts) -> Mask:
-    """Return the mask (N, C, H, W) of a chunk; nothing is masked where the frame has none. The result is read only.
+    """Return the mask of a chunk as sample planes (S, H, W), read only. Nothing is masked if the frame has no mask.
 
     Raises
     ------
     FrameError, StreamError
         If the section is malformed, or the array has no nodata value.
     """
-    header = parts.header
-    shape = (header.planes, header.components, header.height, header.width)
+    layout = coder.layout
+    shape = (layout.images * layout.channels, layout.height, layout.width)
     if parts.mask is None:
         return np.broadcast_to(np.False_, shape)
     if coder.nodata is None:
         raise FrameError(
             "cae: frame has a mask, but the metadata of the array have no nodata value: it is of another array"
         )
-    return decode_mask(parts.mask, shape)
+    return decode_mask(parts.mask, _mask_shape(layout)).reshape(shape)
+
+
+def mask_section(coder: ChunkCoder, mask: Mask | None) -> bytes | None:
+    """Return the mask section of a mask of sample planes (S, H, W); None if nothing is masked."""
+    return None if mask is None or not mask.any() else encode_mask(mask.reshape(_mask_shape(coder.layout)))
+
+
+def _mask_shape(layout: Layout) -> tuple[int, int, int, int]:
+    """Return the shape of the mask in its section: the channels of an image are coded together if it has colours."""
+    planes = (layout.images, layout.channels) if layout.colour else (layout.images * layout.channels, 1)
+    return (*planes, layout.height, layout.width)
 
 
 def tile_samples(coder: ChunkCoder, parts: Parts, tile: Tile) -> npt.NDArray[Any]:
     """Return the samples (C, rows, columns) of an exact tile. Raises StreamError if its section is malformed."""
-    rows, columns = tile_pixels(parts.header, tile).shape
-    return decode_pixels(parts.exact[tile.number], (coder.components, rows, columns), coder.dtype)
+    down, across = parts.header.tile_grid
+    components = len(coder.layout.samples_of(tile.number // (down * across)))
+    return decode_pixels(parts.exact[tile.number], (components, *tile_pixels(parts.header, tile).shape), coder.dtype)
 
 
 def tile_pixels(header: FrameHeader, tile: Tile) -> Patch:

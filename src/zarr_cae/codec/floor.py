@@ -8,17 +8,21 @@ next to nothing, and only decodes and looks where there are many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.codec.exact import tile_pixels
-from zarr_cae.coder.frame import FrameHeader, Symbols
+from zarr_cae.coder.frame import NO_ERROR, FrameHeader, Symbols
 from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Tile, tiles
+from zarr_cae.networks.pieces import HALO
 from zarr_cae.pixels.mask import Mask
+from zarr_cae.pixels.smooth import smoothed
 from zarr_cae.threads import over_cores
 
 if TYPE_CHECKING:
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 _UNUSUAL, _UNUSUAL_SHARE = 64, 1e-3
 """Symbols of a tile outside their alphabets, as a number or a share, up to which it is not worth a look. Photographs
 have at most one in 5,000; patterns that decode to garbage one in 200 to one in 2."""
+_SMOOTHING = (2, 4)
+"""Levels of smoothing for the latents of exact tiles, as log2 of the edges of blocks: the later one if that is not
+enough."""
 _WORSE = 1.02
 """Mean squared error in units of the variance from which a tile is worse than its mean: 0.1 dB."""
 _MARGIN = 0.999
@@ -70,7 +77,7 @@ def poor_tiles(
     pixels, decoded
         The pixels of a whole chunk, as they should be and as they are decoded.
     mask
-        (N, C, H, W), true for samples without data, which do not count; None if there are none.
+        Sample planes (S, H, W), true for samples without data, which do not count; None if there are none.
     candidates
         The tiles in question, numbered within the chunk; by default all.
     """
@@ -80,28 +87,104 @@ def poor_tiles(
     planes = header.tile_grid[0] * header.tile_grid[1]
     for found in tiles(header) if candidates is None else candidates:
         tile = found._replace(plane=found.number // planes)  # its plane in the chunk
-        error, variance = _errors(header, tile, original, result, mask)
+        error, variance = _errors(coder, header, tile, original, result, mask)
         if not error <= _allowed(coder, variance):  # also for NaN
             poor.append(tile)
-    return dict(over_cores(lambda tile: (tile.number, encode_pixels(_cut(header, tile, original))), poor))
+    return dict(over_cores(lambda tile: (tile.number, encode_pixels(_cut(coder, header, tile, original))), poor))
 
 
 def reaches(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None) -> bool:
     """Return whether decoded pixels of a whole chunk reach the PSNR that the array demands; see `poor_tiles`."""
-    values, known = (coder.to_samples(one, coder.layout) for one in (decoded, pixels))
-    inside = np.ones(known.shape, bool) if mask is None else ~mask
-    if not inside.any():
-        return True
-    return bool(_squares(values, known)[inside].mean() <= _demanded(coder))
+    return _mean_error(coder, pixels, decoded, mask, ()) <= _demanded(coder)
+
+
+def calmed(
+    coder: ChunkCoder, header: FrameHeader, pixels: Any, symbols: Symbols, exact: Collection[int]
+) -> Generator[Future[Symbols], Symbols, Symbols]:
+    """Return the symbols of a chunk with those of unusual exact tiles replaced by symbols of smoothed pixels.
+
+    The pixels of exact tiles do not come from their symbols, and unusual symbols take many bytes. Symbols that take
+    part in pixels of other tiles stay.
+
+    Parameters
+    ----------
+    coder, header, pixels
+        As for `poor_tiles`.
+    symbols
+        (N, M, h, w), of these pixels.
+    exact
+        The numbers of the exact tiles.
+    """
+    every = tiles(header)
+    wild = [every[one] for one in sorted(exact) if is_unusual(_symbols_of(every[one], symbols), coder)]
+    if not wild:
+        return symbols
+    free = _free_positions(header, [every[one] for one in exact])
+    planes = sorted({tile.plane for tile in wild})
+    sharp = coder.to_planes(pixels, coder.layout)[planes]
+    symbols = symbols.copy()
+    for levels in _SMOOTHING:
+        smooth = yield coder.analyse(smoothed(sharp, levels))
+        for tile in wild:
+            own, place = _symbols_of(tile, symbols), planes.index(tile.plane)
+            new = smooth[place : place + 1, :, tile.patch.rows, tile.patch.columns]
+            np.copyto(own, new, where=free[tile.plane, tile.patch.rows, tile.patch.columns])
+        wild = [tile for tile in wild if is_unusual(_symbols_of(tile, symbols), coder)]
+        if not wild:
+            break
+    return symbols
+
+
+def _symbols_of(tile: Tile, symbols: Symbols) -> Symbols:
+    """Return a view of the symbols (1, M, h, w) of a tile in those of its chunk."""
+    return symbols[tile.plane : tile.plane + 1, :, tile.patch.rows, tile.patch.columns]
+
+
+def _free_positions(header: FrameHeader, exact: Iterable[Tile]) -> npt.NDArray[np.bool_]:
+    """Return the latent positions (N, h, w) that take part in pixels of exact tiles only."""
+    free: npt.NDArray[np.bool_] = np.zeros((header.planes, *header.latent_shape), np.bool_)
+    for tile in exact:
+        free[tile.plane, tile.patch.rows, tile.patch.columns] = True
+    for axis in (1, 2):
+        padded = np.pad(free, [(HALO, HALO) if one == axis else (0, 0) for one in range(3)], constant_values=True)
+        free = np.logical_and.reduce(np.lib.stride_tricks.sliding_window_view(padded, 2 * HALO + 1, axis), axis=-1)
+    return free
+
+
+def measured_psnr(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None, exact: Iterable[int]) -> int:
+    """Return the PSNR of a whole chunk with exact tiles, as a frame stores it: in hundredths of dB, rounded down.
+
+    The arguments are those of `poor_tiles`, and its result.
+    """
+    error = _mean_error(coder, pixels, decoded, mask, exact)
+    if error == 0:
+        return NO_ERROR
+    return min(max(0, math.floor(1000 * math.log10(_extent(coder) ** 2 / error))), NO_ERROR - 1)
+
+
+def _mean_error(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None, exact: Iterable[int]) -> float:
+    """Return the mean squared error of a chunk; 0 if it has no data."""
+    squares = _squares(*(coder.to_samples(one, coder.layout) for one in (decoded, pixels)))
+    every = tiles(coder.geometry)
+    for number in exact:
+        own = tile_pixels(coder.geometry, every[number])
+        squares[coder.layout.samples_of(every[number].plane), own.rows, own.columns] = 0
+    inside = np.ones(squares.shape, bool) if mask is None else ~mask
+    return float(squares[inside].mean()) if inside.any() else 0.0
 
 
 def _errors(
-    header: FrameHeader, tile: Tile, original: npt.NDArray[Any], result: npt.NDArray[Any], mask: Mask | None
+    coder: ChunkCoder,
+    header: FrameHeader,
+    tile: Tile,
+    original: npt.NDArray[Any],
+    result: npt.NDArray[Any],
+    mask: Mask | None,
 ) -> tuple[float, float]:
     """Return the mean squared error of a tile, and the mean of the variances of its components."""
     errors, variances = [], []
-    holes = None if mask is None else _cut(header, tile, mask)
-    values, known = _cut(header, tile, result), _cut(header, tile, original)
+    holes = None if mask is None else _cut(coder, header, tile, mask)
+    values, known = (_cut(coder, header, tile, one) for one in (result, original))
     for component in range(len(known)):
         here = slice(None) if holes is None else ~holes[component]
         truth = known[component][here].astype(np.float64)
@@ -139,7 +222,7 @@ def _squares(values: npt.NDArray[Any], known: npt.NDArray[Any]) -> npt.NDArray[n
     return squares
 
 
-def _cut(header: FrameHeader, tile: Tile, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _cut(coder: ChunkCoder, header: FrameHeader, tile: Tile, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the samples (C, rows, columns) of a tile."""
     pixels = tile_pixels(header, tile)
-    return samples[tile.plane, :, pixels.rows, pixels.columns]
+    return samples[coder.layout.samples_of(tile.plane), pixels.rows, pixels.columns]

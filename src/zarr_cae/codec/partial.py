@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
-from zarr_cae.codec.exact import Parts, box_pixels, restore, stored_mask, tile_pixels, tile_samples
-from zarr_cae.codec.floor import is_unusual, poor_tiles
+from zarr_cae.codec.exact import Parts, box_pixels, mask_section, restore, stored_mask, tile_pixels, tile_samples
+from zarr_cae.codec.floor import calmed, is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
 from zarr_cae.codec.wear import note_recoded
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
-from zarr_cae.coder.lossless import encode_mask, encode_pixels
+from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Patch, Tile, decode_streams, decode_tile, encode_streams, encode_tile, tiles
 from zarr_cae.errors import FrameError
 from zarr_cae.networks.pieces import HALO
@@ -241,7 +241,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     ):
         streams[number] = stream
     mask, exact = _new_mask(coder, parts, around, after), _new_exact(coder, parts, around, after)
-    unsure = any(tile.number not in exact and is_unusual(own[None], coder) for tile, own in touched)
+    unsure = any(is_unusual(own[None], coder) for _, own in touched)
     if unsure or coder.min_psnr is not None or (mask is not None and header.version < 3):
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
         _put(chunk, selection, value)
@@ -251,9 +251,10 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
         exact = {**poor, **exact}
         if (exact or mask is not None) and header.version < 3:
             header = replace(header, version=3, row=coder.row)
-            streams = list(encode_streams(all_symbols, header, coder.tables))
-    section = None if mask is None else encode_mask(mask)
-    packed = pack(header, streams, mask=section, exact=exact)
+        calm = yield from calmed(coder, header, chunk, all_symbols, exact)
+        if calm is not all_symbols or header.version > parts.header.version:
+            streams = list(encode_streams(calm, header, coder.tables))
+    packed = pack(header, streams, mask=mask_section(coder, mask), exact=exact)
     if any(tile.number not in exact for tile, _ in touched) and _wears(coder, around, before):
         note_recoded(coder, frame, packed)
     yield Put(coder.to_buffer(packed))
@@ -285,7 +286,7 @@ def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask
     if coder.nodata is None:
         return None
     mask, inside = stored_mask(coder, parts).copy(), box_pixels(box)
-    mask[box.planes, :, inside.rows, inside.columns] = coder.to_samples(find_mask(pixels, coder.nodata), box.layout)
+    mask[box.samples, inside.rows, inside.columns] = coder.to_samples(find_mask(pixels, coder.nodata), box.layout)
     return mask if mask.any() else None
 
 
@@ -298,7 +299,7 @@ def _new_exact(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> dic
     for tile in tiles(parts.header, box.planes, box.patch):
         if tile.number in exact:
             own, values = tile_pixels(parts.header, tile), tile_samples(coder, parts, tile)
-            values[:, *inside.within(own)] = samples[tile.plane, :, *own.within(inside)]
+            values[:, *inside.within(own)] = samples[box.layout.samples_of(tile.plane), *own.within(inside)]
             exact[tile.number] = encode_pixels(values)
     return exact
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -30,7 +31,8 @@ class Box:
 
     chunk: Layout
     indices: tuple[Indices, ...]
-    """The indices along each axis of the chunk; without gaps along rows, columns and the axis of RGB."""
+    """The indices along each axis of the chunk; without gaps along rows and columns, and with all
+    three channels of colour or none."""
     inside: Any
     """The same selection relative to the box: a tuple with an `Index` for each axis. It has another form only if the
     box is the whole chunk."""
@@ -38,7 +40,12 @@ class Box:
     @property
     def layout(self) -> Layout:
         """The layout of an array that holds only the box."""
-        return Layout(tuple(map(len, self.indices)), self.chunk.channel_axis)
+        chunk, colour = self.chunk, self.chunk.colour
+        if colour and chunk.channel_axis is not None:
+            channels = self.indices[chunk.channel_axis]
+            place = channels.index if isinstance(channels, range) else partial(np.searchsorted, channels)
+            colour = tuple(int(place(one)) for one in colour) if colour[0] in channels else ()
+        return Layout(tuple(map(len, self.indices)), chunk.channel_axis, colour)
 
     @property
     def complete(self) -> bool:
@@ -54,13 +61,22 @@ class Box:
         )
 
     @property
-    def planes(self) -> npt.NDArray[np.intp]:
-        """The planes of the chunk that hold pixels of the box, in the order of the box."""
-        axes = [axis for axis in self.chunk.channels_first[:-2] if self.chunk.grey or axis != self.chunk.channel_axis]
+    def samples(self) -> npt.NDArray[np.intp]:
+        """The sample planes of the chunk that the box holds, in the order of its layout."""
+        axes = self.chunk.channels_first[:-2]
         if not axes:
             return np.zeros(1, np.intp)
         product = np.ix_(*(np.asarray(self.indices[axis], np.intp) for axis in axes))
         return np.ravel_multi_index(product, [self.chunk.shape[axis] for axis in axes]).reshape(-1)
+
+    @property
+    def planes(self) -> npt.NDArray[np.intp]:
+        """The planes of the chunk that hold pixels of the box, in the order of its layout."""
+        samples, layout = self.samples, self.layout
+        if not layout.colour and not self.chunk.colour:
+            return samples
+        firsts = (int(samples[layout.samples_of(plane)[0]]) for plane in range(layout.planes))
+        return np.array([self.chunk.plane_of(sample) for sample in firsts], np.intp)
 
     @property
     def patch(self) -> Patch:
@@ -120,8 +136,10 @@ def enclosing(selection: object, chunk: Layout) -> Box:
             box: Indices = range(int(min(wanted[0], wanted[-1])), int(max(wanted[0], wanted[-1])) + 1)
             if not isinstance(wanted, range):
                 box = range(int(wanted.min()), int(wanted.max()) + 1)
-        elif axis == chunk.channel_axis and not chunk.grey:
-            box = range(chunk.shape[axis])
+        elif axis == chunk.channel_axis and chunk.colour and any(one in wanted for one in chunk.colour):
+            box = np.union1d(chunk.colour, wanted)  # a plane of colours is decoded as a whole
+            if isinstance(wanted, range) or len(box) == length:
+                box = range(int(box[0]), int(box[-1]) + 1)
         else:
             box = wanted if isinstance(wanted, range) else np.unique(wanted)
         indices.append(box)

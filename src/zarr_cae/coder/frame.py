@@ -1,8 +1,8 @@
 """The frame of a chunk: a header, then the stream of each tile, with checksums.
 
 The section "Frames" of spec/cae.md defines the bytes of all versions. Versions 1 and 2 differ in their checksums; the
-weights decide which of the two older releases wrote (see `Tables.frame_version`). Version 3 can hold a mask and exact
-tiles, and says which row of the weights file coded the chunk.
+weights decide which of the two older releases wrote (see `Tables.frame_version`). Version 3 can hold a mask, exact
+tiles and the PSNR that the writer measured, and says which row of the weights file coded the chunk.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from zarr_cae.coder.fields import CHECKSUM_BYTES, VARINT_END, Reader, TooShortEr
 from zarr_cae.coder.header import MAX_LOG2_TILE, STRIDE, VERSIONS, FrameHeader, Symbols
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
-__all__ = ["STRIDE", "Frame", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_frame", "parse_index", "unpack"]
+__all__ = [
+    "NO_ERROR", "STRIDE", "Frame", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_frame", "parse_index",
+    "unpack",
+]  # fmt: skip
 
+NO_ERROR = 65535
+"""The PSNR in a frame of a chunk in which no sample differs."""
 _MAGIC = b"ZCAE"
-_GREY, _MASKED, _EXACT = 1, 2, 4
-_FLAGS = {1: _GREY, 2: _GREY, 3: _GREY | _MASKED | _EXACT}
+_GREY, _MASKED, _EXACT, _MEASURED = 1, 2, 4, 8
+_FLAGS = {1: _GREY, 2: _GREY, 3: _GREY | _MASKED | _EXACT | _MEASURED}
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,15 @@ class FrameIndex:
         First byte and end of the stored mask section, with its checksum; None if the frame has no mask.
     exact
         For each exact tile, by number, the bytes of its pixel section.
+    psnr
+        The PSNR that the writer measured, in hundredths of dB; 65535 if no sample differed; None if it did not measure.
     """
 
     header: FrameHeader
     offsets: tuple[int, ...]
     mask: tuple[int, int] | None = None
     exact: Mapping[int, int] = field(default_factory=dict)
+    psnr: int | None = None
 
     @property
     def frame_bytes(self) -> int:
@@ -103,6 +111,7 @@ def pack(
     *,
     mask: bytes | memoryview | None = None,
     exact: Mapping[int, bytes | memoryview] | None = None,
+    psnr: int | None = None,
 ) -> bytes:
     """Return the frame of a chunk.
 
@@ -116,6 +125,8 @@ def pack(
         The mask section from `lossless.encode_mask`, if samples are masked; version 3 only.
     exact
         The pixel sections from `lossless.encode_pixels` of exact tiles, by number of the tile; version 3 only.
+    psnr
+        The measured PSNR of the chunk in hundredths of dB, 0 to 65535; version 3 only.
 
     Raises
     ------
@@ -124,8 +135,9 @@ def pack(
         exact tile does not exist, the row is missing, or the version has no masks and exact tiles.
     """
     exact = exact or {}
-    _check_parts(header, streams, mask, exact)
+    _check_parts(header, streams, mask, exact, psnr)
     flags = (_GREY if header.grey else 0) | (_MASKED if mask is not None else 0) | (_EXACT if exact else 0)
+    flags |= 0 if psnr is None else _MEASURED
     frame = bytearray(_MAGIC)
     frame += bytes([header.version, flags])
     for value in (header.planes, header.height, header.width):
@@ -133,6 +145,8 @@ def pack(
     frame.append(header.tile.bit_length() - 1)
     if header.row is not None:
         frame.append(header.row)
+    if psnr is not None:
+        frame += psnr.to_bytes(2, "little")
     if mask is not None:
         frame += varint(len(mask))
     if exact:
@@ -154,6 +168,7 @@ def _check_parts(
     streams: Sequence[bytes | memoryview],
     mask: bytes | memoryview | None,
     exact: Mapping[int, bytes | memoryview],
+    psnr: int | None,
 ) -> None:
     if len(streams) != header.tile_count:
         raise CAEConfigurationError(
@@ -165,8 +180,10 @@ def _check_parts(
         raise CAEConfigurationError(f"cae: frame's parts must be shorter than 2^32 bytes; got {longest}")
     if header.version == 3 and header.row is None:
         raise CAEConfigurationError("cae: frame of version 3 needs the row of the weights file that coded it")
-    if sections and header.version < 3:
-        raise CAEConfigurationError(f"cae: only frames of version 3 hold masks and exact tiles; got {header.version}")
+    if (sections or psnr is not None) and header.version < 3:
+        raise CAEConfigurationError(
+            f"cae: only frames of version 3 hold masks, exact tiles and a PSNR; got {header.version}"
+        )
     if not all(map(len, sections)) or not all(0 <= tile < header.tile_count for tile in exact):
         raise CAEConfigurationError(
             f"cae: frame's mask and pixel sections must not be empty, and exact tiles must be in "
@@ -269,6 +286,7 @@ def _parse(reader: Reader, expected: FrameHeader) -> FrameIndex:
             "the stored chunk is damaged"
         )
     row = reader.take(1, 1)[0] if version == 3 else None
+    psnr = int.from_bytes(reader.take(2, 1), "little") if flags & _MEASURED else None
     header = FrameHeader(expected.planes, expected.height, expected.width, expected.grey, 1 << log2_tile, version, row)
     count = header.tile_count
     mask = _checked_section(reader.varint("length of the mask", count), "mask") if flags & _MASKED else 0
@@ -288,7 +306,8 @@ def _parse(reader: Reader, expected: FrameHeader) -> FrameIndex:
     check_checksum("index's", reader.view[:end], reader.take(CHECKSUM_BYTES, 0))
     first = reader.at + mask + CHECKSUM_BYTES if mask else reader.at
     stored = [length + pixels.get(tile, 0) + CHECKSUM_BYTES for tile, length in enumerate(lengths)]
-    return FrameIndex(header, tuple(accumulate(stored, initial=first)), (reader.at, first) if mask else None, pixels)
+    place = (reader.at, first) if mask else None
+    return FrameIndex(header, tuple(accumulate(stored, initial=first)), place, pixels, psnr)
 
 
 def _exact_tiles(stored: memoryview, count: int) -> list[int]:

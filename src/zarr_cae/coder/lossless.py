@@ -6,12 +6,14 @@ how many bytes may come out, so a damaged or hostile section never allocates mor
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zarr_cae.coder.contours import decode_contours, encode_contours
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
 __all__ = ["Mask", "decode_mask", "decode_pixels", "encode_mask", "encode_pixels"]
@@ -19,7 +21,9 @@ __all__ = ["Mask", "decode_mask", "decode_pixels", "encode_mask", "encode_pixels
 Mask = NDArray[np.bool_]
 """True for masked samples: bool (N, C, H, W)."""
 
-_LEVEL = 6
+_LEVEL, _BEST = 6, 9
+_CONTOURS = 1
+"""First byte of a mask section that holds contours. Other sections are zlib streams, which never begin with it."""
 _PREDICTORS = (0, 1, 2)
 _DAMAGED = "the stored chunk is damaged"
 
@@ -42,10 +46,16 @@ def encode_mask(mask: Mask) -> bytes:
             f"cae: mask must be bool (planes, components, height, width) with at least one masked sample; got "
             f"{mask.dtype} {mask.shape} with {np.count_nonzero(mask)}"
         )
-    rows = np.packbits(mask, axis=-1, bitorder="little")
+    # Mostly empty: components of a pixel are usually masked together.
+    changed = mask.copy()
+    changed[:, 1:] ^= mask[:, :-1]
+    rows = np.packbits(changed, axis=-1, bitorder="little")
+    contours = encode_contours(changed.reshape(-1, mask.shape[-1]), rows.size)
     rows[..., 1:, :] ^= rows[..., :-1, :].copy()
-    rows[:, 1:] ^= rows[:, :-1].copy()  # mostly zeros: components of a pixel are usually masked together
-    return zlib.compress(rows.tobytes(), _LEVEL)
+    sections = [zlib.compress(rows.tobytes(), _LEVEL)]
+    if contours is not None:
+        sections.append(bytes([_CONTOURS]) + zlib.compress(contours, _BEST))
+    return min(sections, key=len)
 
 
 def decode_mask(section: bytes | memoryview, shape: tuple[int, int, int, int]) -> Mask:
@@ -65,6 +75,13 @@ def decode_mask(section: bytes | memoryview, shape: tuple[int, int, int, int]) -
     """
     *outer, width = shape
     packed = (*outer, -(-width // 8))
+    view = memoryview(section)
+    if view and view[0] == _CONTOURS:
+        changed = decode_contours(_inflated(view[1:], math.prod(packed), "mask section"), math.prod(outer), width)
+        mask = np.bitwise_xor.accumulate(changed.reshape(shape), axis=1)
+        if not mask.any():
+            raise StreamError(f"cae: mask section must mask at least one sample; {_DAMAGED}")
+        return mask
     rows = _inflate(section, packed, "mask section")
     np.bitwise_xor.accumulate(rows, axis=1, out=rows)
     np.bitwise_xor.accumulate(rows, axis=2, out=rows)
@@ -145,18 +162,26 @@ def _bytes_of(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _inflate(section: bytes | memoryview, shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:
     """Return the content of a zlib stream, which must be exactly that of a uint8 array of `shape`; writable."""
-    size = int(np.prod(shape, dtype=object))
+    size = math.prod(shape)
     # Deflate codes 258 bytes with no fewer than two bits, so a short section can't fill a large array.
     if size > 1032 * len(section):
         raise StreamError(f"cae: {name} of {len(section)} bytes can't hold {size} bytes; {_DAMAGED}")
+    content = _inflated(section, size, name)
+    if len(content) != size:
+        raise StreamError(f"cae: {name} must be a zlib stream of {size} bytes; got {len(content)}; {_DAMAGED}")
+    return np.frombuffer(content, np.uint8).reshape(shape).copy()
+
+
+def _inflated(section: bytes | memoryview, most: int, name: str) -> bytes:
+    """Return the content of a zlib stream, which must be at most `most` bytes, with nothing after it."""
     inflater = zlib.decompressobj()
     try:
-        content = inflater.decompress(section, size + 1)
+        content = inflater.decompress(section, most + 1)
     except zlib.error as error:
         raise StreamError(f"cae: {name} is not a zlib stream: {error}; {_DAMAGED}") from error
-    if len(content) != size or not inflater.eof or inflater.unused_data:
+    if len(content) > most or not inflater.eof or inflater.unused_data:
         raise StreamError(
-            f"cae: {name} must be a zlib stream of {size} bytes and nothing more; got {len(content)} bytes, "
+            f"cae: {name} must be a zlib stream of {most} bytes and nothing more; got {len(content)} bytes, "
             f"{'a' if inflater.eof else 'no'} proper end, {len(inflater.unused_data)} bytes after it; {_DAMAGED}"
         )
-    return np.frombuffer(content, np.uint8).reshape(shape).copy()
+    return content

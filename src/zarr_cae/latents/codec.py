@@ -21,14 +21,14 @@ from zarr.abc.codec import ArrayBytesCodec
 
 from zarr_cae._zarr import JSON, ArraySpec, ChunkKeyEncoding, parse_chunk_key_encoding, parse_named_configuration
 from zarr_cae.codec.cae import NAME as CAE_NAME
-from zarr_cae.codec.cae import CAECodec, loaded
+from zarr_cae.codec.cae import CAECodec, layout_of, loaded
 from zarr_cae.coder import tiles
 from zarr_cae.coder.compile import dequantiser
 from zarr_cae.coder.frame import STRIDE, FrameHeader, Symbols
 from zarr_cae.coder.tables import Tables
 from zarr_cae.coder.tiles import Tile
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.layout import RGB, Layout, resolve_channel_axis
+from zarr_cae.pixels.layout import Layout
 
 NAME = "cae_bottleneck"
 
@@ -46,21 +46,32 @@ def latent_shape(shape: Sequence[int], layout: Layout, channels: int) -> tuple[i
         `n // c * ceil(c / 16) + ceil(n % c / 16)` rows of latents, which is ceil(n / 16) if 16 divides c. The same
         holds for columns.
     channels
-        M, the number of latent channels of the weights. The channel axis has M latents for each RGB chunk along it,
-        or for each grey plane, plane after plane: channel m of plane p is at p * M + m. Without a channel axis, the
+        M, the number of latent channels of the weights. The channel axis has M latents for each plane along it, plane
+        after plane: channel m of plane p is at p * M + m. An RGB chunk is one plane. With the codec's `colour`, the
+        plane of colours comes first, and the other channels follow in ascending order. Without a channel axis, the
         latents have an additional last axis of length M.
 
     Returns
     -------
     tuple of int
         As many lengths as `shape` has, and one more if the layout has no channel axis.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the last chunk along the channel axis is not complete, and chunks have colours beside other channels.
     """
     result = []
     for axis, (length, chunk) in enumerate(zip(shape, layout.shape, strict=True)):
         if axis in layout.spatial_axes:
             result.append(length // chunk * -(-chunk // STRIDE) + -(-(length % chunk) // STRIDE))
         elif axis == layout.channel_axis:
-            result.append(channels * (length if layout.grey else -(-length // RGB)))
+            if length % chunk and layout.colour and layout.greys:
+                raise CAEConfigurationError(
+                    f"cae: latents need complete chunks along the channel axis, as the codec has colour; got {length} "
+                    f"channels in chunks of {chunk}"
+                )
+            result.append(channels * (length if layout.grey else -(-length // chunk) * layout.planes_per_image))
         else:
             result.append(length)
     return (*result, channels) if layout.channel_axis is None else tuple(result)
@@ -133,7 +144,7 @@ class CAEBottleneckCodec(ArrayBytesCodec):
     @property
     def layout(self) -> Layout:
         """How the axes of a chunk of pixels map to planes."""
-        return Layout(self.chunk_shape, resolve_channel_axis(self.chunk_shape, self.cae.channel_axis))
+        return layout_of(self.cae, self.chunk_shape)
 
     @classmethod
     def from_dict(cls, data: dict[str, JSON]) -> Self:

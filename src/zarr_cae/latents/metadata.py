@@ -8,8 +8,11 @@ The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape`
   not divide the chunk's edge, the last position covers fewer pixels. Chunks of c rows have ceil(c / 16) rows of
   latents, so n rows of pixels have `n // c * ceil(c / 16) + ceil(n % c / 16)` rows of latents. This is ceil(n / 16) if
   16 divides c.
-* Channel axis: M latent channels for an RGB chunk; M for each grey plane, plane after plane.
+* Channel axis: M latent channels for an RGB chunk; M for each grey plane, plane after plane. With the codec's `colour`:
+  M for the plane of the three colours, and then M for each other channel, in ascending order.
 * No channel axis: the latents have an additional last axis of length M.
+* Tiles whose pixels are stored exactly may have the latents of smoothed pixels, if those of the pixels themselves are
+  far from what the networks saw in training.
 * Other axes do not change.
 * Names of axes: `y` becomes `y_latent`, since its length is another one, and coordinates or masks along `y` can stand
   in the same data set. This holds for rows, columns and the channel axis. If 16 does not divide the chunk's edge c, the
@@ -38,13 +41,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from zarr_cae.codec.cae import NAME as CAE_NAME
-from zarr_cae.codec.cae import CAECodec, loaded
+from zarr_cae.codec.cae import CAECodec, layout_of, loaded
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.latents.codec import NAME as LATENTS_NAME
 from zarr_cae.latents.codec import CAEBottleneckCodec, latent_shape
 from zarr_cae.latents.view import rewrite_arrays
-from zarr_cae.pixels.layout import resolve_channel_axis
 
 ATTRIBUTE = "cae_bottleneck"
 """The attribute that says how latent positions map to pixels."""
@@ -222,7 +224,7 @@ def _find(codecs: Sequence[object], axes: tuple[int, ...], shape: Sequence[int],
             return _find(configuration["codecs"], axes, inner, inner)
         elif name == CAE_NAME:
             cae = CAECodec.from_dict({"name": name, "configuration": configuration})
-            axis = resolve_channel_axis(tuple(shape), cae.channel_axis)
+            axis = layout_of(cae, tuple(shape)).channel_axis
             own = {**configuration, "channel_axis": axis, "weights": cae.weights, "chunk_shape": list(chunk)}
             found = CAEBottleneckCodec.from_dict({"name": LATENTS_NAME, "configuration": own})
             return _View(found, axes, loaded(cae).latent_channels)
@@ -257,12 +259,13 @@ def _rewrite_codecs(codecs: Sequence[Any], axes: tuple[int, ...], view: _View) -
 
 def _mapping(view: _View, array: Mapping[str, Any]) -> Document:
     """Return the attribute that describes the latents to their readers."""
-    cae = view.codec.cae
+    cae, layout = view.codec.cae, view.codec.layout
     return {
         "stride": STRIDE,
         "axes": view.roles,
         "latent_channels": view.channels,
-        "planes": "grey" if view.codec.layout.grey else "rgb",
+        "planes": "grey" if layout.grey else "rgb and grey" if layout.greys else "rgb",
+        **({} if cae.colour is None else {"colour": list(cae.colour)}),
         "pixel_shape": list(array["shape"]),
         "pixel_chunk_shape": view.pixel_chunk_shape,
         "pixel_data_type": array["data_type"],

@@ -31,7 +31,7 @@ from zarr_cae.networks.microbatch import MicroBatcher
 from zarr_cae.networks.pieces import pieces
 from zarr_cae.networks.transforms import Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.pixels import device as on_device
-from zarr_cae.pixels.convert import from_root, to_chunk, to_planes, to_root
+from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
 from zarr_cae.pixels.layout import PixelFormat, Planes
 from zarr_cae.threads import call_in_child, hold_across_fork
 from zarr_cae.weights.file import DEFAULT_MODEL, Weights
@@ -203,16 +203,12 @@ class Engine:
         if not self._runs_whole(form):
 
             def finish_on_host(planes: Array) -> Array:
-                if form.transform == "sqrt":
-                    planes = from_root(planes, form.value_range)
-                return to_chunk(planes, form.layout, form.dtype, form.value_range)
+                return to_chunk(planes, form.layout, form.dtype, form.value_range, form.transform)
 
             return self._submit(key, symbols, components, 1, STRIDE, finish_on_host)
 
         def finish(planes: Tensor) -> Any:
-            if form.transform == "sqrt":
-                planes = on_device.from_root(planes, form.value_range)
-            pixels = on_device.to_chunk(planes, form.layout, form.dtype, form.value_range)
+            pixels = on_device.to_chunk(planes, form.layout, form.dtype, form.value_range, form.transform)
             if not form.stays:
                 return _to_numpy(pixels)
             if pixels.is_cuda:  # the reader of this tensor knows only the default stream

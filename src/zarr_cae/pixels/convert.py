@@ -12,7 +12,7 @@ import numpy as np
 
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
-from zarr_cae.pixels.layout import RGB, Chunk, Layout, Planes, ValueRange
+from zarr_cae.pixels.layout import RGB, Chunk, Layout, Planes, ValueRange, ValueTransform
 
 _AT_A_TIME = 1 << 17
 """Samples converted at a time: few enough for the cache of a core."""
@@ -63,6 +63,9 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
     CAEDataError
         If a value lies outside the range: decoding could not return it.
     """
+    if layout.mixed:
+        together: Planes = joined(to_planes(chunk, layout.separate, value_range), layout)
+        return together
     low, high = value_range
     if not (chunk.dtype == np.uint8 and value_range == (0, 255)):
         _check_range(chunk, value_range)
@@ -79,6 +82,33 @@ def to_planes(chunk: Chunk, layout: Layout, value_range: ValueRange) -> Planes:
     planes[:, :, : layout.height, layout.width :] = planes[:, :, : layout.height, layout.width - 1 : layout.width]
     planes[:, :, layout.height :] = planes[:, :, layout.height - 1 : layout.height]
     return planes
+
+
+def joined(planes: Any, layout: Layout) -> Any:
+    """Return sample planes (S, 1, H, W) as the planes (N, 3 or 1, H, W) of a layout, with grey components repeated.
+
+    The planes may be an array or a tensor.
+    """
+    if layout.grey:
+        return planes
+    images = planes.reshape(layout.images, layout.channels, *planes.shape[2:])
+    components = [*(layout.colour or ()), *(channel for channel in layout.greys for _ in range(RGB))]
+    return images[:, components].reshape(layout.planes, RGB, *planes.shape[2:])
+
+
+def separated(planes: Planes, layout: Layout) -> Planes:
+    """Return the planes (N, 3 or 1, H, W) of a layout as sample planes (S, 1, H, W): the inverse of `joined`.
+
+    A grey plane is the mean of its components.
+    """
+    if layout.grey:
+        grey: Planes = planes.mean(1, keepdims=True)
+        return grey
+    images = planes.reshape(layout.images, -1, RGB, *planes.shape[2:])
+    samples = np.empty((layout.images, layout.channels, *planes.shape[2:]), planes.dtype)
+    samples[:, layout.colour] = images[:, 0]
+    samples[:, layout.greys] = images[:, 1:].mean(2)
+    return samples.reshape(-1, 1, *planes.shape[2:])
 
 
 def _above(integers: Chunk, low: int) -> Chunk:
@@ -162,8 +192,21 @@ def root_constants(value_range: ValueRange) -> tuple[float, float, float]:
     return extent, least, 1 / (math.sqrt(extent + 0.375) - least)
 
 
-def to_chunk(planes: Planes, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Chunk:
-    """Return planes (N, 3 or 1, H', W') as a chunk: cropped, clipped to the range, rounded if dtype is integer."""
+def to_chunk(
+    planes: Planes,
+    layout: Layout,
+    dtype: np.dtype[Any],
+    value_range: ValueRange,
+    transform: ValueTransform = None,
+) -> Chunk:
+    """Return planes (N, 3 or 1, H', W') as a chunk: cropped, clipped to the range, rounded if dtype is integer.
+
+    The value transform is undone. A grey plane is the mean of its components, if it has three.
+    """
+    if layout.mixed or planes.shape[1] == RGB > len(layout.colour or ()):
+        planes, layout = separated(planes, layout), layout.separate
+    if transform == "sqrt":
+        planes = from_root(planes, value_range)
     low, high = value_range
     # Convert some rows at a time, to bound memory.
     values = np.empty((len(planes), layout.height, layout.width, planes.shape[1]), dtype).transpose(0, 3, 1, 2)

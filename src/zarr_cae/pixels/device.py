@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from zarr_cae.coder.frame import STRIDE
 from zarr_cae.errors import CAEDataError
-from zarr_cae.pixels.convert import outside_message, root_constants
-from zarr_cae.pixels.layout import RGB, Layout, ValueRange
+from zarr_cae.pixels.convert import joined, outside_message, root_constants
+from zarr_cae.pixels.layout import RGB, Layout, ValueRange, ValueTransform
 
 _DTYPES = {
     np.dtype(name): getattr(torch, name)
@@ -53,6 +53,9 @@ def to_planes(chunk: Tensor, layout: Layout, value_range: ValueRange) -> Tensor:
     CAEDataError
         If a value lies outside the range.
     """
+    if layout.mixed:
+        planes: Tensor = joined(to_planes(chunk, layout.separate, value_range), layout)
+        return planes
     low, high = value_range
     ordered = chunk.permute(layout.channels_first)
     if not chunk.is_floating_point():
@@ -86,8 +89,18 @@ def from_root(planes: Tensor, value_range: ValueRange) -> Tensor:
     return ((values.square() - 0.375) / extent).to(torch.float32).clamp(0, 1)
 
 
-def to_chunk(planes: Tensor, layout: Layout, dtype: np.dtype[Any], value_range: ValueRange) -> Tensor:
-    """Return planes (N, 3 or 1, H', W') as a contiguous chunk: cropped, clipped, rounded if dtype is integer."""
+def to_chunk(
+    planes: Tensor,
+    layout: Layout,
+    dtype: np.dtype[Any],
+    value_range: ValueRange,
+    transform: ValueTransform = None,
+) -> Tensor:
+    """Return planes (N, 3 or 1, H', W') as a contiguous chunk; see `convert.to_chunk`."""
+    if layout.mixed:
+        planes, layout = _separated(planes, layout), layout.separate
+    if transform == "sqrt":
+        planes = from_root(planes, value_range)
     low, high = value_range
     inside = planes[:, :, : layout.height, : layout.width]
     if dtype.kind == "f":
@@ -99,3 +112,12 @@ def to_chunk(planes: Tensor, layout: Layout, dtype: np.dtype[Any], value_range: 
     ordered = values.reshape([layout.shape[axis] for axis in order])
     back = [order.index(axis) for axis in range(len(order))]
     return ordered.permute(back).to(_DTYPES[dtype]).contiguous()
+
+
+def _separated(planes: Tensor, layout: Layout) -> Tensor:
+    """Return planes of a layout with colours as sample planes; see `convert.separated`."""
+    images = planes.reshape(layout.images, -1, RGB, *planes.shape[2:])
+    samples = planes.new_empty(layout.images, layout.channels, *planes.shape[2:])
+    samples[:, list(layout.colour or ())] = images[:, 0]
+    samples[:, layout.greys] = images[:, 1:].mean(2)
+    return samples.reshape(-1, 1, *planes.shape[2:])

@@ -2,13 +2,14 @@
 
 A chunk has a channel axis or none. Of its other axes the last two are an image's rows and columns, and all before
 them are batch axes. A channel axis of length 3 is coded as RGB, one plane of three components; any other length, or
-no channel axis, as independent grey planes of one component.
+no channel axis, as independent grey planes of one component. The codec's `colour` names three channels of a longer axis
+that are coded as RGB, too.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,11 +30,19 @@ ValueTransform = Literal["sqrt"] | None
 
 @dataclass(frozen=True)
 class Layout:
-    """How the axes of a chunk map to planes (N, C, H, W)."""
+    """How the axes of a chunk map to planes.
+
+    An image of the chunk has one plane of three components for its colours, if it has any, and then one plane of one
+    component for each other channel. A *sample plane* (H, W) is one channel of one image; sample planes are numbered
+    by image, then by channel.
+    """
 
     shape: tuple[int, ...]
     """The chunk's shape."""
     channel_axis: int | None
+    colour: tuple[int, ...] | None = None
+    """The three channels that are coded together as RGB, as positions along the channel axis; () if there are none.
+    None becomes (0, 1, 2) if there are three channels, and otherwise ()."""
 
     def __post_init__(self) -> None:
         axis, needed = self.channel_axis, 2 if self.channel_axis is None else 3
@@ -47,6 +56,14 @@ class Layout:
             raise CAEConfigurationError(
                 f"cae: channel_axis {axis} does not exist in shape {self.shape}; expected 0 to {len(self.shape) - 1}"
             )
+        if self.colour is None:
+            object.__setattr__(self, "colour", tuple(range(RGB)) if self.channels == RGB else ())
+        elif self.colour and (axis is None or max(self.colour) >= self.channels):
+            held = "there is no channel axis" if axis is None else f"channel axis {axis} has length {self.channels}"
+            raise CAEConfigurationError(
+                f"cae: colour {self.colour} does not fit shape {self.shape}, where {held}; give the positions of red, "
+                "green and blue along channel_axis, each chunk with all channels"
+            )
 
     @property
     def channels(self) -> int:
@@ -55,8 +72,18 @@ class Layout:
 
     @property
     def grey(self) -> bool:
-        """Whether the planes have one component each, not three."""
-        return self.channels != RGB
+        """Whether all planes have one component."""
+        return not self.colour
+
+    @property
+    def mixed(self) -> bool:
+        """Whether planes must be put together channel by channel, as they are not the chunk's own axes reshaped."""
+        return bool(self.colour) and (self.channels != RGB or self.colour != (0, 1, 2))
+
+    @property
+    def separate(self) -> Layout:
+        """The layout in which each channel is a grey plane, so that planes are sample planes."""
+        return replace(self, colour=())
 
     @property
     def spatial_axes(self) -> tuple[int, int]:
@@ -75,9 +102,41 @@ class Layout:
         return self.shape[self.spatial_axes[1]]
 
     @property
+    def images(self) -> int:
+        """Number of images: the product of the lengths of the batch axes."""
+        return math.prod(self.shape) // (self.height * self.width * self.channels)
+
+    @property
     def planes(self) -> int:
-        """Number of planes: images, times channels if the planes are grey."""
-        return math.prod(self.shape) // (self.height * self.width * (1 if self.grey else RGB))
+        """Number of planes of all images."""
+        return self.images * self.planes_per_image
+
+    @property
+    def planes_per_image(self) -> int:
+        """Number of planes of one image."""
+        return self.channels - RGB + 1 if self.colour else self.channels
+
+    @property
+    def greys(self) -> list[int]:
+        """The channels that are not coded together as RGB, in ascending order."""
+        return [channel for channel in range(self.channels) if channel not in (self.colour or ())]
+
+    def samples_of(self, plane: int) -> list[int]:
+        """Return the numbers of the sample planes that are the components of a plane."""
+        image, channel = divmod(plane, self.planes_per_image)
+        if self.colour and channel == 0:
+            return [image * self.channels + one for one in self.colour]
+        channel -= 1 if self.colour else 0
+        for one in sorted(self.colour or ()):
+            channel += one <= channel
+        return [image * self.channels + channel]
+
+    def plane_of(self, sample: int) -> int:
+        """Return the plane of which a sample plane is a component: the inverse of `samples_of`."""
+        image, channel = divmod(sample, self.channels)
+        if self.colour:
+            channel = 0 if channel in self.colour else 1 + channel - sum(one < channel for one in self.colour)
+        return image * self.planes_per_image + channel
 
     @property
     def channels_first(self) -> tuple[int, ...]:
@@ -111,7 +170,7 @@ class PixelFormat:
         return self.layout.planes * self.plane_shape[1] * self.plane_shape[2]
 
 
-def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None) -> int | None:
+def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None, *, colour: bool = False) -> int | None:
     """Return the channel axis of an array of this shape, as a non-negative number or None.
 
     Parameters
@@ -127,6 +186,9 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None)
           slices, time steps or stains. Only the z axis of five (t, c, z, y, x) is taken for slices, as levels of a
           pyramid have fewer and fewer.
         - one of the last two axes that is at most a quarter of its two neighbours, like 4 in (512, 512, 4).
+    colour
+        Whether the user has named three channels as colours. Then "auto" takes the last axis, if its length is 3, or
+        more but at most a quarter of its two neighbours.
 
     Returns
     -------
@@ -146,7 +208,8 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None)
         return Layout(shape, channel_axis).channel_axis
     if count <= 2:
         return Layout(shape, None).channel_axis
-    if shape[-1] == RGB:
+    if shape[-1] == RGB or colour:
+        _check_last_axis(shape)
         return count - 1
     for axis, length in enumerate(shape[:-1]):
         if length == RGB and (axis < count - 2 or count == 3) and not (count == 5 and axis == 2):
@@ -164,3 +227,12 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None)
                 "if there are no channels"
             )
     return None
+
+
+def _check_last_axis(shape: tuple[int, ...]) -> None:
+    """Refuse a last axis that is neither one of three colours nor much shorter than the axes before it."""
+    if shape[-1] != RGB and not RGB < shape[-1] <= min(shape[-3:-1]) // _IMAGE_ASPECT:
+        raise CAEConfigurationError(
+            f"cae: colour needs the channel axis of shape {shape}, and 'auto' takes only a last axis of a few "
+            "channels; give channel_axis=<number of the axis>"
+        )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.pixels.layout import Chunk, Planes, ValueRange
+from zarr_cae.pixels.smooth import enlarged
 
 Mask = npt.NDArray[np.bool_]
 
@@ -53,15 +54,7 @@ def _fill_image(image: npt.NDArray[np.float32], holes: Mask) -> None:
     counts = np.pad(~holes, padding).reshape(blocks).sum((1, 3), dtype=np.float32)
     above = sums / np.maximum(counts, 1)
     _fill_image(above, counts == 0)
-    np.copyto(image, _enlarged(_enlarged(above, 0), 1)[: image.shape[0], : image.shape[1]], where=holes)
-
-
-def _enlarged(image: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
-    """Return an image with twice as many samples along an axis, interpolated linearly between their centres."""
-    image = image.swapaxes(0, axis)
-    padded = np.concatenate([image[:1], image, image[-1:]])
-    both = np.stack([0.75 * image + 0.25 * padded[:-2], 0.75 * image + 0.25 * padded[2:]], 1)
-    return both.reshape(-1, *image.shape[1:]).astype(np.float32, copy=False).swapaxes(0, axis)
+    np.copyto(image, enlarged(enlarged(above, 0), 1)[: image.shape[0], : image.shape[1]], where=holes)
 
 
 def apply_mask(chunk: Chunk, mask: Mask, nodata: float, value_range: ValueRange) -> None:

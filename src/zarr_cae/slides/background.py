@@ -129,8 +129,11 @@ def _whole(chunk_array: Any, spec: Any) -> bool:
 
 
 def _is_fill(chunk_array: Any, spec: Any) -> bool:
-    """Whether all pixels have the fill value, so that zarr stores no chunk."""
-    return not spec.config.write_empty_chunks and bool((chunk_array.as_numpy_array() == spec.fill_value).all())
+    """Return whether zarr stores no chunk of these pixels: all have the fill value."""
+    if spec.config.write_empty_chunks:
+        return False
+    pixels, fill = chunk_array.as_numpy_array(), spec.fill_value
+    return bool((pixels != pixels if fill != fill else pixels == fill).all())  # noqa: PLR0124 - NaN is not NaN
 
 
 def _count(spec: Any) -> None:

@@ -43,6 +43,8 @@ class Choices:
         Lowest and highest value. None: 0 to 255 for uint8, and what the file says for other dtypes.
     series, level
         Which image of the file, and which of its levels becomes level 0.
+    values
+        Further parameters of `CAECodec`: nodata, min_psnr and value_transform.
     """
 
     qualities: tuple[int, ...] = (8,)
@@ -56,6 +58,13 @@ class Choices:
     value_range: tuple[float, float] | None = None
     series: int | None = None
     level: int = 0
+    values: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def nodata(self) -> float | None:
+        """The value of pixels without data; None if all have data."""
+        value = self.values.get("nodata")
+        return float(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Conversion:
         return {
             "source": str(self.source.absolute()),
             **self.state,
-            **asdict(self.choices),
+            **{name: value for name, value in asdict(self.choices).items() if name != "values" or value},
             "shape": self.shape,
             "dtype": self.dtype,
             "value_range": self.value_range,
@@ -146,7 +155,7 @@ def prepare(source: Path, choices: Choices) -> Conversion:
             slide.by_rows,
             Pyramid(sizes, planes, _edge(choices)),
             value_range,
-            _background(slide, value_range),
+            _background(slide, value_range) if choices.nodata is None else choices.nodata,
             source_state(source),
             tuple(codec.weights for codec in codecs),
             slide.metadata,
@@ -221,7 +230,7 @@ def _background(slide: Slide, value_range: tuple[float, float]) -> float:
 
 
 def _codec(choices: Choices, quality: int, slide: Slide, value_range: tuple[float, float]) -> WritingCodec:
-    given: dict[str, Any] = {} if choices.model is None else {"model": choices.model}
+    given: dict[str, Any] = choices.values | ({} if choices.model is None else {"model": choices.model})
     codec: WritingCodec = WritingCodec(
         quality,
         metric=cast("Any", choices.metric),

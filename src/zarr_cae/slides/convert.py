@@ -24,7 +24,7 @@ from zarr_cae.errors import CAEDataError
 from zarr_cae.slides.background import begin
 from zarr_cae.slides.conversion import Conversion, array_options, source_state
 from zarr_cae.slides.journal import Journal, flush, read_reduced, remove_reduced, write_reduced
-from zarr_cae.slides.pyramid import Block, reduced
+from zarr_cae.slides.pyramid import Block, reduced, reduced_data
 from zarr_cae.slides.sources import Slide, open_slide
 
 __all__ = ["Advance", "close_slide", "convert_block", "convert_here"]
@@ -104,7 +104,12 @@ def convert_block(
     if pixels is None:
         pixels = read_block(conversion, folder, block)
     if block.level + 1 < len(conversion.pyramid.sizes):
-        write_reduced(folder, block, reduced(pixels, conversion.choices.downsample))
+        choices = conversion.choices
+        if choices.nodata is None:
+            smaller = reduced(pixels, choices.downsample)
+        else:
+            smaller = reduced_data(pixels, choices.downsample, choices.nodata, conversion.value_range)
+        write_reduced(folder, block, smaller)
     window = conversion.window(block)
 
     def count(samples: int) -> None:

@@ -15,7 +15,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Block", "Downsample", "Pyramid", "level_sizes", "reduced"]
+from zarr_cae.pixels.layout import ValueRange
+from zarr_cae.pixels.mask import apply_mask, find_mask
+
+__all__ = ["Block", "Downsample", "Pyramid", "level_sizes", "reduced", "reduced_data"]
 
 Downsample = Literal["mean", "nearest"]
 Pixels = npt.NDArray[Any]
@@ -155,6 +158,30 @@ def reduced(pixels: Pixels, downsample: Downsample = "mean") -> Pixels:
     whole = sum(quarter >> 2 for quarter in quarters)  # sums of 64-bit integers could overflow
     rest = sum(quarter & 3 for quarter in quarters) + 2
     return np.asarray(whole + (rest >> 2), pixels.dtype)
+
+
+def reduced_data(pixels: Pixels, downsample: Downsample, nodata: float, value_range: ValueRange) -> Pixels:
+    """Return the same as `reduced`, for an image in which pixels of the value `nodata` have no data.
+
+    A pixel without data counts as the first of its 2 x 2 pixels that has data. The result has no data where none of the
+    four has.
+    """
+    if downsample == "nearest":
+        return reduced(pixels, downsample)
+    odd = [(0, 0)] * (pixels.ndim - 2) + [(0, length % 2) for length in pixels.shape[-2:]]
+    filled = np.pad(pixels, odd, mode="edge")
+    holes = find_mask(filled, nodata)
+    places = [(..., slice(row, None, 2), slice(column, None, 2)) for row, column in itertools.product((0, 1), (0, 1))]
+    first, empty = filled[places[0]].copy(), holes[places[0]].copy()
+    for place in places[1:]:
+        taken = empty & ~holes[place]
+        first[taken] = filled[place][taken]
+        empty &= ~taken
+    for place in places:
+        np.copyto(filled[place], first, where=holes[place])
+    result = reduced(filled, downsample)
+    apply_mask(result, empty, nodata, value_range)
+    return result
 
 
 def _sum(parts: Sequence[Pixels], dtype: np.dtype[Any]) -> Pixels:
