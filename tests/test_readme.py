@@ -65,6 +65,7 @@ def test_commands_run_one_after_the_other(inputs):
     """Run all commands in order. The longest ones get further arguments that make them short."""
     pytest.importorskip("uvicorn")
     further = {
+        "fit": ["--fit", "5s"],
         "compare": ["--region", "0,0,192,192", "--qualities", "1", "--against", "jpeg"],
         "serve": ["--port", "0"],
         "train": ["--steps", "2", "--crop", "32", "--crops-per-quality", "1", "--threads", "1"],
@@ -79,8 +80,8 @@ def test_commands_run_one_after_the_other(inputs):
         if name == "serve":
             serve(inputs, environment, [name, *arguments, *further[name]])
         else:
-            run(name, *arguments, *further.get(name, []))
-    made = ["photo.zarr", "back.png", "slide.ome.zarr", "report.html", "new.zarr", "folder", "photo.zarr/.cae"]
+            run(name, *arguments, *further.get("fit" if "--fit" in arguments else name, []))
+    made = ["photo.zarr", "back.png", "slide.ome.zarr", "report.html", "new.zarr", "folder", "photo.zarr/.cae", "own.zarr/.cae"]
     assert [name for name in made if not (inputs / name).exists()] == []
 
 
