@@ -651,11 +651,11 @@ def test_the_density_alone_is_trained(crops: Crops, started: Trainer) -> None:
 
 def test_export_and_restore(started: Trainer, tmp_path: Path) -> None:
     model, images = started.averaged(), list(started.crops.tiles())
-    content = export(model, "mse", {"seed": 0, "images": 6}, images)
-    assert content == export(model, "mse", {"images": 6, "seed": 0}, images)  # the same network is the same file
-    named = registry.store(export(model, "mse", {}, images, "histology"), tmp_path)
-    assert named.name == "histology"
+    content = export(model, "mse", {"seed": 0, "images": 6}, images, "histology")
+    same = export(model, "mse", {"images": 6, "seed": 0}, images, "histology")
+    assert content == same  # the same network is the same file
     info = registry.store(content, tmp_path)
+    assert info.name == "histology"
     loaded = registry.load(info.path)
     assert info.qualities == (1, 2, 3, 4, 5)
     assert info.provenance == {"seed": 0, "images": 6}
