@@ -4,18 +4,19 @@
 
 Each mutant must be decoded to symbols or pixels of the right shape, or raise one of this package's errors of data
 (CAEDataError), within `HANG` seconds and `MEMORY` bytes. Everything else counts as a finding: another exception, a
-process that dies, a hang, an allocation beyond the limit. Findings are printed with what repeats them:
+process that dies, a hang, an allocation beyond the limit. Each finding is printed with the command that repeats it:
 
     python benchmarks/attack.py --target frame --seed 0 --only 12345
 
-* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are made
-  anew, so that the damage reaches the decoder behind them.
+* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are
+  computed again, so that the damage gets past them and reaches the decoder.
 * stream: the decoder of CompressAI's streams (`legacy.stream`), and chunks of caecodec.
 * codec: whole and partial reading of an array through zarr, whose chunks are such mutants.
-* store: reading through a store that returns too few bytes, too many, others, or none.
+* store: reading through a store that returns too few bytes, too many, wrong ones, or none.
 * kill: processes that write an array and are killed; what they leave must be readable.
 
-The attacker is a process of its own. This one watches it, and starts another behind a mutant that killed it or hung.
+The attacker is a process of its own. This process watches it. If a mutant kills it or hangs, another attacker starts
+at the next mutant.
 """
 
 import argparse
@@ -39,12 +40,14 @@ import crc32c
 import numpy as np
 
 HANG = 30.0
+START = 900.0
+"""Seconds in which an attacker imports and compiles all that it attacks."""
 MEMORY = 1 << 30
 TARGETS = ("frame", "stream", "codec", "store", "kill")
 
 
 class Finding(Exception):  # noqa: N818 - it is what this script looks for
-    """What a decoder must not do."""
+    """Something that a decoder must not do."""
 
 
 def main() -> None:
@@ -75,14 +78,15 @@ def main() -> None:
 def attack(target: str, mutants: int | None, seconds: float, seed: int) -> tuple[int, int, list[str]]:
     """Return how many mutants were tried and refused, and the findings."""
     spawn = multiprocessing.get_context("spawn")
-    state = spawn.Array(ctypes.c_longlong, 3)  # the mutant that is tried, how many were refused, milliseconds used
+    # The mutant that is tried, how many were refused, milliseconds used, whether the attacker has started.
+    state = spawn.Array(ctypes.c_longlong, 4)
     findings, first = [], 0
     budget = seconds if mutants is None else float("inf")
     last = sys.maxsize if mutants is None else mutants
     while first < last and state[2] < 1000 * budget:
         reports, send = spawn.Pipe(duplex=False)
         child = spawn.Process(target=attacker, args=(target, seed, first, last, budget, state, send))
-        state[0] = first
+        state[0], state[3] = first, 0
         child.start()
         send.close()
         hung = watch(child, state, reports, findings)
@@ -97,7 +101,7 @@ def attack(target: str, mutants: int | None, seconds: float, seed: int) -> tuple
 
 def watch(child: Any, state: Any, reports: Any, findings: list[str]) -> bool:
     """Wait for an attacker to end, gather its findings, and end it if it hangs."""
-    seen, since, told = -1, time.monotonic(), time.monotonic()
+    seen, since, told = (-1, 0), time.monotonic(), time.monotonic()
     while child.is_alive():
         if time.monotonic() - told > 60:
             told = time.monotonic()
@@ -107,9 +111,9 @@ def watch(child: Any, state: Any, reports: Any, findings: list[str]) -> bool:
                 findings.append(reports.recv())
         except EOFError:
             child.join(HANG)
-        if state[0] != seen:
-            seen, since = state[0], time.monotonic()
-        elif time.monotonic() - since > HANG + (120 if state[0] == seen == 0 else 0):  # the first one compiles
+        if (now := (state[0], state[3])) != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > (HANG if state[3] else START):
             os.kill(child.pid, signal.SIGABRT)  # faulthandler says where it was
             child.join()
             return True
@@ -123,13 +127,14 @@ def watch(child: Any, state: Any, reports: Any, findings: list[str]) -> bool:
 
 
 def attacker(target: str, seed: int, first: int, last: int, seconds: float, state: Any, send: Any) -> None:
-    """Try mutants one after the other, and report what must not be."""
+    """Try mutants one after the other, and report findings."""
     from zarr_cae.errors import CAEDataError
 
     faulthandler.enable()
     run = ATTACKS[target]
     run(np.random.default_rng([seed, first]), harmless=True)  # loads and compiles, before memory is limited
     limit_memory()
+    state[3] = 1
     start, used = time.monotonic(), state[2]
     for mutant in range(first, last):
         state[2] = used + int(1000 * (time.monotonic() - start))
@@ -157,7 +162,7 @@ def limit_memory() -> None:
 
 
 def mutated(random: np.random.Generator, content: bytes) -> bytes:
-    """Bytes flipped, cut off, put in, doubled or overwritten with what decoders like least, at one to four places."""
+    """Return the bytes with damage at one to four places: flipped, cut off, inserted, doubled or overwritten."""
     result = bytearray(content)
     for _ in range(random.integers(1, 5)):
         place = int(random.integers(0, len(result) + 1))
@@ -184,7 +189,7 @@ def mutated(random: np.random.Generator, content: bytes) -> bytes:
 
 @cache
 def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
-    """Header, tables, streams and bytes of good frames of every kind."""
+    """Return header, tables, streams and bytes of good frames of every kind."""
     from zarr_cae.coder import tiles
     from zarr_cae.coder.frame import FrameHeader, unpack
     from zarr_cae.weights import registry
@@ -207,7 +212,7 @@ def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
 
 
 def first_channels(tables: Any, count: int) -> Any:
-    """The tables of the first channels, so that many mutants a second can be tried."""
+    """Return the tables of the first channels, so that many mutants a second can be tried."""
     from zarr_cae.coder.contexts import Contexts
     from zarr_cae.coder.tables import Tables
 
@@ -224,7 +229,7 @@ def first_channels(tables: Any, count: int) -> Any:
 
 
 def sealed(header: Any, head: bytes, streams: tuple[bytes, ...]) -> bytes:
-    """A frame of a damaged head, with checksums that are right."""
+    """Build a frame whose head is damaged but whose checksums match."""
     if header.version == 1:
         return with_checksum(head + b"".join(streams))
     return with_checksum(head) + b"".join(map(with_checksum, streams))
@@ -235,7 +240,7 @@ def with_checksum(content: bytes) -> bytes:
 
 
 def mutant_frame(random: np.random.Generator) -> tuple[Any, Any, bytes]:
-    """Header, tables and bytes of a damaged frame."""
+    """Return header, tables and bytes of a damaged frame."""
     from zarr_cae.coder.frame import pack
 
     header, tables, streams, frame = frames()[random.integers(0, len(frames()))]
@@ -277,7 +282,7 @@ def expect(values: Any, shape: tuple[int, ...], dtype: Any) -> None:
 
 @cache
 def old_chunks() -> list[tuple[Any, tuple[int, int], bytes]]:
-    """Tables, shape and streams of CompressAI's form."""
+    """Return tables, shape and streams in CompressAI's form."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import caecodec
 
@@ -311,7 +316,7 @@ def attack_stream(random: np.random.Generator, *, harmless: bool = False) -> str
 
 @cache
 def arrays() -> list[tuple[Any, str, bytes, Any]]:
-    """Arrays of one chunk in memory, its key and frame, and the header of that."""
+    """Return arrays of one chunk in memory, each with the chunk's key, frame and header."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -363,7 +368,7 @@ def attack_codec(random: np.random.Generator, *, harmless: bool = False) -> str:
 
 @cache
 def lying() -> Any:
-    """A store in memory whose answers `lie` changes."""
+    """Make a store in memory whose answers are changed by `lie`."""
     from zarr.storage import MemoryStore
 
     class LyingStore(MemoryStore):
@@ -434,7 +439,7 @@ while True:
 
 
 def attack_kill(random: np.random.Generator, *, harmless: bool = False) -> str:
-    """Kill a writer at a random moment; all that it leaves can be read."""
+    """Kill a writer at a random moment, and read all that it left."""
     import subprocess
 
     import zarr

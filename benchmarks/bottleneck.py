@@ -5,9 +5,9 @@
 
 The array is size x size x 3 in chunks of 256 x 256 and 512 x 512, in memory. It is made of the images in FOLDER (by
 default the photograph in the package) and their mirror images. The pipelines are zarr's: the default one, and the fused
-one of zarr >= 3.3. Times are seconds of wall clock, and of CPU over all threads, which other programs disturb less: the
-least of the repeats each. Ratios are to the time for latents. All three start from the same stored bytes or the same
-symbols. They take turns, so that other programs disturb them alike:
+one of zarr >= 3.3. Times are the least of the repeats, in seconds of wall clock and in seconds of CPU over all
+threads; other programs disturb the latter less. Ratios are to the time for latents. All three start from the same
+stored bytes or symbols, and take turns, so that other programs disturb them alike:
 
 latents     `open_bottleneck(store)[...]`: float32 latents of the whole array, all cores
 compressai  what `EntropyBottleneck.decompress` does, one chunk at a time as caecodec did: argument lists from arrays,

@@ -2,13 +2,13 @@
 
     python benchmarks/growth.py [IMAGE ...] [--quality 4] [--largest 268]
 
-Each line is a process of its own: an RGB array made of the images (default: the photograph in the package),
-repeated, is written to and read from a folder. Seconds are those of one write and one read of the whole array after a
-first chunk has warmed up the networks. Memory is the highest resident size of the process, less what it had before
-plus the array of pixels itself (twice for reading: the second is the result). `--largest` limits the megapixels.
+Each line is a process of its own: an RGB array made of the images (default: the photograph in the package), repeated,
+is written to and read from a folder. Seconds are those of one write and one read of the whole array after a first chunk
+has warmed up the networks. Memory is the highest resident size of the process, less its size before and the array of
+pixels itself (twice for reading, where the result is a second array). `--largest` limits the megapixels.
 
-Missing chunks, 64 x 64 px each, are only read; beside them the same with zarr's uncompressed chunks, as what it costs
-zarr itself to find that a chunk is not there, in time and in memory beside the result.
+Missing chunks, 64 x 64 px each, are only read. The line beside them is of zarr's uncompressed chunks: the time and
+memory that zarr itself needs to find that a chunk is missing.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MISSING = [(2048, 64), (6400, 64), (20224, 64)]
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
+    """Return the bytes of this process that are in memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak() -> int:
-    """The most that `resident` ever was."""
+    """Return the largest resident memory that this process ever had."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -52,7 +52,7 @@ def create(folder: str, edge: int, chunk: int, codec: CAECodec | None) -> zarr.A
 
 
 def one(edge: int, chunk: int, quality: int, files: list[Path], missing: str | None) -> dict[str, float]:
-    """What this process needs for one line, or to read missing chunks of "cae" or "uncompressed"."""
+    """Return the memory that this process needs for one line, or to read missing chunks of "cae" or "uncompressed"."""
     codec = CAECodec(quality=quality, channel_axis=2)
     with tempfile.TemporaryDirectory() as folder:
         warm = create(f"{folder}/warm", 256, 256, codec)

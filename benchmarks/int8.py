@@ -1,4 +1,4 @@
-"""Whether 8-bit integers would pay: the speed of convolutions, and what they cost in rate and distortion.
+"""Would 8-bit integers pay? The speed of convolutions, and the cost in rate and distortion.
 
     python benchmarks/int8.py IMAGE... [--metric mse]
 
@@ -33,7 +33,7 @@ TILE = 512
 
 
 def rounded(values: Tensor, largest: Tensor) -> Tensor:
-    """To 8 bits, symmetric, and back."""
+    """Return the values after rounding to 8 bits, symmetric around zero."""
     scale = largest.clamp(min=1e-9) / 127
     return (values / scale).round().clamp(-127, 127) * scale
 
@@ -90,7 +90,7 @@ def speeds() -> None:
 
 
 def curve(engine: Engine, metric: str, images: list[np.ndarray]) -> Curve:
-    """Rate and distortion of one network over the qualities of its weights."""
+    """Return rate and distortion of one network at each quality of its weights."""
     rates, decibels = [], []
     for quality in engine.weights.info.qualities:
         row = engine.weights.row(quality)

@@ -43,7 +43,7 @@ NETWORKS = {
 
 
 def multiplications(network: nn.Module, example: torch.Tensor) -> int:
-    """Multiply-accumulates of one forward pass."""
+    """Count the multiply-accumulates of one forward pass."""
     total = 0
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -72,7 +72,7 @@ def seconds(network: nn.Module, example: torch.Tensor) -> float:
 
 @contextmanager
 def labelled(network: nn.Module) -> Iterator[None]:
-    """Have the profiler show convolutions and GDN under those names."""
+    """Let the profiler show convolutions and GDN under these names."""
     open_ones: list[record_function] = []
 
     def begin(label: str) -> None:
@@ -94,7 +94,7 @@ def labelled(network: nn.Module) -> Iterator[None]:
 
 
 def shares(network: nn.Module, example: torch.Tensor, passes: int = 5) -> dict[str, float]:
-    """Share of a forward pass by kind. The padding of a convolution counts as rest."""
+    """Return the share of each kind in the time of a forward pass. The padding of a convolution counts as rest."""
     with torch.inference_mode(), labelled(network):
         network(example)
         with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -109,7 +109,7 @@ def shares(network: nn.Module, example: torch.Tensor, passes: int = 5) -> dict[s
 
 
 def compiled(network: nn.Module, example: torch.Tensor) -> tuple[float, float]:
-    """Seconds of compiling and of a forward pass after it."""
+    """Return the seconds of compiling, and of a forward pass after it."""
     torch.compiler.reset()
     faster = torch.compile(network)
     with torch.inference_mode():
@@ -118,7 +118,7 @@ def compiled(network: nn.Module, example: torch.Tensor) -> tuple[float, float]:
 
 
 def report_more(arguments: argparse.Namespace) -> None:
-    """The tables of --profile and --compile."""
+    """Print the tables of --profile and --compile."""
     cpu = torch.device("cpu")
     for name, networks in NETWORKS.items():
         example = torch.rand(arguments.batch, 3, arguments.edge, arguments.edge)

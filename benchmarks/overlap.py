@@ -89,7 +89,7 @@ def tracing(store: Store) -> Iterator[Trace]:
 
 
 def shares(spans: list[Span], begin: float, end: float) -> dict[int, float]:
-    """Share of the time from begin to end in which so many of the spans were open."""
+    """Return, for each number of spans, the share of the time in which so many were open."""
     edges = sorted([(span.begin, 1) for span in spans] + [(span.end, -1) for span in spans])
     result: dict[int, float] = defaultdict(float)
     now, open_ones = begin, 0
@@ -100,7 +100,7 @@ def shares(spans: list[Span], begin: float, end: float) -> dict[int, float]:
 
 
 def best(work: Callable[[], Any], store: Store, repeats: int) -> tuple[float, float, float, Trace]:
-    """Begin and end on the wall clock, seconds of all cores, and the trace of the fastest run."""
+    """Return begin and end on the wall clock, the seconds of all cores, and the trace of the fastest run."""
     runs = []
     for _ in range(repeats):
         with tracing(store) as trace:

@@ -2,11 +2,12 @@
 
     python benchmarks/payload.py IMAGE... [--quality 1,4,8] [--metric mse]
 
-For each quality: bits per pixel of the frames, and the bytes of their entropy-coded streams over the sum of -log2 p of
-the same symbols, once with p of the integer tables that the coder uses, once with p of the float density that the
-network was trained with (stored in the weights file beside the tables); then whole frames over the latter. Last, what
-contexts save: the streams over the least that any coder without contexts could need, one table a channel, even if it
-knew these very images: the entropy of each channel's symbols. With 256 x 256 chunks and with one chunk an image.
+For each quality: bits per pixel of the frames, and the bytes of their entropy-coded streams over the sum of -log2 p
+of the same symbols, once with p of the integer tables that the coder uses, once with p of the float density that the
+network was trained with (stored in the weights file beside the tables); then whole frames over the latter. Last, the
+gain of contexts: the streams over the entropy of each channel's symbols, which is the least that a coder with one
+table for each channel could need, even if its tables were made for these very images. With 256 x 256 chunks and with
+one chunk an image.
 """
 
 import argparse
@@ -63,15 +64,15 @@ def main() -> None:
 
 
 def blind(counts: np.ndarray) -> float:
-    """Bits of all symbols with one ideal table a channel; counts (M, values)."""
+    """Return the bits of all symbols with one ideal table for each channel; counts are (M, values)."""
     shares = counts / counts.sum(1, keepdims=True)
     return float(-(counts * np.log2(shares, where=counts > 0, out=np.zeros(counts.shape))).sum())
 
 
 def measure(loaded: Weights, quality: int, chunk: np.ndarray, counts: np.ndarray) -> tuple[float, float, float, float]:
-    """Bits of one chunk (rows, columns, 3): ideal under the tables and the density, of the streams, of the frame.
+    """Return the bits of a chunk (rows, columns, 3): ideal under tables and density, of the streams, of the frame.
 
-    Counts its symbols in `counts` (M, 2 LARGEST + 1).
+    The symbols are counted in `counts`, (M, 2 LARGEST + 1).
     """
     settings, row = Settings(), loaded.row(quality)
     tables = loaded.tables[row]

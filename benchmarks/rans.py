@@ -11,8 +11,8 @@ each symbol from its context in the measured time; compressai is given the rows:
 
 all symbols
     Every symbol of every tile, from arrays to arrays, as an image codec calls each coder. compressai's binding takes
-    and gives Python lists, so their making is part of its time, as it is in CompressAI's own `EntropyBottleneck`, but
-    for the distribution functions, which it also makes anew for every image and which are ready-made here.
+    and returns Python lists. Making them is part of its time, as in CompressAI's own `EntropyBottleneck`; only the
+    lists of distribution functions, which CompressAI also makes again for every image, are ready here.
 without zero channels
     Only the channels of a tile that are not all zero, and only those symbols are counted: ours skips the others. All
     of compressai's lists are ready-made.
@@ -58,7 +58,7 @@ def synthetic() -> tuple[np.ndarray, Tables]:
 
 
 def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables]:
-    """The tiles, each (M, h, w) int16, of the images' symbols, and their tables."""
+    """Return the tiles of the images' symbols, each (M, h, w) int16, and their tables."""
     from PIL import Image
 
     from zarr_cae.coder.frame import FrameHeader
@@ -83,7 +83,7 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
 
 
 def compressai_ans() -> ModuleType | None:
-    """The extension module alone: the package around it needs a torchvision that matches torch."""
+    """Load the extension module alone: the package around it needs a torchvision that matches torch."""
     package = importlib.util.find_spec("compressai")
     if package is None or not package.submodule_search_locations:
         return None
@@ -129,7 +129,7 @@ def compare(tiles: list[np.ndarray], tables: Tables, repeats: int) -> None:
 
 
 def ours(tiles: list[np.ndarray], tables: Tables, version: int, repeats: int) -> tuple[float, float]:
-    """CPU seconds of encoding and of decoding the streams of this version's frames."""
+    """Return the CPU seconds of encoding and of decoding the streams of frames of this version."""
     rans.decode(rans.encode(tiles[0], tables, version), tiles[0].shape[1:], tables, version)  # compiles
     encode_s, streams = best(lambda: [rans.encode(tile, tables, version) for tile in tiles], repeats)
     pairs = [(stream, tile.shape[1:]) for stream, tile in zip(streams, tiles, strict=True)]
@@ -144,7 +144,7 @@ def ours(tiles: list[np.ndarray], tables: Tables, version: int, repeats: int) ->
 def theirs_on(
     ans: ModuleType, tiles: list[np.ndarray], tables: Tables, repeats: int, *, all_symbols: bool
 ) -> tuple[float, float]:
-    """CPU seconds of compressai.ans for encoding and for decoding."""
+    """Return the CPU seconds of compressai.ans for encoding and for decoding."""
     ends = [np.cumsum(row) for row in np.split(tables.frequency.astype(int), np.cumsum(tables.length)[:-1])]
     cdfs = [[0, *(end << (16 - PRECISION)).tolist()] for end in ends]
     model = (cdfs, [len(cdf) for cdf in cdfs], tables.minimum.tolist())

@@ -1,8 +1,8 @@
-"""Every rate-distortion figure of the README: both families, both chunk sizes, grey images, classical codecs, a plot.
+"""The rate-distortion figures of README.md here: both families, chunk sizes, grey images, classical codecs, a plot.
 
     python benchmarks/rd.py IMAGES --published kodak_rd.json [--out FOLDER]
 
-IMAGES is a folder, for the README the 24 Kodak images; the JSON holds published curves (name: bpp, psnr, ms_ssim) to
+IMAGES is a folder, for README.md the 24 Kodak images; the JSON holds published curves (name: bpp, psnr, ms_ssim) to
 take BD-rates against. It runs these commands, one after the other, and prints what they print:
 
     zarr-cae evaluate IMAGES --metric mse,ms-ssim --chunks image --against jpeg,webp,... --published ...
@@ -13,9 +13,9 @@ and with --out leaves a CSV of every measurement and a plot of each there.
 
     python benchmarks/rd.py --fine-tuning FOLDER
 
-is the README's example of fine-tuning instead, where FOLDER is usr/share/stellarium/nebulae/default of the package
-that it names. Of the pictures of at least 512 px on both sides every tenth by name is held out. With a folder of its
-own for weights it runs
+runs the example of fine-tuning of README.md here instead, where FOLDER is usr/share/stellarium/nebulae/default of the
+package that it names. Of the pictures of at least 512 px on both sides every tenth by name is held out. With a folder
+of its own for weights it runs
 
     zarr-cae train THE_REST --range low --from sha256:... --minutes 8 --threads 1 --bfloat16
     zarr-cae evaluate HELD_OUT --quality 1,2,3,4,5 --chunks 256 --csv before.csv
@@ -51,7 +51,7 @@ def run(command: list[str], unprinted: list[str] | None = None) -> None:
 
 
 def fine_tune(folder: Path, length: list[str]) -> None:
-    """The bundled weights for mse, qualities 1 to 5, trained on for some pictures and compared on others."""
+    """Train the bundled weights (mse, qualities 1 to 5) further on some pictures, and compare them on others."""
     pictures = sorted(path for path in folder.rglob("*.png") if min(Image.open(path).size) >= 512)
     held_out = [str(path) for path in pictures[9::10]]
     rest = [str(path) for path in pictures if str(path) not in held_out]

@@ -1,4 +1,4 @@
-"""How much larger errors are near the borders of chunks than in their middles: what makes seams.
+"""How much larger errors are near the borders of chunks than in their middles; larger ones show as seams.
 
     python benchmarks/seams.py IMAGE [IMAGE ...] [--quality 3,4] [--metric mse] [--weights sha256:...]
 
@@ -23,7 +23,7 @@ DISTANCES = (0, 1, 2, 3, 4, 6, 8, 16, 32, 64, 127)
 
 
 def errors(file: Path, codec: CAECodec) -> np.ndarray:
-    """(chunks, 256, 256, 3) of an image: decoded less original."""
+    """Return decoded less original of an image, (chunks, 256, 256, 3)."""
     pixels = read_rgb(file)
     rows, columns = (side // CHUNK for side in pixels.shape[:2])
     pixels = pixels[: rows * CHUNK, : columns * CHUNK]

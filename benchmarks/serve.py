@@ -48,7 +48,7 @@ with listen("127.0.0.1", 0) as listening:
 
 @contextmanager
 def running(*command: str) -> Iterator[int]:
-    """Run a server; the value is its port."""
+    """Run a server until the block ends, and yield its port."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -60,7 +60,7 @@ def running(*command: str) -> Iterator[int]:
 
 
 def rate(port: int, paths: list[str], clients: int) -> tuple[float, float]:
-    """Requests and megabytes a second, each path requested once."""
+    """Request each path once; return requests and megabytes a second."""
     local, size = threading.local(), [0] * len(paths)
 
     def fetch(number: int) -> None:

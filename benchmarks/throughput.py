@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py [IMAGE ...] [--edge 4096] [--chunks 256,512] [--quality 4,8] [--repeats 3]
         [--against compressai,networks,jpegxl,jpegxl3,avif,webp,jpeg] [--threads N]
+        [--device auto] [--profile]
 
 The picture is made of the images (default: the photograph in the package), mirrored at the seams, edge x edge
 RGB, and is written to and read from a memory store with `zarr.create_array`. In the same process, in turn with each
@@ -16,6 +17,10 @@ jpegxl, ... classical codecs (jpegxl3 is JPEG XL with effort 3 instead of 7), on
             setting whose PSNR is nearest; `zarr_cae.evaluation.classical`; at --sample of the chunks
 
 Seconds are the least of the repeats; ratios are to the first line of each table.
+
+--device    where the networks run: auto, cpu, cuda or cuda:N; CompressAI's stay on the CPU
+--profile   where the time goes: after each table the seconds of each stage, as overlap.py shows them, and on a GPU the
+            share of the time in which it is busy, with the kernels and copies that take most of it
 """
 
 from __future__ import annotations
@@ -24,20 +29,24 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import overlap
 import torch
 import zarr
 from images import cut, image_files, mosaic
 from measuring import timed
+from torch.profiler import ProfilerActivity, profile
 from zarr.storage import MemoryStore
 
-from zarr_cae import CAECodec
-from zarr_cae.config import Settings
+from zarr_cae import CAECodec, configure
+from zarr_cae.config import process_settings
 from zarr_cae.evaluation.classical import CLASSICAL
 from zarr_cae.evaluation.measures import psnr
+from zarr_cae.networks.device import choose_device
 from zarr_cae.networks.engine import PASS_PIXELS, engine_for
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
@@ -63,9 +72,9 @@ def through_zarr(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, floa
 
 
 def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, float]:
-    """Seconds of the forward passes alone."""
+    """Return the seconds of the forward passes alone."""
     info = find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
-    engine = engine_for(load(info.path), Settings())
+    engine = engine_for(load(info.path), process_settings())
     layout = Layout((edge, edge, 3), 2)
     batch = max(1, PASS_PIXELS[engine.device.type] // edge**2)
     planes = [to_planes(chunk, layout, (0, 255)) for chunk in cut(pixels, edge)]
@@ -73,10 +82,47 @@ def bare_networks(pixels: Chunk, edge: int, codec: CAECodec) -> tuple[float, flo
         torch.from_numpy(np.concatenate(planes[n : n + batch])).contiguous(memory_format=torch.channels_last)
         for n in range(0, len(planes), batch)
     ]
+    batches = [part.to(engine.device) for part in batches]
+
+    def passes(network: torch.nn.Module, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        found = [network(part) for part in parts]
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return found
+
     with torch.inference_mode():
-        written, latents = timed(lambda: [engine.networks[0](part) for part in batches])
-        read, _ = timed(lambda: [engine.networks[1](part) for part in latents])
+        written, latents = timed(lambda: passes(engine.networks[0], batches))
+        read, _ = timed(lambda: passes(engine.networks[1], latents))
     return written, read
+
+
+def show_profile(pixels: Chunk, edge: int, codec: CAECodec, repeats: int) -> None:
+    """Print where the time of a write and of a read goes."""
+    memory = MemoryStore()
+    array: zarr.Array[Any] = zarr.create_array(
+        memory, shape=pixels.shape, chunks=(edge, edge, 3), dtype="uint8", serializer=codec, compressors=None
+    )
+    works: dict[str, Callable[[], Any]] = {
+        "write": lambda: array.__setitem__(..., pixels), "read": lambda: np.asarray(array[...])
+    }  # fmt: skip
+    for name, work in works.items():
+        overlap.report(name, *overlap.best(work, memory, repeats))
+        if torch.cuda.is_available() and choose_device(process_settings().device).type == "cuda":
+            show_gpu(work)
+
+
+def show_gpu(work: Callable[[], Any]) -> None:
+    """Print the share of the time in which the GPU is busy, and what takes most of it."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        seconds, _ = timed(work)
+        torch.cuda.synchronize()
+    spent = {
+        event.key: (getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)) / 1e6
+        for event in found.key_averages()
+    }
+    print(f"  the GPU is busy in {sum(spent.values()) / seconds:.0%} of {seconds:.3f} s (streams add up)")
+    for key, own in sorted(spent.items(), key=lambda item: -item[1])[:8]:
+        print(f"    {own / seconds:6.1%}  {key[:100]}")
 
 
 def compressai_model(quality: int) -> Any:
@@ -113,7 +159,7 @@ def one_at_a_time(model: Any, chunks: list[Chunk]) -> tuple[float, float]:
 
 
 def random_zoo(quality: int, folder: Path) -> str:
-    """Import a random network of the zoo's form and return its digest."""
+    """Import a random network of CompressAI's form, and return its digest."""
     from zarr_cae.weights.compressai import convert
 
     path = folder / f"random-{quality}.pth.tar"
@@ -122,7 +168,7 @@ def random_zoo(quality: int, folder: Path) -> str:
 
 
 def matched(name: str, sample: list[Chunk], wanted: float) -> tuple[float, float, float, float]:
-    """Setting, bits per pixel and seconds of a classical codec at the setting whose PSNR on the sample is nearest."""
+    """Return setting, bits per pixel and seconds of a classical codec, at the setting whose PSNR is nearest."""
     codec, best = CLASSICAL[name], (np.inf, 0.0, 0.0, 0.0, 0.0)
     for setting in codec.settings:
         written, coded = timed(lambda s=setting: [codec.encode(chunk, s) for chunk in sample])
@@ -170,6 +216,8 @@ def compare(pixels: Chunk, edge: int, quality: int, arguments: argparse.Namespac
         if name in arguments.against:
             setting, bits, written, read = matched(name, sample, quality_db)
             row(name, megapixels, (written * share, read * share), first, f"setting {setting:g}, {bits:.3f} bit/px")
+    if arguments.profile:
+        show_profile(pixels, edge, codec, arguments.repeats)
 
 
 def main() -> None:
@@ -182,11 +230,17 @@ def main() -> None:
     parser.add_argument("--sample", type=float, default=0.1, help="share of the chunks for other codecs")
     parser.add_argument("--against", default=f"compressai,networks,{','.join(CODECS)}")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     arguments.against = arguments.against.split(",")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    configure(device=arguments.device)
+    device = choose_device(process_settings().device)
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     pixels = mosaic(image_files(arguments.images), arguments.edge)
+    print(f"networks on {named}")
     print(f"{arguments.edge} x {arguments.edge} RGB, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[CACHE_VARIABLE] = folder

@@ -48,7 +48,7 @@ def create(pixels: np.ndarray, quality: int, compressor: Any = None) -> Any:
 
 
 def measured(array: Any, work: Callable[[int], Any], repeats: int) -> tuple[float, int]:
-    """Median seconds of `work`, and the bytes that it reads at the most."""
+    """Return the median seconds of `work`, and the most bytes that one run of it reads."""
     seconds, read = [], []
     for n in range(repeats):
         array.store.handed_out = 0

@@ -5,6 +5,7 @@ import json
 import warnings
 
 import zarr
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.buffer import default_buffer_prototype
 from zarr.core.array_spec import ArrayConfig
 from zarr.storage import MemoryStore
@@ -15,6 +16,15 @@ from zarr_cae.codec.cae import _coder, loaded
 
 PROTOTYPE = default_buffer_prototype()
 M = loaded(CAECodec(quality=2)).latent_channels
+
+
+def ranges_of(whole):
+    """Return byte requests of every kind, None among them, and what each must return of the bytes `whole`."""
+    size = len(whole)
+    return {
+        None: whole, RangeByteRequest(5, 20): whole[5:20], RangeByteRequest(size - 3, size + 9): whole[-3:],
+        OffsetByteRequest(7): whole[7:], SuffixByteRequest(9): whole[-9:], SuffixByteRequest(size + 9): whole,
+    }  # fmt: skip
 
 
 def run(coroutine):

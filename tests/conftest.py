@@ -12,6 +12,15 @@ if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
     PIPELINES.append("zarr.core.codec_pipeline.FusedCodecPipeline")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that run on a GPU, so that `pytest -m cuda` runs them alone."""
+    for item in items:
+        chosen = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if any(isinstance(value, str) and value == "cuda" for value in chosen):
+            item.add_marker("cuda")
+
+
 @pytest.fixture(scope="session")
 def photograph() -> np.ndarray:
     """Return the package's photograph, (512, 512, 3) uint8."""
@@ -19,6 +28,14 @@ def photograph() -> np.ndarray:
         pixels = np.asarray(image.convert("RGB"))
     pixels.setflags(write=False)
     return pixels
+
+
+@pytest.fixture(autouse=True)
+def warn_again():
+    """Warn of wear in each test by itself, whatever other tests of this process have written."""
+    from zarr_cae.codec import wear
+
+    wear.forget()
 
 
 @pytest.fixture(params=PIPELINES, ids=lambda path: path.rpartition(".")[2])

@@ -1,14 +1,20 @@
-"""Run every Python block of README.md as it stands, in order, in one folder."""
+"""Run the Python blocks and the commands of README.md as they stand, in order, in one folder."""
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 README = Path(__file__).parents[1] / "README.md"
+LEGACY = Path(__file__).parent / "fixtures" / "legacy"
 
 
 def blocks(language: str) -> list[str]:
@@ -38,22 +44,57 @@ def test_blocks_run_one_after_the_other(tmp_path):
     subprocess.run([sys.executable, "-W", "error", str(script)], cwd=tmp_path, check=True, env=environment)
 
 
-@pytest.mark.slow
-def test_commands_run_one_after_the_other(tmp_path):
-    """Run the commands that need no more than a picture: the others need a slide, an old archive or end by Ctrl-C."""
-    needs = {"convert", "migrate", "serve", "train"}
+@pytest.fixture
+def inputs(tmp_path):
+    """Make the files that the commands read: a picture, a slide, an old archive, and a folder of images."""
     subprocess.run([sys.executable, "-m", "zarr_cae", "demo"], cwd=tmp_path, check=True)
     (tmp_path / "demo.png").rename(tmp_path / "photo.png")
-    done = []
-    for command in commands():
-        if command[0] not in needs:
-            more = (
-                ["--region", "0,0,192,192", "--qualities", "1", "--against", "jpeg"] if command[0] == "compare" else []
-            )
-            subprocess.run([sys.executable, "-m", "zarr_cae", *command, *more], cwd=tmp_path, check=True)
-            done.append(command[0])
-    assert done[:4] == ["encode", "decode", "info", "verify"]
-    assert needs | set(done) == {command[0] for command in commands()}
+    picture = Image.open(tmp_path / "photo.png").convert("RGB")
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "slide.svs", np.asarray(picture), photometric="rgb", tile=(256, 256))
+    shutil.copytree(LEGACY / "photo.zarr", tmp_path / "old.zarr")
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        picture.crop((128 * number, 256, 128 * number + 128, 384)).save(tmp_path / "images" / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_commands_run_one_after_the_other(inputs):
+    """Run all commands in order. The longest ones get further arguments that make them short."""
+    pytest.importorskip("uvicorn")
+    further = {
+        "compare": ["--region", "0,0,192,192", "--qualities", "1", "--against", "jpeg"],
+        "serve": ["--port", "0"],
+        "train": ["--steps", "2", "--crop", "32", "--crops-per-quality", "1", "--threads", "1"],
+    }
+    environment = {**os.environ, "ZARR_CAE_WEIGHTS": str(inputs / "weights")}
+
+    def run(*arguments):
+        subprocess.run([sys.executable, "-m", "zarr_cae", *arguments], cwd=inputs, check=True, env=environment)
+
+    run("weights", "import", str(LEGACY / "checkpoint.safetensors"), "--quality", "1", "--metric", "mse")
+    for name, *arguments in commands():
+        if name == "serve":
+            serve(inputs, environment, [name, *arguments, *further[name]])
+        else:
+            run(name, *arguments, *further.get(name, []))
+    made = ["photo.zarr", "back.png", "slide.ome.zarr", "report.html", "new.zarr", "folder", "photo.zarr/.cae"]
+    assert [name for name in made if not (inputs / name).exists()] == []
+
+
+def serve(folder, environment, arguments):
+    """Run `zarr-cae serve`, read its page, and stop it by Ctrl-C."""
+    command = [sys.executable, "-m", "zarr_cae", *arguments]
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = re.search(r"http://\S+", process.stdout.readline())[0]
+            with urllib.request.urlopen(address, timeout=60) as page:
+                assert b"<html" in page.read()
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) in {0, 130}
 
 
 def test_readme_is_short():

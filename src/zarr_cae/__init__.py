@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zarr_cae.codec.buffered import BufferedArray, buffered
     from zarr_cae.codec.cae import CAECodec
     from zarr_cae.codec.embedded import open  # noqa: A004 - named like `zarr.open`
     from zarr_cae.config import configure
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         CAEConfigurationError,
         CAEDataError,
         CAEError,
+        CAEWearWarning,
         FrameError,
         StreamError,
         WeightsNotFoundError,
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BottleneckStore",
+    "BufferedArray",
     "CAEBottleneckCodec",
     "CAECodec",
     "CAEConfigurationError",
     "CAEDataError",
     "CAEError",
+    "CAEWearWarning",
     "DecodedStore",
     "FrameError",
     "LatentPatches",
@@ -42,6 +46,7 @@ __all__ = [
     "WeightsNotFoundError",
     "__version__",
     "as_torch_dataset",
+    "buffered",
     "configure",
     "fit",
     "open",
@@ -52,17 +57,20 @@ __version__ = version("zarr-cae")
 
 _MODULES = {
     "BottleneckStore": "latents.store",
+    "BufferedArray": "codec.buffered",
     "CAEBottleneckCodec": "latents.codec",
     "CAECodec": "codec.cae",
     "CAEConfigurationError": "errors",
     "CAEDataError": "errors",
     "CAEError": "errors",
+    "CAEWearWarning": "errors",
     "DecodedStore": "serve.store",
     "FrameError": "errors",
     "LatentPatches": "latents.dataset",
     "StreamError": "errors",
     "WeightsNotFoundError": "errors",
     "as_torch_dataset": "latents.dataset",
+    "buffered": "codec.buffered",
     "configure": "config",
     "fit": "training.fit",
     "open": "codec.embedded",

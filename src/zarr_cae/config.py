@@ -145,6 +145,20 @@ def configure(
     return cast("AbstractContextManager[object]", zarr.config.set(keys))
 
 
+def process_settings() -> Settings:
+    """Return the settings of this process, as `configure` or zarr's configuration left them.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If a value is invalid, or there is no such setting.
+    """
+    try:
+        return Settings(**zarr.config.get("cae", {}))
+    except TypeError as error:
+        raise CAEConfigurationError(f"cae: zarr.config key cae.*: {error}") from error
+
+
 def _chosen_threads() -> int | None:
     """Return the smaller of `cae.threads` and zarr's `threading.max_workers`, where they are set."""
     limits = (Settings(threads=zarr.config.get("cae.threads", None)).threads, zarr.config.get("threading.max_workers"))

@@ -1,4 +1,4 @@
-"""The exceptions of this package.
+"""The exceptions of this package, and its warning.
 
     CAEError
     ├── CAEConfigurationError (ValueError)   a codec, array, weights file or command can't do what it is asked for
@@ -6,6 +6,9 @@
     └── CAEDataError (ValueError)            stored bytes or pixels are invalid
         ├── FrameError                       a chunk frame is malformed, truncated or of another array
         └── StreamError                      an entropy-coded tile is malformed
+
+    UserWarning
+    └── CAEWearWarning                       repeated small writes code the same pixels again and again
 
 Messages begin with `cae:` and name the field, the expected value, the value found, and the remedy.
 """
@@ -16,6 +19,7 @@ __all__ = [
     "CAEConfigurationError",
     "CAEDataError",
     "CAEError",
+    "CAEWearWarning",
     "FrameError",
     "StreamError",
     "WeightsNotFoundError",
@@ -44,3 +48,7 @@ class FrameError(CAEDataError):
 
 class StreamError(CAEDataError):
     """An entropy-coded tile is malformed."""
+
+
+class CAEWearWarning(UserWarning):
+    """Repeated small writes code the same pixels again and again, and each time they lose quality."""

@@ -21,8 +21,11 @@ _Result = TypeVar("_Result")
 class Lock(Protocol):
     """A lock of `threading`."""
 
-    def acquire(self) -> Any: ...
-    def release(self) -> None: ...
+    def acquire(self) -> Any:
+        """Wait until the lock is free, and take it."""
+
+    def release(self) -> None:
+        """Free the lock."""
 
 
 chosen_threads: Callable[[], int | None] | None = None

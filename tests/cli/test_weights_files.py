@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import zarr
 from commands import refused
+from weights_files import tiny
 
-from zarr_cae import CAECodec
+from zarr_cae import CAECodec, CAEConfigurationError
 from zarr_cae.cli import main
 from zarr_cae.weights import registry
 
@@ -36,8 +37,29 @@ def test_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert info.digest in out
     assert "bundled" in out
     assert "imported" not in out
+    assert "photographs: photographs" in out
+    assert "licence of the data: research" in out
+    assert "steps on 1627 images" in out
+    assert Path(out.rstrip().rpartition("limits: ")[2]).is_file()
     Path("junk.safetensors").write_bytes(b"junk")
     refused(capsys, "weights", "import", "junk.safetensors")
     assert "--quality" in refused(capsys, "weights", "import", "checkpoint.pth.tar")
     refused(capsys, "weights", "import", "checkpoint.pth.tar", "--quality", "1", "--metric", "mse")
+    assert not list(here.glob("weights/*"))
+
+
+def test_fitted_and_unprintable_provenance_is_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fitted = {"fitted from": "sha256:" + "ab" * 32, "windows": 36, "minutes": 10.0}
+    registry.store(tiny(provenance=fitted))
+    registry.store(tiny(provenance={"steps": "\x1b[31m"}, name="other"))
+    assert main(["weights", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "fitted from sha256:abababab, 36 windows, 10.0 min" in out
+    assert "\x1b" not in out
+
+
+def test_a_name_that_is_none_is_refused(here: Path) -> None:
+    for name in ("", "A", "x" * 64, "\x1b[31m", "sha256:1"):
+        with pytest.raises(CAEConfigurationError, match="its name"):
+            registry.store(tiny(name=name))
     assert not list(here.glob("weights/*"))

@@ -1,5 +1,10 @@
 """Weights inside archives."""
 
+import functools
+import http.server
+import threading
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import zarr
@@ -58,6 +63,73 @@ def test_an_archive_brings_its_weights(tmp_path, elsewhere, kind):
     elsewhere("third")
     assert [info.digest for info in import_weights(store)] == [digest]
     np.testing.assert_array_equal(zarr.open(store, mode="r")["a/b"][...], pixels)
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def over_http(folder):
+    """Serve the files of a folder; yield the address of its archive."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/x.zarr", {}
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def on_s3(folder):
+    """Copy the files of a folder to a bucket of a server on this machine; yield the address of its archive."""
+    pytest.importorskip("s3fs", reason="no client of S3 here")
+    server_module = pytest.importorskip("moto.server", reason="no server of S3 here")
+    import s3fs
+
+    server = server_module.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = {"key": "a", "secret": "b", "endpoint_url": f"http://{host}:{port}"}
+        files = s3fs.S3FileSystem(**options)
+        files.mkdir("bucket")
+        files.put(str(folder / "x.zarr"), "bucket/x.zarr", recursive=True)
+        yield "s3://bucket/x.zarr", {"storage_options": options}
+    finally:
+        server.stop()
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("place", [over_http, on_s3])
+def test_an_archive_brings_its_weights_from_afar(tmp_path, elsewhere, place):
+    store = LocalStore(tmp_path / "x.zarr")
+    digest, pixels = archive(store)
+    embed_weights(store)
+    zarr.consolidate_metadata(store)  # plain HTTP lists no folders
+    with place(tmp_path) as (url, options):
+        elsewhere("second")
+        with pytest.raises(WeightsNotFoundError, match=r"zarr_cae.open.*weights import"):
+            zarr.open(url, mode="r", path="a/b", **options)[...]
+        np.testing.assert_array_equal(zarr_cae.open(url, path="a/b", **options)[...], pixels)
+        elsewhere("third")
+        np.testing.assert_array_equal(zarr_cae.open(url, **options)["a/b"][...], pixels)
+        elsewhere("fourth")
+        assert [info.digest for info in import_weights(url, **options)] == [digest]
+        np.testing.assert_array_equal(zarr.open(url, mode="r", path="a/b", **options)[...], pixels)
+
+
+def test_latents_of_an_archive_with_weights(tmp_path, elsewhere):
+    store = LocalStore(tmp_path / "x.zarr")
+    archive(store)
+    embed_weights(store)
+    latents = zarr_cae.open_bottleneck(tmp_path / "x.zarr")["a/b"][...]
+    elsewhere("second")
+    zarr_cae.open(tmp_path / "x.zarr")
+    np.testing.assert_array_equal(zarr_cae.open_bottleneck(tmp_path / "x.zarr")["a/b"][...], latents)
 
 
 def test_damaged_and_missing_weights_are_named(tmp_path, elsewhere):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import zarr
-from archives import coder_of
+from archives import coder_of, read
 
 from zarr_cae import CAECodec, open_bottleneck
 from zarr_cae.coder.frame import Frame, parse_frame
@@ -23,7 +23,7 @@ def create(pixels, quality=4, *, chunks=None, **keywords):
 
 
 def frame_of(array, key="c/0/0") -> Frame:
-    stored = array.store._store_dict[key].to_bytes()
+    stored = read(array.store, key)
     return parse_frame(stored, coder_of(array).header)
 
 

@@ -496,6 +496,7 @@ def quarter(photograph):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 def test_fifty_partial_writes_change_nothing_out_of_reach(photograph, quarter, pipeline):
     array = create(quarter)
     pixels, symbols = array[...], latents(array)
@@ -509,6 +510,7 @@ def test_fifty_partial_writes_change_nothing_out_of_reach(photograph, quarter, p
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 def test_without_them_the_whole_chunk_wears_down(photograph, quarter, pipeline):
     """If other codecs follow `cae`, zarr decodes, merges and encodes whole chunks, and all pixels drift."""
     array = create(quarter, compressors=Crc32cCodec())
@@ -577,6 +579,7 @@ def test_a_partial_write_equals_decoding_and_encoding_again(photograph, pipeline
     assert np.abs(partial[...].astype(int) - again[...]).mean() < 1.5
 
 
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 def test_other_writes(photograph, pipeline):
     codec = CAECodec(quality=8)
     partial, again = create(photograph, codec=codec), create(photograph, codec=codec, compressors=Crc32cCodec())
@@ -729,6 +732,7 @@ def test_selections_that_zarr_does_not_make(photograph, selection):
     assert np.abs(array[...].astype(int) - expected).mean() < 12
 
 
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 def test_inner_chunks_of_shards(photograph, pipeline):
     data = mosaic(photograph, 1, 2)
     array = create(data, (512, 512, 3), shards=(512, 1024, 3))

@@ -8,22 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pictures import noisy, picture
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.evaluation import curves
 from zarr_cae.evaluation.curves import Coded, Curve, Point
 from zarr_cae.evaluation.measures import cie76, ms_ssim, psnr, ssim
-
-
-def picture(height=200, width=232):
-    y, x = np.mgrid[:height, :width] / 40.0
-    waves = np.stack([np.sin(x + y), np.cos(2 * x - y), np.sin(x * y / 3)], axis=-1)
-    return np.round(127.5 + 100 * waves).astype(np.uint8)
-
-
-def noisy(image, sigma, seed=0):
-    noise = np.random.default_rng(seed).normal(0, sigma, image.shape)
-    return np.clip(np.round(image + noise), 0, 255).astype(np.uint8)
 
 
 def point(codec="cae", setting=1.0, image="a", bpp=0.5, psnr=30.0, ms_ssim=0.9):

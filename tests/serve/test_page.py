@@ -1,32 +1,25 @@
 """The page of `zarr-cae serve` in headless Chromium."""
 
 import os
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+from browser import chromium
 from PIL import Image
 from serving import serving
 
 from zarr_cae import CAECodec
 
-webdriver = pytest.importorskip("selenium.webdriver")
 Select = pytest.importorskip("selenium.webdriver.support.ui").Select
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),  # Chromium is slow to start on a busy machine
-    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium or chromedriver is not installed"),
 ]
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=900,800",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +51,9 @@ def pictures(photograph, tmp_path_factory):
 
 @pytest.fixture
 def browser(tmp_path):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    try:
+    with chromium(tmp_path / "profile") as driver:
+        driver.set_window_size(900, 800)
         yield Page(driver, Path(os.environ.get("ZARR_CAE_SCREENSHOTS", tmp_path)))
-    finally:
-        driver.quit()
 
 
 class Page:

@@ -8,8 +8,21 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from archives import PROTOTYPE, chunks_of, contents, create, document, fill, latents_of, read, run, store_of, write
-from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from archives import (
+    PROTOTYPE,
+    chunks_of,
+    contents,
+    create,
+    document,
+    fill,
+    latents_of,
+    ranges_of,
+    read,
+    run,
+    store_of,
+    write,
+)
+from zarr.abc.store import RangeByteRequest
 from zarr.codecs import Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore, StorePath, WrapperStore
 
@@ -125,10 +138,7 @@ def test_every_way_to_read(small, shards):
     for key in ("c/1/2/0", "zarr.json"):
         whole = read(store, key)
         size = len(whole)
-        ranges = {
-            None: whole, RangeByteRequest(5, 20): whole[5:20], RangeByteRequest(size - 3, size + 9): whole[-3:],
-            OffsetByteRequest(7): whole[7:], SuffixByteRequest(9): whole[-9:], SuffixByteRequest(size + 9): whole,
-        }  # fmt: skip
+        ranges = ranges_of(whole)
         for request, expected in ranges.items():
             assert run(store.get(key, PROTOTYPE, request)).to_bytes() == expected
         found = run(store.get_partial_values(PROTOTYPE, [(key, request) for request in ranges]))

@@ -4,22 +4,34 @@ import numpy as np
 import pytest
 import torch
 
-from zarr_cae import CAEConfigurationError
-from zarr_cae.training.fit import bytes_saved, fit_weights, sample_windows
+from zarr_cae import CAECodec, CAEConfigurationError
+from zarr_cae.cli.evaluate import code
+from zarr_cae.training import fit as fit_module
+from zarr_cae.training.data import Crops
+from zarr_cae.training.fit import archive_saved, bytes_saved, fit_weights
+from zarr_cae.training.start import Start
+from zarr_cae.training.trainer import Recipe, Trainer
+from zarr_cae.training.unlike import pictures_to_check
 from zarr_cae.weights import registry
 
 
-def test_windows_come_from_the_whole_source_and_leave_out_what_is_flat(photograph):
-    source = np.full((1024, 2048, 3), 240, np.uint8)  # glass
-    source[:512, :512] = source[512:, 1536:] = photograph
-    windows = sample_windows(source, 0)
-    assert {window.shape for window in windows} == {(256, 256, 3)}
-    assert np.mean([window.std() > 1 for window in windows]) > 0.3  # a quarter of the area
-    stack = sample_windows(np.stack([photograph] * 3), 0)
-    assert len(stack) == 12
-    for wrong in (source.astype(np.uint16), source[..., 0], "x"):
+@pytest.fixture
+def threads():
+    """Keep the number of torch's threads."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def test_other_sources_are_refused(photograph):
+    for wrong in (photograph.astype(np.uint16), photograph[..., 0], "x"):
         with pytest.raises(CAEConfigurationError, match="a fit needs uint8"):
-            sample_windows(wrong, 0)
+            fit_weights(wrong)
+    for options, message in (({"minutes": 0}, "time"), ({"quality": 9}, "from 1 to 8")):
+        with pytest.raises(CAEConfigurationError, match=message):
+            fit_weights(photograph, **options)
+    with pytest.raises(CAEConfigurationError, match="at least 96 px"):
+        fit_weights(photograph[:128, :128], metric="ms-ssim")
 
 
 def test_bytes_saved_at_equal_psnr():
@@ -30,14 +42,85 @@ def test_bytes_saved_at_equal_psnr():
     assert bytes_saved(old, (old[0], [50.0, 51.0, 52.0])) == 0
 
 
+def test_a_loss_on_large_pictures_is_not_hidden_by_savings_on_small_ones():
+    levels = [30.0, 40.0]
+    small, large = ([1.0, 2.0], levels), ([8.0, 9.0], levels)
+    halved, grown = ([value - np.log(2) for value in small[0]], levels), ([value + 0.05 for value in large[0]], levels)
+    assert archive_saved([small] * 9 + [large], [halved] * 9 + [grown]) < 0
+    assert archive_saved([small, large], [halved, large]) > 0
+
+
+@pytest.fixture
+def trainer(photograph):
+    """Return a trainer with the bundled weights, on windows of a photograph."""
+    start = Start.find(registry.default_digest("cae-v1", 4, "mse"))
+    recipe = Recipe("low", minutes=1, crop=32, crops_per_quality=1, lambdas=start.lambdas, schedule="fit", unlike=0.5)
+    trainer = Trainer(recipe, Crops.of([photograph[:64, :64]] * 3, recipe, [photograph[256:320, :64]]))
+    start.put_into(trainer)
+    return trainer
+
+
+def test_a_network_that_forgot_goes_back_towards_the_start(trainer):
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    unlike = [picture[:64, :64] for picture in pictures_to_check()[2:5:2]]
+    same = fit_module._that_remembers(trainer, before, unlike)
+    torch.testing.assert_close(same.state_dict(), before)
+
+    last = "synthesis.conv1.weight"
+    trainer.average[last] = 0.4 * before[last]  # pictures of less than half of their contrast
+    model = fit_module._that_remembers(trainer, before, unlike)
+    share = float((model.state_dict()[last] / before[last]).median())
+    assert 0.4 < share < 1
+
+    trainer.average[last] = -30 * before[last]
+    assert fit_module._that_remembers(trainer, before, unlike) is None
+
+
+def test_the_phases_of_a_fit_train_what_they_name(trainer):
+    def changed():
+        old = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        for _ in range(2):  # the first step only sets up the bases of the optimiser
+            trainer.train_step()
+        new = trainer.model.state_dict()
+        return {name.partition(".")[0] for name, value in old.items() if not torch.equal(value, new[name])}
+
+    assert changed() == {"density"}
+    trainer.seconds = 0.1 * 60
+    assert changed() == {"density", "synthesis", "log_step"}
+    trainer.seconds = 0.5 * 60
+    assert changed() == {"density", "synthesis", "log_step", "analysis", "log_gain"}
+    trainer.seconds = 0.95 * 60
+    assert changed() == {"density", "synthesis", "log_step"}
+
+
 @pytest.mark.slow
-def test_a_fit_that_brings_nothing_keeps_the_start(photograph, tmp_path, monkeypatch):
+def test_a_fit_of_a_second_does_no_harm(photograph, tmp_path, monkeypatch, threads):
     monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
-    threads = torch.get_num_threads()
     found = fit_weights(photograph[:256, :256], minutes=0.01, crop=64)
-    torch.set_num_threads(threads)
-    if found.saved > 0:
-        assert registry.find_digest(found.digest).path.parent == tmp_path
-    else:
-        assert found.digest == registry.default_digest("cae-v1", 5, "mse")
+    assert found.start == registry.default_digest("cae-v1", 5, "mse")
+    assert found.saved >= 0
+    if found.digest == found.start:
+        assert found.reason
         assert not list(tmp_path.iterdir())
+    else:
+        assert registry.find_digest(found.digest).path.parent == tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_fit_to_dark_pictures_does_not_forget_photographs(photograph, tmp_path, monkeypatch, threads):
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(fit_module, "pictures_to_check", lambda: pictures_to_check()[::3])
+    dark = np.random.default_rng(0).poisson(2, (4, 128, 128, 3)).astype(np.uint8) * 8  # weak light
+    mixed = np.concatenate([dark, np.stack([photograph[top : top + 128, :128] for top in (0, 128)])])
+    found = fit_weights(mixed, minutes=0.3, crop=64)
+    part = photograph[256:384, 256:384]
+    floor = part.astype(float).var((0, 1)).mean()
+    for quality in (1, 5):
+        error = {
+            digest: np.square(code(part, CAECodec(quality, weights=digest), 128).pixels.astype(float) - part).mean()
+            for digest in (found.start, found.digest)
+        }
+        assert error[found.digest] < 0.5 * floor
+    assert found.saved >= 0
+    assert (found.saved > 0) == (found.digest != found.start)

@@ -29,7 +29,7 @@ from zarr_cae.training.loss import border_bias, mean_squared_error, multiscale_d
 from zarr_cae.training.model import Coded, GainedAutoencoder, default_lambdas
 from zarr_cae.training.patterns import draw_pattern
 from zarr_cae.training.run import train_network
-from zarr_cae.training.schedule import PHASES, learning_rate, phase_at
+from zarr_cae.training.schedule import FIT_PHASES, PHASES, learning_rate, phase_at
 from zarr_cae.training.soap import Soap
 from zarr_cae.training.trainer import Progress, Recipe, Trainer, read_checkpoint
 from zarr_cae.weights import registry
@@ -482,6 +482,16 @@ def test_schedule() -> None:
     assert [phase_at(share) for share in (0, 0.59, 0.6, 0.87, 0.88, 1)] == [PHASES[i] for i in (0, 0, 1, 1, 2, 2)]
 
 
+def test_schedule_of_a_fit() -> None:
+    begins = [phase.begin for phase in FIT_PHASES]
+    assert [phase_at(begin, FIT_PHASES).trains for begin in begins] == ["densities", "decoder", "all", "decoder"]
+    assert learning_rate(begins[2] + 0.1, 0, "fit") == pytest.approx(0.01, rel=0.1)  # the first steps are small
+    for begin in begins:  # a phase begins gently, whatever the step
+        assert learning_rate(begin, 5000, "fit") <= 0.05 < 0.2 < learning_rate(begin + 0.015, 5000, "fit")
+    assert 0.8 < learning_rate(begins[2] + 0.1, 5000, "fit") <= 1
+    assert learning_rate(1, 5000, "fit") < 0.02
+
+
 def test_a_few_steps_reduce_the_loss_of_a_batch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = trainer.crops.batch(10)
     monkeypatch.setattr(trainer.crops, "batch", lambda size: batch[:size])
@@ -614,6 +624,12 @@ def test_senseless_shares_to_hold_out_are_refused(holdout: float) -> None:
         Recipe("low", holdout=holdout)
 
 
+@pytest.mark.parametrize("unlike", [-0.1, 1.0, math.nan])
+def test_senseless_shares_of_generated_pictures_are_refused(unlike: float) -> None:
+    with pytest.raises(CAEConfigurationError, match="unlike must be a share"):
+        Recipe("low", unlike=unlike)
+
+
 def test_the_density_alone_is_trained(crops: Crops, started: Trainer) -> None:
     trainer = Trainer(replace(RECIPE, density_only=True, steps=30, rate=1e-2), crops)
     trainer.model.load_state_dict(started.average)
@@ -637,6 +653,8 @@ def test_export_and_restore(started: Trainer, tmp_path: Path) -> None:
     model, images = started.averaged(), list(started.crops.tiles())
     content = export(model, "mse", {"seed": 0, "images": 6}, images)
     assert content == export(model, "mse", {"images": 6, "seed": 0}, images)  # the same network is the same file
+    named = registry.store(export(model, "mse", {}, images, "histology"), tmp_path)
+    assert named.name == "histology"
     info = registry.store(content, tmp_path)
     loaded = registry.load(info.path)
     assert info.qualities == (1, 2, 3, 4, 5)

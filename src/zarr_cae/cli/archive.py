@@ -23,6 +23,7 @@ from zarr_cae.cli.arguments import (
     value_range,
     values,
 )  # fmt: skip
+from zarr_cae.cli.fitting import add_fit, fit_to_images, store_weights
 from zarr_cae.cli.images import (
     PAGES,
     RGBA,
@@ -62,7 +63,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("-q", "--quality", type=quality, default=8, help="1 (smallest) to 8 (best); default 8")
     parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
-    parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
+    parser.add_argument("--weights", metavar="NAME|DIGEST", help="a name or a digest that `weights list` shows")
+    add_fit(parser)
     parser.add_argument("--chunks", type=pair, default=(256, 256), metavar="ROWS,COLS", help="default 256,256")
     parser.add_argument("--shards", type=pair, metavar="ROWS,COLS", help="files of many chunks; a multiple of --chunks")
     parser.add_argument(
@@ -112,8 +114,10 @@ def encode(arguments: argparse.Namespace) -> None:
             refuse(f"{path} and {others} would both become array {name!r}; rename one")
     chosen = {"series": arguments.series, "level": arguments.level}
     with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
+        options = fit_to_images(arguments, options, images)
         arrays = (new_array(open_source(path, **chosen), options) for path in images)
         write(arrays, partial, sum(megapixels(path, **chosen) for path in images), group=len(images) > 1)
+        store_weights(partial, arguments)
     print("\n".join(_summary(array) for array in _arrays(out)))
 
 
@@ -198,19 +202,9 @@ def _arrays(path: Path) -> list[zarr.Array[Any]]:
 
 
 def _codec(array: zarr.Array[Any]) -> CAECodec | None:
-    """Return the array's `cae` codec, also from inside a shard."""
-    from zarr.codecs import ShardingCodec
+    from zarr_cae.codec.embedded import codecs_of
 
-    from zarr_cae.codec.cae import CAECodec
-
-    codecs = list(getattr(array.metadata, "codecs", ()))
-    while codecs:
-        codec = codecs.pop()
-        if isinstance(codec, ShardingCodec):
-            codecs += codec.codecs
-        elif isinstance(codec, CAECodec):
-            return codec
-    return None
+    return next(codecs_of(array), None)
 
 
 def _channel_axis(array: zarr.Array[Any]) -> int | None:

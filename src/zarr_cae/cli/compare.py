@@ -124,7 +124,7 @@ def _measured(codec: CAECodec, pixels: Pixels) -> tuple[Coded, Point]:
 
 
 def _version(name: str, pixels: Pixels, point: Point | None, nbytes: int = 0) -> dict[str, Any]:
-    """Return a version of the image as the page takes it."""
+    """Return a version of the image in the form that the page's script reads."""
     from PIL import Image
 
     with io.BytesIO() as file:

@@ -18,6 +18,7 @@ from zarr_cae.cli.arguments import (
     value_range,
     values,
 )  # fmt: skip
+from zarr_cae.cli.fitting import add_fit, fit_to_slides, store_weights
 from zarr_cae.cli.replacing import refuse_existing, take_place
 from zarr_cae.cli.writing import BAR
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
@@ -39,6 +40,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--metric", choices=METRICS, default="mse", help="what the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
     parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
+    add_fit(parser)
     parser.add_argument("--chunks", type=pair, default=(512, 512), metavar="ROWS,COLS", help="default 512")
     parser.add_argument(
         "--shards", type=_shards, default=(4096, 4096), metavar="ROWS,COLS|none", help="files of many chunks; 4096"
@@ -74,6 +76,7 @@ def convert(arguments: argparse.Namespace) -> None:
         arguments.shards, arguments.levels, arguments.downsample, arguments.value_range, arguments.series,
         arguments.level, values(arguments),
     )  # fmt: skip
+    choices = fit_to_slides(arguments, choices, [arguments.slide], out)
     conversion = prepare(arguments.slide, choices)
     with Journal(out, conversion.settings, restart=arguments.restart) as journal:
         if not journal.resumed or not (journal.out / "zarr.json").exists():
@@ -89,6 +92,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 convert_here(conversion, journal, bar.update)
             else:
                 convert_on_dask(conversion, journal, bar.update, arguments.dask)
+        store_weights(journal.out, arguments)
         take_place(journal.out, out)
         journal.remove()
     sizes = ", ".join(f"{columns} x {rows}" for rows, columns in conversion.pyramid.sizes)

@@ -180,7 +180,7 @@ def refusing_damage(subject: str, errors: tuple[type[Exception], ...] = _CHUNK_D
 
 
 def _reader(codec: str) -> str:
-    """Return advice about a codec that is not installed."""
+    """Return advice on how to read a codec that is not installed."""
     for beginning, package in _CODEC_PACKAGES.items():
         if codec.startswith(beginning):
             return f"install {package}"
@@ -223,7 +223,7 @@ def open_array(path: Path) -> zarr.Array[Any]:
 
 
 def read_image(path: Path) -> Pixels:
-    """Return one opaque picture, upright: (H, W, 3) uint8, (H, W) uint8, or (H, W) of the file's own deeper dtype.
+    """Return one opaque picture, upright: (H, W, 3) uint8, (H, W) uint8, or (H, W) of a deeper dtype, as in the file.
 
     Raise CAEConfigurationError for transparent images and for those of several frames.
     """

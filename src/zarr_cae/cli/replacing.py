@@ -124,7 +124,7 @@ def _temporary(path: Path, purpose: str) -> Path:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove files that killed processes left of this output; bring back an old output that was moved away last."""
+    """Remove files that killed processes left of this output; restore an old output that was moved away."""
     form = re.compile(rf"\.{re.escape(path.name)}\.(partial|old)-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}")
     for entry in list(path.parent.iterdir()):
         found = form.fullmatch(entry.name)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zarr_cae.cli.arguments import Commands, command, note, progress, refuse
 from zarr_cae.cli.weights_files import described
-from zarr_cae.weights.file import METRICS, WeightsInfo
+from zarr_cae.weights.file import METRICS, NAME, WeightsInfo
 
 if TYPE_CHECKING:
     from zarr_cae.training.start import Start
@@ -46,6 +46,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--crops-per-quality", type=_positive(int), help="crops a step at each quality; default 3")
     parser.add_argument("--rate", type=_positive(float), help="peak learning rate; default 2e-3, with --from 4e-4")
     parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument(
+        "--name", type=_family, help="of the family, such as histology, for CAECodec(weights=NAME); default none"
+    )
     parser.add_argument(
         "--holdout", type=_positive(float), metavar="SHARE", help="of the images, kept out of training; default 0.05"
     )
@@ -102,6 +105,15 @@ def _share(text: str) -> float:
 _share.__name__ = "share"
 
 
+def _family(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError
+    return text
+
+
+_family.__name__ = "name"
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
@@ -132,7 +144,7 @@ def _export(arguments: argparse.Namespace) -> WeightsInfo:
 
     choose_device(arguments.device, arguments.threads)
     recipe = Recipe(**read_checkpoint(arguments.out / "checkpoint.pt")["recipe"])
-    return export_checkpoint(arguments.out, load_crops(arguments.paths, recipe))
+    return export_checkpoint(arguments.out, load_crops(arguments.paths, recipe), arguments.name)
 
 
 def _train(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> WeightsInfo:
@@ -150,7 +162,7 @@ def _train(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> Wei
         try:
             return train_network(
                 arguments.paths, folder, recipe, start, arguments.resume, report,
-                device=arguments.device, threads=arguments.threads,
+                device=arguments.device, threads=arguments.threads, name=arguments.name,
             )  # fmt: skip
         except KeyboardInterrupt:
             if checkpoint.is_file():
@@ -159,7 +171,7 @@ def _train(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> Wei
 
 
 def _recipe(arguments: argparse.Namespace, checkpoint: Path, start: Start | None) -> Recipe:
-    """From the checkpoint or the defaults, and over these whatever was given."""
+    """Return the recipe of the checkpoint, or the default one, changed by the arguments that were given."""
     from zarr_cae.training.trainer import Recipe, read_checkpoint
 
     given = {
@@ -230,7 +242,7 @@ def _points(report: Progress) -> str:
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[Any]:
-    """Put Ctrl-C off until the next call of the function that this yields, between two steps."""
+    """Delay Ctrl-C until the next call of the function that this yields: between two steps."""
     asked = threading.Event()
 
     def check() -> None:

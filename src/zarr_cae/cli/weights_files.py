@@ -7,7 +7,11 @@ from pathlib import Path
 
 from zarr_cae.cli.arguments import Commands, command, quality, refuse, table
 from zarr_cae.weights import registry
+from zarr_cae.weights.families import FAMILIES
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, ZOO_MODEL, WeightsInfo
+
+_WIDEST = 60
+"""Characters of the column that says how weights were trained."""
 
 
 def add(commands: Commands) -> None:
@@ -42,19 +46,39 @@ def add(commands: Commands) -> None:
 
 def list_weights(_: argparse.Namespace) -> None:
     """Run `zarr-cae weights list`."""
+    known = list(registry.available())
     rows = [
         [
             _name(info), info.model, info.metric, ",".join(map(str, info.qualities)),
             f"{info.path.stat().st_size / 1e6:.1f} MB",
-            "bundled" if info.path.parent == registry.bundled_folder() else "imported", info.digest,
+            "bundled" if info.path.parent == registry.bundled_folder() else "imported", _origin(info), info.digest,
         ]
-        for info in registry.available()
+        for info in known
     ]  # fmt: skip
-    print(table(["name", "model", "metric", "qualities", "size", "from", "digest"], rows))
+    print(table(["name", "model", "metric", "qualities", "size", "from", "trained", "digest"], rows))
+    for name in dict.fromkeys(map(_name, known)):
+        if name in FAMILIES:
+            family = FAMILIES[name]
+            print(f"\n{name}: {family.domain}\n  data: {family.data}\n  licence of the data: {family.licence}")
+    print(f"\nData, licences and limits: {registry.bundled_folder() / 'README.md'}")
 
 
 def _name(info: WeightsInfo) -> str:
     return info.name or (registry.DEFAULT_NAME if info.path.parent == registry.bundled_folder() else "-")
+
+
+def _origin(info: WeightsInfo) -> str:
+    """Return in a few words how weights came about, by their provenance, which anybody may have written."""
+    known = info.provenance
+    if "fitted from" in known:
+        words = (
+            f"fitted from {str(known['fitted from'])[:15]}, {known.get('windows')} windows, {known.get('minutes')} min"
+        )
+    elif "steps" in known:
+        words = f"{known['steps']} steps on {known.get('images')} images"
+    else:
+        words = str(known.get("source", "-"))
+    return words[:_WIDEST] if words.isprintable() else "-"
 
 
 def show_path(_: argparse.Namespace) -> None:

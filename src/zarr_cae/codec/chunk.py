@@ -31,6 +31,7 @@ from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.exact import Parts, mask_section, restore
 from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
+from zarr_cae.codec.wear import note_decoded, note_encoded
 from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
@@ -66,12 +67,12 @@ class ChunkCoder:
 
     @lazy_property
     def weights(self) -> Weights:
-        """The weights. Raises WeightsNotFoundError if they are not on this machine."""
+        """Find the weights. Raise WeightsNotFoundError if they are not on this machine."""
         return self.load()
 
     @lazy_property
     def settings(self) -> Settings:
-        """The settings of this process, from `zarr.config`."""
+        """Read the settings of this process from `zarr.config`."""
         try:
             return Settings(**zarr.config.get("cae", {}))
         except TypeError as error:
@@ -79,7 +80,7 @@ class ChunkCoder:
 
     @lazy_property
     def engine(self) -> Engine:
-        """The engine that runs the networks; the first call in a process imports torch."""
+        """Return the engine that runs the networks. The first call in a process imports torch."""
         from zarr_cae.networks.engine import engine_for
 
         return engine_for(self.weights, self.settings)
@@ -221,7 +222,9 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     plain = mask is None and not exact and psnr is None
     header = tried.header if plain else tried.exact_header
     streams = tiles.encode_streams(symbols, header, tried.tables)
-    return coder.to_buffer(pack(header, streams, mask=mask_section(coder, mask), exact=exact, psnr=psnr))
+    frame = pack(header, streams, mask=mask_section(coder, mask), exact=exact, psnr=psnr)
+    note_encoded(coder, pixels, frame)
+    return coder.to_buffer(frame)
 
 
 def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:
@@ -231,9 +234,12 @@ def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:
     parts = Parts.of(found)
     symbols = tiles.decode_streams(found.header, found.streams, coder.tables)
     if not parts.exact and parts.mask is None and coder.nodata is None:
-        return (yield coder.synthesise_chunk(symbols))
-    planes = yield coder.synthesise(symbols)
-    return restore(coder, coder.to_pixels(planes, coder.layout), enclosing((), coder.layout), parts)
+        pixels = yield coder.synthesise_chunk(symbols)
+    else:
+        planes = yield coder.synthesise(symbols)
+        pixels = restore(coder, coder.to_pixels(planes, coder.layout), enclosing((), coder.layout), parts)
+    note_decoded(coder, frame, pixels)
+    return pixels
 
 
 def on_host(pixels: Any, spec: ArraySpec) -> npt.NDArray[Any]:

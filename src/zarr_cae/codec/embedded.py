@@ -132,7 +132,7 @@ def import_weights(store: StoreLike, *, path: str = "", **zarr_open_kwargs: Any)
 
 def digests(node: zarr.Array[Any] | zarr.Group) -> list[str]:
     """Return the digests of the weights of an array, or of all arrays of a group."""
-    return sorted({codec.weights for array in _arrays(node) for codec in _codecs(array)})
+    return sorted({codec.weights for array in _arrays(node) for codec in codecs_of(array)})
 
 
 def _arrays(node: zarr.Array[Any] | zarr.Group) -> list[zarr.Array[Any]]:
@@ -143,7 +143,8 @@ def _arrays(node: zarr.Array[Any] | zarr.Group) -> list[zarr.Array[Any]]:
     return [member for _, member in members if isinstance(member, zarr.Array)]
 
 
-def _codecs(array: zarr.Array[Any]) -> Iterator[CAECodec]:
+def codecs_of(array: zarr.Array[Any]) -> Iterator[CAECodec]:
+    """Yield the `cae` codecs of an array, also those inside shards."""
     left = list(getattr(array.metadata, "codecs", ()))
     while left:
         codec = left.pop()

@@ -4,7 +4,9 @@ Reading fetches, decodes and synthesises only the tiles under the selection and 
 have a CRC32C for each tile; frames of version 1 have only one for all: see `read_selection`.
 
 Writing replaces only latents that the written pixels reach. All other latents keep their symbols, and tiles without a
-changed symbol keep their bytes. So the rest of a chunk does not change, however often parts of it are written.
+changed symbol keep their bytes. So the rest of a chunk does not change, however often parts of it are written. Pixels
+beside the written ones are coded again, and lose quality each time: `codec.wear` warns of that, and `codec.buffered`
+collects parts until a chunk is complete.
 Exact tiles stay exact, and the mask follows the written pixels.
 """
 
@@ -22,6 +24,7 @@ from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
 from zarr_cae.codec.exact import Parts, box_pixels, mask_section, restore, stored_mask, tile_pixels, tile_samples
 from zarr_cae.codec.floor import calmed, is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
+from zarr_cae.codec.wear import note_recoded
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
 from zarr_cae.coder.lossless import encode_pixels
@@ -251,7 +254,31 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
         calm = yield from calmed(coder, header, chunk, all_symbols, exact)
         if calm is not all_symbols or header.version > parts.header.version:
             streams = list(encode_streams(calm, header, coder.tables))
-    yield Put(coder.to_buffer(pack(header, streams, mask=mask_section(coder, mask), exact=exact)))
+    packed = pack(header, streams, mask=mask_section(coder, mask), exact=exact)
+    if any(tile.number not in exact for tile, _ in touched) and _wears(coder, around, before):
+        note_recoded(coder, frame, packed)
+    yield Put(coder.to_buffer(packed))
+
+
+def _wears(coder: ChunkCoder, box: Box, before: Pixels) -> bool:
+    """Return whether a write codes pixels again that it does not replace.
+
+    Pixels near the fill value don't count: most of them were never written. Nor does a selection that begins at the
+    chunk's first pixel, since that is how zarr writes all of a chunk at the array's end.
+    """
+    if isinstance(box.inside, tuple) and all(map(_begins, box.inside)) and all(at[0] == 0 for at in box.indices):
+        return False
+    others = np.ones(before.shape, bool)
+    others[box.inside] = False
+    values, fill = before[others].astype(np.float64), float(coder.spec.fill_value)
+    if math.isnan(fill):
+        return not bool(np.isnan(values).all())
+    low, high = coder.value_range
+    return bool((np.abs(values - fill) > (high - low) / 32).any())  # false for NaN
+
+
+def _begins(part: Any) -> bool:
+    return (part.start in {None, 0}) if isinstance(part, slice) else isinstance(part, int) and part == 0
 
 
 def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:

@@ -21,10 +21,9 @@ from zarr_cae.codec.cae import CAECodec, _coder, loaded
 from zarr_cae.codec.chunk import decode_chunk
 from zarr_cae.codec.plan import contiguous, run, run_async
 from zarr_cae.coder import tiles
+from zarr_cae.tasks import for_each
 
 __all__ = ["BadChunk", "Verified", "stored_chunks", "verify"]
-
-_AT_A_TIME = 16
 
 Window = tuple[slice, ...]
 
@@ -178,36 +177,14 @@ async def _verify(
     advance: Callable[[int], object],
     keep: Callable[[Any], None],
 ) -> None:
-    pending = _Shared(stored_chunks(array))
+    async def check(chunk: tuple[str, Window]) -> None:
+        key, place = chunk
+        result.chunks += 1
+        if (reason := await _fault(checked, place, keep)) is not None:
+            result.bad += await _inner_faults(checked, array, key, place) or [BadChunk(key, reason)]
+        advance(1)
 
-    async def worker() -> None:
-        async for key, place in pending:
-            result.chunks += 1
-            if (reason := await _fault(checked, place, keep)) is not None:
-                result.bad += await _inner_faults(checked, array, key, place) or [BadChunk(key, reason)]
-            advance(1)
-
-    workers = [asyncio.ensure_future(worker()) for _ in range(_AT_A_TIME)]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for one in workers:
-            one.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-
-
-class _Shared:
-    """An asynchronous iterator that several tasks may take from."""
-
-    def __init__(self, source: AsyncIterator[Any]) -> None:
-        self._source, self._turn = source, asyncio.Lock()
-
-    def __aiter__(self) -> _Shared:
-        return self
-
-    async def __anext__(self) -> Any:
-        async with self._turn:
-            return await self._source.__anext__()
+    await for_each(stored_chunks(array), check)
 
 
 async def stored_chunks(array: zarr.Array[Any]) -> AsyncIterator[tuple[str, Window]]:

@@ -61,6 +61,7 @@ class BottleneckStore(StoreView):
         return f"bottleneck-{self._store}"
 
     async def makes(self, key: str) -> bool:
+        """Return whether the key names metadata: `zarr.json`, or a document of Zarr version 2."""
         return is_metadata(key) or metadata_v2.is_metadata(key)
 
     async def _value(self, key: str) -> bytes | None:

@@ -1,13 +1,13 @@
-"""caecodec's chunks: their header, their symbols, and the pixels that caecodec makes of these.
+"""Read the chunks of caecodec: their header, their symbols, and their pixels.
 
 A chunk of caecodec (its newest form, 2023) has, all numbers big endian,
 
-    8 bytes each    height and width of the chunk in pixels; rows and columns that were added below and to the right
+    8 bytes each    height and width of the chunk in pixels, then the rows and the columns of its padding
     ...             CompressAI's stream of the latents of the padded chunk (`stream`)
 
 The chunk is padded by reflection to multiples of `patch_size`. Its latents have a position for 16 x 16 pixels of the
-padded chunk. caecodec synthesises it patch by patch: each patch with one position of the latents around it, reflected
-at the edges of the chunk, and the pixels of these positions cut off.
+padded chunk. caecodec decodes one patch at a time. It gives the synthesis transform one more latent position on each
+side of the patch (at the edge of the chunk, the reflected latents), and drops the pixels of these positions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Header(NamedTuple):
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """Rows and columns of latent positions of the padded chunk."""
+        """Return the rows and columns of latent positions of the padded chunk."""
         return (self.height + self.added_rows) // STRIDE, (self.width + self.added_columns) // STRIDE
 
 
@@ -54,7 +54,7 @@ def parse(chunk: memoryview) -> Header:
     Raises
     ------
     FrameError
-        If it is truncated, or no chunk of zarr v2 can have such a size.
+        If the header is truncated, or no chunk of zarr v2 can have the size that it gives.
     """
     if len(chunk) < _HEADER.size:
         raise FrameError(f"cae: caecodec's chunk needs at least {_HEADER.size} bytes; got {len(chunk)}; {_DAMAGED}")
@@ -79,9 +79,9 @@ def symbols(chunk: memoryview, tables: CumulativeTables) -> tuple[Header, Symbol
     Raises
     ------
     FrameError
-        If the header can't be true.
+        If the header gives an impossible size.
     StreamError
-        If the stream is malformed, or of other weights.
+        If the stream is malformed, or was encoded with other weights.
     """
     header = parse(chunk)
     return header, decode(chunk[_HEADER.size :], header.latent_shape, tables)
@@ -90,18 +90,18 @@ def symbols(chunk: memoryview, tables: CumulativeTables) -> tuple[Header, Symbol
 def synthesise(
     header: Header, symbols: Symbols, weights: Weights, quality: int, patch_size: int, settings: Settings
 ) -> npt.NDArray[np.uint8]:
-    """Return the pixels of a chunk, (height, width, 3), as caecodec makes them, but rounded and not cut off.
+    """Return the pixels of a chunk, (height, width, 3). They are caecodec's, but rounded where caecodec truncates.
 
     Parameters
     ----------
     header, symbols
         From `symbols`.
     weights, quality
-        The networks and their row.
+        The weights, and the quality that the chunk was written with.
     patch_size
         Edge of the patches in pixels, from the codec's metadata.
     settings
-        Of this machine.
+        The settings of this machine.
 
     Raises
     ------

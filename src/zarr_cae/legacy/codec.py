@@ -43,17 +43,17 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
     patch_size
         Edge in pixels of the patches in which caecodec coded a chunk; chunks of this package have none.
     partial_decompress
-        Whether `decode` gives latents, float32 (rows, columns, M), in the place of pixels. Where metadata of an array
-        say so, its pixels are read none the less; `zarr_cae.open_bottleneck` opens its latents.
+        Whether `decode` returns latents, float32 (rows, columns, M), instead of pixels. Arrays ignore it: zarr always
+        reads their pixels, and `zarr_cae.open_bottleneck` opens their latents.
     gpu
         Kept in metadata, without effect: `zarr_cae.configure(device=...)` says where the networks run.
     bottleneck_channels
-        M; None takes that of the weights.
+        M, the number of latent channels. None takes the number of the weights.
     downsampling_factor
         16.
     weights
-        `sha256:...` of the weights file. None takes those imported for this quality and metric; caecodec's own arrays
-        do not name them.
+        `sha256:...`, the digest of the weights file. None takes the weights that were imported for this quality and
+        metric; arrays of caecodec do not name theirs.
 
     Raises
     ------
@@ -107,7 +107,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Return the codec of an array's metadata; its weights need not be on this machine until chunks are read."""
+        """Return the codec that an array's metadata describe. Its weights are needed only when chunks are read."""
         known = {**_DEFAULTS, **config}
         known.pop("id", None)
         unknown = sorted(set(known) - set(_DEFAULTS))
@@ -120,7 +120,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         return codec
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the metadata of an array hold: caecodec's fields, and the weights where they are known."""
+        """Return the metadata of an array: caecodec's fields, and the digest of the weights if it is known."""
         config = {"id": self.codec_id, **{name: getattr(self, name) for name in _DEFAULTS}}
         if self.weights is None:
             del config["weights"]
@@ -173,7 +173,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         Parameters
         ----------
         buf
-            The bytes of a chunk, of caecodec or of this package.
+            The bytes of a chunk that caecodec or this package wrote.
         out
             An array of the same size in bytes, to be filled and returned.
 
@@ -205,7 +205,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         Parameters
         ----------
         view
-            The bytes of a chunk, of caecodec or of this package.
+            The bytes of a chunk that caecodec or this package wrote.
         weights
             From `loaded`.
 
@@ -259,7 +259,7 @@ def _settings() -> Settings:
 
 
 def _dimensions(frame: memoryview) -> tuple[int, int]:
-    """Return height and width of a frame, which a numcodecs codec is not told; the frame's decoder checks all else."""
+    """Return the height and width of a frame: numcodecs does not tell a codec the shape of its chunk."""
     numbers, value, shift = [], 0, 0
     for byte in frame[6 : 6 + 3 * _LARGEST_VARINT]:
         value |= (byte & 0x7F) << shift

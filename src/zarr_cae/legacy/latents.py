@@ -16,7 +16,7 @@ __all__ = ["LegacyLatents"]
 
 
 class LegacyLatents(Codec):  # type: ignore[misc]
-    """The compressor of arrays of zarr v2 as `BottleneckStore` shows them; read only.
+    """The compressor that `BottleneckStore` names in arrays of zarr v2. It only reads.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class LegacyLatents(Codec):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Return the codec that rewritten metadata describe; they have the fields of the codec `cae`."""
+        """Return the codec that rewritten metadata describe. They have the same fields as those of the codec `cae`."""
         return cls(ConvolutionalAutoencoder.from_config(config))
 
     def get_config(self) -> dict[str, Any]:

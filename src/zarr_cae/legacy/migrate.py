@@ -1,10 +1,10 @@
-"""Move an archive of zarr v2 to zarr v3. The symbols of caecodec's chunks are framed anew; no pixel is decoded.
+"""Move an archive of zarr v2 to zarr v3. The symbols of caecodec's chunks get new frames; no pixel is decoded.
 
 Arrays of the codec `cae` become arrays of `CAECodec` with the same weights, shape and chunks. Their weights file says
-that chunks are continued by reflection as caecodec does it, so that their pixels stay what they were, but for the seams
-between the patches of chunks larger than `patch_size`. Groups and attributes come along. Arrays of other codecs keep
-their chunks byte by byte, and their metadata are written in the form of zarr v3. The attribute `_ARRAY_DIMENSIONS`, in
-which xarray keeps the names of axes in zarr v2, becomes `dimension_names`.
+that latents continue by reflection at the edges of a chunk, as in caecodec. So pixels stay the same, except at the
+seams between the patches of chunks larger than `patch_size`. Groups and attributes are copied. Arrays of other codecs
+keep their chunks byte by byte, and their metadata are written in the form of zarr v3. xarray keeps the names of axes in
+the attribute `_ARRAY_DIMENSIONS` of zarr v2; it becomes `dimension_names`.
 
 A migration that was interrupted goes on where it ended: what is there is checked, and what is good is kept.
 """
@@ -32,12 +32,12 @@ from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.legacy.codec import ConvolutionalAutoencoder
 from zarr_cae.legacy.weights import with_margin
 from zarr_cae.pixels.layout import RGB
+from zarr_cae.tasks import for_each
 from zarr_cae.threads import lazy_property
 from zarr_cae.weights.file import ZOO_MODEL, Weights
 
 __all__ = ["Migrated", "migrate"]
 
-_AT_A_TIME = 16
 _NAMES = "_ARRAY_DIMENSIONS"
 _METADATA = "zarr.json"
 
@@ -46,7 +46,7 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Migrated:
-    """What a migration found and made."""
+    """The result of a migration."""
 
     arrays: int
     chunks: int
@@ -57,7 +57,7 @@ class Migrated:
 
 @dataclass(frozen=True, eq=False)
 class _Array:
-    """One array to move: a plain one, whose chunks are copied."""
+    """An array whose chunks are copied."""
 
     path: str
     array: zarr.Array[Any]
@@ -71,11 +71,11 @@ class _Array:
         return key
 
     def moved(self, chunk: bytes) -> bytes:
-        """Return a chunk as the new store holds it."""
+        """Return the bytes of a chunk for the new store."""
         return chunk
 
     def is_good(self, old: bytes, new: bytes, *, deep: bool) -> bool:  # noqa: ARG002
-        """Return whether the new chunk holds what the old one does."""
+        """Return whether the new chunk has the content of the old one."""
         return old == new
 
 
@@ -116,7 +116,7 @@ class _CAEArray(_Array):
         return tiles.encode(self._symbols(chunk), self.header, self._tables)
 
     def is_good(self, old: bytes, new: bytes, *, deep: bool) -> bool:
-        """Return whether the frame is whole; with `deep`, whether it holds the symbols of the old chunk."""
+        """Return whether the frame is complete; with `deep`, whether it holds the symbols of the old chunk."""
         try:
             if not deep:
                 unpack(new, self.header)
@@ -142,7 +142,8 @@ def migrate(
         Whether to read every symbol of both archives and every byte of other arrays again at the end. Without it,
         frames are checked by their checksums.
     start
-        Is called with the number of steps, and returns what is called with the steps done since; for progress bars.
+        A function for progress bars. It is called once, with the number of steps, and returns a function that is
+        called with the number of steps done since the last call.
 
     Returns
     -------
@@ -152,7 +153,7 @@ def migrate(
     Raises
     ------
     CAEConfigurationError
-        If `old` is no archive of zarr v2, has arrays that zarr v3 can't hold, or `new` holds something else;
+        If `old` is not an archive of zarr v2 or has arrays that zarr v3 can't hold, or if `new` holds something else;
         WeightsNotFoundError if weights are not on this machine. Nothing is written then.
     CAEDataError
         If a chunk of `old` is damaged, or one of `new` is wrong at the end. It names the key.
@@ -271,7 +272,7 @@ def _named(document: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Move:
-    """The two stores, and what is done to each chunk."""
+    """A migration: the two stores, and the work on each chunk."""
 
     def __init__(self, source: Store, source_prefix: str, target: Store, target_prefix: str, deep: bool) -> None:
         self._source, self._source_prefix = source, source_prefix
@@ -279,7 +280,7 @@ class _Move:
         self.bytes_before = self.bytes_after = 0
 
     async def write_metadata(self, documents: dict[str, dict[str, Any]]) -> None:
-        """Write all `zarr.json`, after a look at what is there."""
+        """Write each `zarr.json` that is missing. Refuse a target that holds something else."""
         prototype = default_buffer_prototype()
         missing = {}
         for path, document in documents.items():
@@ -299,21 +300,13 @@ class _Move:
 
     async def each(self, plans: list[_Array], work: Callable[[_Array, str], Any], advance: Advance) -> list[Any]:
         """Do `work` for all chunks of all arrays, some at a time, and return its results."""
-        pending = iter([(plan, key) for plan in plans for key in plan.keys])
         results: list[Any] = []
 
-        async def worker() -> None:
-            for plan, key in pending:
-                results.append(await work(plan, key))
-                advance(1)
+        async def work_one(chunk: tuple[_Array, str]) -> None:
+            results.append(await work(*chunk))
+            advance(1)
 
-        workers = [asyncio.ensure_future(worker()) for _ in range(_AT_A_TIME)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for one in workers:
-                one.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await for_each([(plan, key) for plan in plans for key in plan.keys], work_one)
         return results
 
     async def one(self, plan: _Array, key: str) -> None:
@@ -330,7 +323,7 @@ class _Move:
         await self._target.set(place, default_buffer_prototype().buffer.from_bytes(made))
 
     async def check(self, plan: _Array, key: str) -> str | None:
-        """Return the key of a chunk that is wrong or lacks, or None, and count the bytes."""
+        """Return the key of a chunk that is wrong or missing, or None, and count the bytes."""
         old = await self._read(self._source, _joined(self._source_prefix, plan.path, key))
         place = _joined(self._target_prefix, plan.path, plan.new_key(key))
         new = await self._read(self._target, place)

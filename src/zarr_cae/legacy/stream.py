@@ -111,7 +111,7 @@ class CumulativeTables:
 
     @lazy_property
     def least_bits(self) -> float:
-        """The bits that one position, with a symbol of each channel, takes at the least."""
+        """Return the fewest bits that one position can take, with one symbol of each channel."""
         frequency = np.diff(self.cumulative.astype(np.int64), axis=1).max(axis=1)
         return float(np.maximum(np.log2(_TOTAL / frequency) - _ROUNDING_BITS, 0).sum())
 

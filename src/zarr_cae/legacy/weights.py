@@ -1,4 +1,4 @@
-"""Find the weights of caecodec's arrays, which name only quality and metric, and the tables of their streams."""
+"""Find the weights and coder tables of caecodec's arrays, whose metadata name only quality and metric."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find(quality: int, metric: str, digest: str | None = None) -> WeightsInfo:
     Parameters
     ----------
     quality, metric
-        As the metadata of the array have them.
+        From the metadata of the array.
     digest
         `sha256:...` of the weights file; None if the metadata do not name it, as caecodec's never do.
 
@@ -30,7 +30,7 @@ def find(quality: int, metric: str, digest: str | None = None) -> WeightsInfo:
     WeightsNotFoundError
         If no such weights are on this machine.
     CAEConfigurationError
-        If there are several, so that it is unknown which of them the array was written with.
+        If there are several: nothing tells which of them the array was written with.
     """
     if digest is not None:
         return registry.find(digest, model=ZOO_MODEL, quality=quality, metric=metric)
@@ -58,10 +58,10 @@ def find(quality: int, metric: str, digest: str | None = None) -> WeightsInfo:
 
 
 def with_margin(weights: Weights) -> Weights:
-    """Return the same weights for arrays that caecodec wrote and that are decoded chunk by chunk.
+    """Derive weights for caecodec's arrays whose chunks are decoded whole.
 
-    Their networks continue a chunk by reflection, by one latent position on each side, as caecodec does. The file is
-    stored with the imported ones; the same checkpoint always gives the same.
+    Their networks continue a chunk by one reflected latent position on each side, as caecodec does. The file is stored
+    beside the imported one. The same checkpoint always gives the same digest.
     """
     if _has_margin(weights.info):
         return weights

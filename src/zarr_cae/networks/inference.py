@@ -38,6 +38,7 @@ class SubpixelConv(nn.Module):
         self.conv.bias = nn.Parameter(transposed.bias.detach().repeat_interleave(self.stride**2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the upsampled plane."""
         edge = self.stride // 2
         return nn.functional.pixel_shuffle(self.conv(x), self.stride)[..., edge:-edge, edge:-edge]
 
@@ -60,6 +61,7 @@ class SubpixelConv5(nn.Module):
         self.conv.bias = nn.Parameter(transposed.bias.detach().repeat_interleave(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (N, O, 2 h, 2 w) for (N, I, h, w)."""
         return nn.functional.pixel_shuffle(self.conv(x), 2)
 
 

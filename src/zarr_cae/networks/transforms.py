@@ -33,6 +33,7 @@ class GDN(nn.Module):
         self.gamma = nn.Parameter(0.1 * torch.eye(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised (or, inverse, denormalised) features; shapes do not change."""
         norm = self.norm(x.abs())
         if torch.is_grad_enabled():
             return x * norm if self.inverse else x / norm
@@ -59,6 +60,7 @@ class SquareGDN(GDN):
     """GDN in CompressAI's form, `y = x / sqrt(beta + gamma x^2)`; the inverse multiplies (arXiv:1511.06281)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised features; shapes do not change."""
         norm = self.norm(x * x)
         return x * (norm.sqrt_() if self.inverse else norm.rsqrt_())
 
@@ -77,6 +79,7 @@ class Upsampling(nn.ConvTranspose2d):
         super().__init__(inputs, outputs, 2 * stride, stride, stride + stride // 2)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return (N, O, s h, s w) for (N, I, h, w)."""
         return super().forward(nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"))
 
 
@@ -91,6 +94,7 @@ class Residual(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x` plus its branch; shapes do not change."""
         low = x.to(self.reduce.weight.dtype)
         branch: Tensor = self.expand(nn.functional.leaky_relu(self.reduce(low), inplace=True))
         return x + branch
@@ -142,6 +146,7 @@ class Analysis(nn.Module):
         return latents
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the latents of pixels."""
         return self.coarse(self.fine(x))
 
 
@@ -173,6 +178,7 @@ class Synthesis(nn.Module):
         return centred.float() + 0.5
 
     def forward(self, y: Tensor) -> Tensor:
+        """Return the pixels of latents."""
         return self.fine(self.coarse(y))
 
 
@@ -203,6 +209,7 @@ class FactorizedAnalysis(nn.Sequential):
         self.margin = _checked_margin(margin)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the latents of pixels."""
         m = self.margin
         latents: Tensor = nn.Sequential.forward(self, _with_margin(x, STRIDE * m) if m else x)  # type: ignore[no-untyped-call]
         return latents[..., m:-m, m:-m] if m else latents
@@ -228,6 +235,7 @@ class FactorizedSynthesis(nn.Sequential):
         self.margin = _checked_margin(margin)
 
     def forward(self, y: Tensor) -> Tensor:
+        """Return the pixels of latents."""
         m = STRIDE * self.margin
         planes: Tensor = nn.Sequential.forward(self, _with_margin(y, self.margin) if m else y)  # type: ignore[no-untyped-call]
         return planes[..., m:-m, m:-m] if m else planes

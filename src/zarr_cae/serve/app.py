@@ -6,7 +6,7 @@
     /pictures.json                              the pictures of the archive
     /tiles/PICTURE/pixels|latents/SCALE/COLUMN/ROW.png?at=0,1
 
-Reading only; nothing outside the archive's folder is served.
+The server only reads, and only inside the archive's folder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def application(folder: Path, *, latents: bool = False, origins: str = "*", cach
     latents
         Whether to serve latents under `/latents/` as well.
     origins
-        The origin whose pages may read (CORS); "*" for all.
+        The origin whose web pages may read the archive (CORS); "*" allows all.
     cache_bytes
         Bytes of compressed chunks to keep at most, for pixels and for latents each.
 
@@ -125,7 +125,7 @@ def _values(folder: Path, store: DecodedStore) -> Endpoint:
 
 
 def _is_key(key: str) -> bool:
-    """Return whether a path is a key of a store: parts without meaning to a file system."""
+    """Return whether a path is the key of a store; parts such as `..`, which a file system interprets, are not."""
     parts = key.split("/")
     return len(key) <= _LONGEST_KEY and not any(
         part in {"", ".", ".."} or "\\" in part or ":" in part or "\0" in part for part in parts

@@ -1,4 +1,4 @@
-"""Bounded memory for values that are made on demand: a cache, a single maker of each value, a limit on work."""
+"""Make values on demand in bounded memory: a cache, work shared by equal requests, a limit on the work at one time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _Work:
 
 
 class SharedWork:
-    """Values that several coroutines wait for are made once; when none waits any more, the work is cancelled."""
+    """Makes a value once for all coroutines that wait for it. When none waits any more, the work is cancelled."""
 
     def __init__(self) -> None:
         self._running: dict[tuple[int, str], _Work] = {}
@@ -80,7 +80,7 @@ class SharedWork:
 
 
 class ByteLimit:
-    """At most `limit` bytes at work at one time on one event loop; a single larger piece of work runs alone."""
+    """Allows work on at most `limit` bytes at one time on one event loop. A larger piece of work runs alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

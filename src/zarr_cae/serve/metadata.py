@@ -129,7 +129,7 @@ class DecodedGrid:
 
 
 def is_cae(array: Mapping[str, Any]) -> bool:
-    """Return whether a document is that of an array that only this package decodes."""
+    """Return whether a document describes an array that only this package decodes."""
     codecs = array.get("codecs")
     return has_codec(codecs, CAE) or has_codec(codecs, LATENTS)
 
@@ -184,7 +184,7 @@ def _inner_chunk(codecs: Sequence[Any], axes: tuple[int, ...], chunk: Sequence[i
 
 
 def rewrite_array(array: Mapping[str, Any], name: Compressor) -> Mapping[str, Any]:
-    """Return the document of a CAE array as it appears; the same object for other arrays.
+    """Return the rewritten document of a CAE array, or the same object for other arrays.
 
     Raises
     ------

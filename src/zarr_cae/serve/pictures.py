@@ -191,9 +191,9 @@ class Pictures:
         scale
             A pixel of the tile stands for 2^scale pixels (or latent positions) along rows and columns.
         column, row
-            Of the tile, counted from the upper left.
+            The place of the tile, counted from the upper left.
         positions
-            Along the axes that `describe` names.
+            One position along each of the axes that `describe` names.
         """
         if not 0 <= picture < len(self.pictures) or kind not in {"pixels", "latents"}:
             return None
@@ -309,7 +309,7 @@ def _levels_of(attributes: Mapping[str, Any]) -> list[tuple[list[str], list[str]
 
 
 def _level(path: str, array: zarr.Array[Any], view: BottleneckStore, names: list[str] | None) -> Level | None:
-    """Return how an array is shown; None if it has no rows and columns of numbers."""
+    """Return an array as a level; None if it has no rows and columns of numbers."""
     if array.ndim < 2 or array.dtype.kind not in "uifb" or 0 in array.shape:
         return None
     latents = _opened(path, view)

@@ -1,4 +1,4 @@
-"""`DecodedStore`: CAE arrays as arrays with standard codecs, so that any Zarr reader sees their pixels."""
+"""`DecodedStore`: show CAE arrays with standard codecs, so that any Zarr reader sees their pixels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _DecodedArray:
 
     @property
     def prefix(self) -> str:
-        """What the keys of its chunks begin with."""
+        """The beginning of the keys of its chunks."""
         return f"{self.path}/" if self.path else ""
 
 
@@ -58,7 +58,7 @@ class DecodedStore(StoreView):
     Parameters
     ----------
     store
-        A Store, or what zarr can make one of: a path, a URL, a dictionary.
+        A Store, or anything that zarr can make a Store from: a path, a URL, a dictionary.
     codecs
         The compressor of the chunks: "zstd", "blosc" or "gzip".
     cache_bytes
@@ -123,6 +123,7 @@ class DecodedStore(StoreView):
         raise CAEConfigurationError("cae: DecodedStore is read only; write pixels to the array itself")
 
     async def makes(self, key: str) -> bool:
+        """Return whether the key names metadata or a chunk of an array that is decoded."""
         return is_metadata(key) or await self._find(key) is not None
 
     async def _value(self, key: str) -> bytes | None:

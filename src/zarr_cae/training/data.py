@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,13 @@ from torch import Tensor, from_numpy
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
 from zarr_cae.training.patterns import draw_pattern
+from zarr_cae.training.unlike import draw_unlike
 
 if TYPE_CHECKING:
     from zarr_cae.training.trainer import Recipe
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[Any]
+"""An image in memory, (H, W, 3): uint8, or float32 from 0 to 255."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
 _TAR_DAMAGE = (tarfile.TarError, OSError, EOFError, KeyError, ValueError, zlib.error, lzma.LZMAError)
 
@@ -127,14 +129,27 @@ class Crops:
         self._begin(read_images(paths), crop, seed, holdout, grey, patterns)
 
     @classmethod
-    def of(cls, images: Sequence[Pixels], recipe: Recipe) -> Self:
-        """Return crops of images that are in memory, uint8 (H, W, 3) each, as a recipe says."""
+    def of(cls, images: Sequence[Pixels], recipe: Recipe, held_out: Sequence[Pixels] = ()) -> Self:
+        """Return crops of images that are in memory, as a recipe says.
+
+        If `held_out` are given, they are the images kept out of training, and all others are trained on.
+        """
         crops = cls.__new__(cls)
-        crops._begin(images, recipe.crop, recipe.seed, recipe.holdout, 0.1, recipe.patterns)  # noqa: SLF001
+        crops._begin(  # noqa: SLF001
+            images, recipe.crop, recipe.seed, recipe.holdout, 0.1, recipe.patterns, recipe.unlike, held_out
+        )
         return crops
 
     def _begin(
-        self, images: Sequence[Pixels], crop: int, seed: int, holdout: float, grey: float, patterns: float
+        self,
+        images: Sequence[Pixels],
+        crop: int,
+        seed: int,
+        holdout: float,
+        grey: float,
+        patterns: float,
+        unlike: float = 0.0,
+        held_out: Sequence[Pixels] = (),
     ) -> None:
         large = [pixels for pixels in images if min(pixels.shape[:2]) >= crop]
         if len(large) < 2:
@@ -142,12 +157,15 @@ class Crops:
                 f"cae: training data: {len(large)} of {len(images)} images are at least {crop} px on both sides; "
                 "give at least 2, or a smaller --crop"
             )
-        every = min(len(large), max(2, round(1 / holdout)))
-        self._held_out = large[every - 1 :: every]
-        self._images = [pixels for index, pixels in enumerate(large) if index % every != every - 1]
+        if held_out:
+            self._held_out, self._images = list(held_out), large
+        else:
+            every = min(len(large), max(2, round(1 / holdout)))
+            self._held_out = large[every - 1 :: every]
+            self._images = [pixels for index, pixels in enumerate(large) if index % every != every - 1]
         areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in self._images], float)
         self._weight = areas / areas.sum()
-        self._crop, self._grey, self._patterns = crop, grey, patterns
+        self._crop, self._grey, self._patterns, self._unlike = crop, grey, patterns, unlike
         self._random = np.random.default_rng(seed)
 
     def __len__(self) -> int:
@@ -156,7 +174,7 @@ class Crops:
     def batch(self, size: int) -> Tensor:
         """Return `size` random crops: float32 (size, 3, crop, crop) in [0, 1]."""
         random, crop = self._random, self._crop
-        out = np.empty((size, crop, crop, 3), np.uint8)
+        out = np.empty((size, crop, crop, 3), np.float32)
         for row, index in enumerate(random.choice(len(self._images), size, p=self._weight)):
             pixels = self._images[index]
             top, left = (random.integers(side - crop + 1) for side in pixels.shape[:2])
@@ -167,11 +185,13 @@ class Crops:
                 window = window.transpose(1, 0, 2)
             if random.random() < self._grey:
                 window = window @ random.dirichlet((1.0, 1.0, 1.0)).astype(np.float32)
-                window = np.rint(window)[..., None]
+                window = (np.rint(window) if pixels.dtype == np.uint8 else window)[..., None]
             if self._patterns and random.random() < self._patterns:
                 window = draw_pattern(window, random)
+            if self._unlike and random.random() < self._unlike:
+                window = draw_unlike(crop, random)
             out[row] = window
-        return from_numpy(out).permute(0, 3, 1, 2).float().div_(255)
+        return from_numpy(out).permute(0, 3, 1, 2).div_(255)
 
     def tiles(self, edge: int = 256, largest: int = 512) -> Iterator[Tensor]:
         """Yield windows of the training images.

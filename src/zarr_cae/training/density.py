@@ -65,14 +65,14 @@ class Density(nn.Module):
         return values - neighbours(known) * self.predicted[:, None, None]
 
     def _widening(self, rounded: Tensor) -> Tensor:
-        """What each position's context adds to the logarithm of the scale: (Q, n, M, h, w) to (Q, M, positions)."""
+        """Return what each position's context adds to the log of the scale: (Q, n, M, h, w) to (Q, M, positions)."""
         activity = self._differences(rounded, rounded).detach().abs().clamp(max=_LARGEST_ACTIVITY)
         weights = (self.mix.clamp(min=0) * self.earlier).transpose(1, 2)
         score = blur(activity).permute(0, 1, 3, 4, 2).flatten(1, 3) @ weights
         return self.response[:, :, None] * (score.transpose(1, 2) + _LEAST_SCORE).log()
 
     def forward(self, latents: Tensor, rounded: Tensor) -> Tensor:
-        """Probability of the bin of width 1 around each latent.
+        """Return the probability of the bin of width 1 around each latent.
 
         `rounded` is what a decoder knows of them, for contexts and predictions; all are (Q, n, M, h, w).
         """
@@ -87,15 +87,16 @@ class Density(nn.Module):
         return likelihood.reshape(q, m, n, h, w).transpose(1, 2)
 
     def bits(self, latents: Tensor, rounded: Tensor) -> Tensor:
-        """Ideal code length in bits of each crop: (Q, n)."""
+        """Return the ideal code length of each crop in bits: (Q, n)."""
         likelihood: Tensor = self(latents, rounded)
         return -likelihood.log2().sum((2, 3, 4))
 
 
 def neighbours(latents: Tensor) -> Tensor:
-    """What predicts (..., h, w): the mean of the left and the upper neighbour, rounded as `contexts` has it.
+    """Predict each value of (..., h, w): the mean of its left and upper neighbours, rounded as `coder.contexts` does.
 
-    At the edges the neighbour that is there, at the corner 0. Gradients pass the rounding.
+    A value at an edge has one of these neighbours, and is predicted by it alone; the corner is predicted by 0.
+    Gradients pass through the rounding unchanged.
     """
     left = nn.functional.pad(latents[..., :-1], (1, 0))
     upper = nn.functional.pad(latents[..., :-1, :], (0, 0, 1, 0))
@@ -107,7 +108,7 @@ def neighbours(latents: Tensor) -> Tensor:
 
 
 def blur(activity: Tensor) -> Tensor:
-    """The 3 x 3 binomial mean of (..., h, w), with zeros around."""
+    """Return the 3 x 3 binomial mean of (..., h, w), with zeros outside the plane."""
     padded = nn.functional.pad(activity, (1, 1, 1, 1))
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     blurred: Tensor = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16

@@ -20,17 +20,23 @@ _LARGEST_SYMBOL = 32767
 
 
 @torch.no_grad()
-def export(model: GainedAutoencoder, metric: Metric, provenance: Mapping[str, Any], images: Iterable[Tensor]) -> bytes:
-    """The bytes of a weights file of a trained network; put them in place with `weights.registry.store`.
+def export(
+    model: GainedAutoencoder,
+    metric: Metric,
+    provenance: Mapping[str, Any],
+    images: Iterable[Tensor],
+    name: str | None = None,
+) -> bytes:
+    """Return the bytes of a weights file of a trained network. `weights.registry.store` writes it.
 
     The contexts and integer tables are fitted to the symbols of `images`, some hundreds or more, each float32
     (1, 3, H, W) in [0, 1], sides multiples of 16 and at most 512, so that it is one tile.
     """
     model.to("cpu")
     tensors: dict[str, npt.NDArray[Any]] = {
-        f"{part}.{name}": value.numpy().astype(np.float16)
+        f"{part}.{key}": value.numpy().astype(np.float16)
         for part, module in (("analysis", model.analysis), ("synthesis", model.synthesis))
-        for name, value in module.state_dict().items()
+        for key, value in module.state_dict().items()
     }
     gain = model.log_gain.exp()
     tensors["gain"], tensors["shift"] = gain.numpy(), np.zeros_like(gain.numpy())
@@ -42,14 +48,14 @@ def export(model: GainedAutoencoder, metric: Metric, provenance: Mapping[str, An
     for row, mix in zip(gain[:, :, None, None], model.density.mix, strict=True):
         rounded = [(values * row).round().clamp(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).short() for values in latents]
         fitted.append(fit([tile.numpy() for tile in rounded], predicted, mix.numpy()))
-    for name in ("minimum", "length"):
-        tensors[f"tables.{name}"] = np.stack([getattr(own, name) for own in fitted])
+    for kind in ("minimum", "length"):
+        tensors[f"tables.{kind}"] = np.stack([getattr(own, kind) for own in fitted])
     tensors["tables.frequency"] = np.concatenate([own.frequency for own in fitted])
-    for name in ("source", "weight", "threshold", "predicted", "zero"):
-        stacked = np.stack([getattr(own.contexts, name) for own in fitted])
-        tensors[f"contexts.{name}"] = stacked.astype(np.uint8) if stacked.dtype == np.bool_ else stacked
-    for name, value in model.density.state_dict().items():
-        tensors[f"density.{name}"] = value.numpy().astype(np.float16)
+    for kind in ("source", "weight", "threshold", "predicted", "zero"):
+        stacked = np.stack([getattr(own.contexts, kind) for own in fitted])
+        tensors[f"contexts.{kind}"] = stacked.astype(np.uint8) if stacked.dtype == np.bool_ else stacked
+    for part, value in model.density.state_dict().items():
+        tensors[f"density.{part}"] = value.numpy().astype(np.float16)
     return pack(
         tensors,
         model=DEFAULT_MODEL,
@@ -57,6 +63,7 @@ def export(model: GainedAutoencoder, metric: Metric, provenance: Mapping[str, An
         qualities=model.qualities,
         architecture=asdict(model.widths),
         provenance=provenance,
+        name=name,
     )
 
 

@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor, from_numpy
 
 from zarr_cae.coder import rans
-from zarr_cae.config import Settings
+from zarr_cae.config import process_settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.networks.device import choose_device
 from zarr_cae.networks.engine import Engine
-from zarr_cae.training.data import Pixels, read_images
-from zarr_cae.training.model import RANGES
-from zarr_cae.training.run import train_network
+from zarr_cae.training.data import Crops, read_images
+from zarr_cae.training.export import export
+from zarr_cae.training.loss import SMALLEST_CROP, multiscale_dissimilarity
+from zarr_cae.training.model import RANGES, GainedAutoencoder
+from zarr_cae.training.sampling import EDGE, Part, Picture, Window, large_enough, sample_windows
 from zarr_cae.training.start import Start
-from zarr_cae.training.trainer import Progress, Recipe
+from zarr_cae.training.trainer import Points, Recipe, Trainer, measure
+from zarr_cae.training.unlike import draw_unlike, pictures_to_check
 from zarr_cae.weights import registry
-from zarr_cae.weights.file import DEFAULT_MODEL, Metric, Weights
+from zarr_cae.weights.file import DEFAULT_MODEL, Metric, Weights, WeightsInfo
 
-_WINDOW = 256
-_WINDOWS = 400
-_FEWEST = 8
-_HELD_OUT_SHARE = 0.1
-_MOST_HELD_OUT = 16
-_RATE = 4e-4
-"""Peak learning rate: a higher one would first undo the weights to start from."""
+_RATE = 1e-3
+"""Peak learning rate: half of that from a KLT, which would first undo the weights to start from."""
+_UNLIKE = 0.1
+"""Share of the crops that are generated pictures."""
+_LARGEST_LOSS = 0.1
+"""Share of bytes more at equal PSNR that fitted weights may need for pictures unlike the collection."""
+_SHARES = (1.0, 0.75, 0.5, 0.25)
+"""How far to go from the start to the fitted weights, if the whole way forgets too much. Networks between the two
+ends of a fine-tuning keep most of both (Wortsman et al. 2022, arXiv:2109.01903)."""
+_TABLE_WINDOWS = 150
+"""Windows that the tables are fitted to: as many as take some ten seconds on one core."""
+_CHECK_COST = 20
+"""The progress is measured when the steps since then took so many times as long as measuring does."""
+_NEAREST_WINDOWS = 8
+_CROPS = (128, 96, 64, 32)
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Logarithm of the bytes, and quality of the pixels in dB, by ascending quality of the codec, of one picture."""
+
+
+@dataclass(frozen=True)
+class FitProgress:
+    """The state of a fit after a step."""
+
+    fraction: float
+    """Share of the time that is over, 0 to 1."""
+    step: int
+    saved: float
+    """Share of the bytes that held-out windows need less than with the start, at equal PSNR, as last measured. By the
+    density; the end result is of real bytes."""
 
 
 class Fit(NamedTuple):
@@ -38,7 +68,14 @@ class Fit(NamedTuple):
     digest: str
     """The weights to use: the fitted ones if they need fewer bytes, otherwise those that the fit started from."""
     saved: float
-    """Share of the bytes of the start that the fitted weights save at equal PSNR; negative if they need more."""
+    """Share of the bytes of the start that the weights to use save at equal PSNR on held-out windows; 0 for the
+    start."""
+    start: str
+    """The digest of the weights that the fit started from."""
+    reason: str = ""
+    """If the fitted weights are not to be used: why."""
+    file_bytes: int = 0
+    """Size of the fitted weights file."""
 
 
 def fit_weights(
@@ -49,30 +86,35 @@ def fit_weights(
     metric: Metric = "mse",
     crop: int = 128,
     seed: int = 0,
-    report: Callable[[Progress], None] | None = None,
+    report: Callable[[FitProgress], None] | None = None,
 ) -> Fit:
-    """Fit the weights to a collection, and keep them only if they need fewer bytes on images that were held out.
+    """Fit the weights to a collection, and keep them only if they need fewer bytes on windows that were held out.
 
-    Starts from those weights on this machine that need the fewest bytes on the collection. The fitted weights go to
-    the cache folder. They serve all qualities of the range, 1 to 5 or 6 to 8.
+    Starts from those named weights on this machine that need the fewest bytes on the collection. Trains the
+    densities, then the decoder, then all. The fitted weights go to the cache folder. They serve all qualities of the
+    range, 1 to 5 or 6 to 8.
+
+    So that the weights do not forget, a tenth of the crops are generated pictures. Before the result is taken, it is
+    checked on others, and on a photograph: they must decode to more than their mean colour, and need at most a tenth
+    more bytes at equal PSNR. Otherwise the result lies between the start and the fitted weights.
 
     Parameters
     ----------
     source
-        An array of uint8 pixels, (H, W, 3) or (N, H, W, 3), of NumPy or zarr; or a list of image files, folders and
-        tar files.
+        An array of uint8 pixels, (H, W, 3) or (N, H, W, 3), of NumPy or zarr; a list of image files, folders and tar
+        files; or a list of `Part` for anything else.
     minutes
-        How long to train. The comparison takes some seconds more.
+        How long to train. Reading the sample and the comparisons take up to a minute more.
     quality
         A quality of the range to fit.
     metric
-        "mse" or "ms-ssim".
+        "mse" or "ms-ssim". For the latter, bytes are compared at equal MS-SSIM.
     crop
-        Edge of the training crops in pixels.
+        Largest edge of the training crops in pixels.
     seed
         Of all random choices.
     report
-        Called after each step and each validation of the training.
+        Called after each step.
 
     Returns
     -------
@@ -84,28 +126,45 @@ def fit_weights(
     CAEConfigurationError
         If the source is not uint8, has another shape, or is too small.
     """
-    windows = sample_windows(source, seed)
-    every = max(2, round(1 / _HELD_OUT_SHARE))
-    held_out, sample = windows[::every][:_MOST_HELD_OUT], [w for i, w in enumerate(windows) if i % every]
-    qualities = next(qualities for qualities in RANGES.values() if quality in qualities)
-    known = [
-        registry.load(info.path)
-        for info in registry.available()
-        if (info.model, info.metric, info.qualities) == (DEFAULT_MODEL, metric, qualities) and info.architecture
-    ]
-    curves = [_curve(weights, held_out) for weights in known]
-    nearest = min(range(len(known)), key=lambda one: -bytes_saved(curves[0], curves[one]))
-    start = Start.find(known[nearest].info.digest)
+    if not minutes > 0:
+        raise CAEConfigurationError(f"cae: a fit needs a time in minutes, more than 0, got {minutes}")
+    sample = sample_windows(_parts(source), seed)
+    qualities = next((qualities for qualities in RANGES.values() if quality in qualities), None)
+    if qualities is None:
+        raise CAEConfigurationError(f"cae: quality must be from 1 to 8, got {quality}")
+    if metric == "ms-ssim":
+        sample = large_enough(sample, SMALLEST_CROP)
+    start = Start.find(_nearest(metric, qualities, sample.windows[:_NEAREST_WINDOWS]).digest)
     recipe = Recipe(
-        start.rates, metric, minutes=minutes, crop=crop, rate=_RATE, seed=seed, lambdas=start.lambdas
+        start.rates, metric, minutes=minutes, crop=_crop(sample.windows, crop, metric), rate=_RATE, seed=seed,
+        lambdas=start.lambdas, schedule="fit", unlike=_UNLIKE,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
-        info = train_network(sample, Path(scratch) / "fit", recipe, start, report=report)
-        fitted = registry.load(info.path)
-        saved = bytes_saved(curves[nearest], _curve(fitted, held_out))
-        if saved <= 0:
-            return Fit(start.name, saved)
-        return Fit(registry.store(info.path.read_bytes()).digest, saved)
+    torch.set_flush_denormal(True)
+    crops = Crops.of(sample.windows, recipe, sample.held_out)
+    trainer = Trainer(recipe, crops, device=str(choose_device(process_settings().device)))
+    start.put_into(trainer)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    _train(trainer, crops, report or (lambda _: None))
+
+    unlike = pictures_to_check()
+    model = _that_remembers(trainer, before, unlike)
+    if model is None:
+        return Fit(start.name, 0.0, start.name, "the fitted weights are much worse for other pictures")
+    provenance = {
+        "recipe": asdict(recipe), "steps": trainer.step, "minutes": round(trainer.seconds / 60, 1),
+        "windows": len(sample.windows), "fitted from": start.name, "torch": version("torch"),
+    }  # fmt: skip
+    content = export(model, metric, provenance, _tensors(_for_tables(sample.windows, seed)))
+    assert start.exported is not None
+    old = registry.load(start.exported.path)
+    with registry.temporary(content) as fitted:
+        saved = archive_saved(coded_curves(old, sample.held_out), coded_curves(fitted, sample.held_out))
+        lost = -archive_saved(coded_curves(old, unlike), coded_curves(fitted, unlike))
+    if saved <= 0:
+        return Fit(start.name, 0.0, start.name, f"held-out crops need {-saved:.1%} more bytes with the fitted weights")
+    if lost > _LARGEST_LOSS:
+        return Fit(start.name, 0.0, start.name, f"other pictures need {lost:.0%} more bytes with the fitted weights")
+    return Fit(registry.store(content).digest, saved, start.name, file_bytes=len(content))
 
 
 def fit(source: npt.NDArray[Any] | Any, minutes: float = 10, **options: Any) -> str:
@@ -125,72 +184,155 @@ def fit(source: npt.NDArray[Any] | Any, minutes: float = 10, **options: Any) -> 
     return fit_weights(source, minutes, **options).digest
 
 
-def sample_windows(source: Any, seed: int) -> list[Pixels]:
-    """Return windows from all over a collection, uint8 (H, W, 3) of up to 256 pixels a side.
-
-    Flat windows, such as the glass around tissue, are drawn less often: those with the larger deviation of two random
-    ones are taken.
-    """
+def _parts(source: Any) -> list[Part]:
+    """Return the parts of what a fit gets."""
     if isinstance(source, list | tuple):
-        images: Sequence[Any] = read_images([Path(one) for one in source])
-    elif getattr(source, "dtype", None) != np.uint8 or source.shape[-1] != 3 or source.ndim not in (3, 4):
+        if all(isinstance(one, Part) for one in source):
+            return list(source)
+        images = read_images([Path(one) for one in source])
+        return [_part(image) for image in images]
+    if getattr(source, "dtype", None) != np.uint8 or source.shape[-1] != 3 or source.ndim not in (3, 4):
         raise CAEConfigurationError(
             f"cae: a fit needs uint8 pixels (H, W, 3) or (N, H, W, 3), got {getattr(source, 'dtype', type(source))} "
             f"{getattr(source, 'shape', '')}"
         )
-    else:
-        images = [source] if source.ndim == 3 else [_Page(source, index) for index in range(source.shape[0])]
+    return [_part(source)]
+
+
+def _part(array: Any) -> Part:
+    return Part(math.prod(array.shape), lambda: Picture(array, array.ndim - 1))
+
+
+def _crop(windows: Sequence[Window], largest: int, metric: Metric) -> int:
+    """Return the largest edge of crops for which most windows are large enough."""
+    sides = sorted(min(window.shape[:2]) for window in windows)
+    least = SMALLEST_CROP if metric == "ms-ssim" else _CROPS[-1]
+    return max(
+        edge for edge in {least, largest, *_CROPS} if least <= edge <= max(least, min(largest, sides[len(sides) // 4]))
+    )
+
+
+def _nearest(metric: Metric, qualities: tuple[int, ...], windows: Sequence[Window]) -> WeightsInfo:
+    """Return the named weights that need the fewest bytes for some windows."""
+    known = [
+        info
+        for info in registry.available()
+        if (info.model, info.metric, info.qualities) == (DEFAULT_MODEL, metric, qualities)
+        and registry.is_named(info)
+    ]  # fmt: skip
+    if len(known) == 1:
+        return known[0]
+    curves = [coded_curves(registry.load(info.path), windows) for info in known]
+    return known[max(range(len(known)), key=lambda one: archive_saved(curves[0], curves[one]))]
+
+
+def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]) -> None:
+    """Train to the end of the schedule, and report the bytes saved so far."""
+    held_out = list(crops.held_out(8, 128).to(trainer.device))
+    metric = trainer.recipe.metric
+
+    def measured() -> tuple[list[Curve], float]:
+        begin = trainer.clock()
+        curves = estimated_curves(measure(trainer.averaged(), held_out, metric))
+        return curves, trainer.clock() - begin
+
+    first, cost = measured()
+    saved, last = 0.0, trainer.seconds
+    while trainer.fraction < 1:
+        step = trainer.train_step()
+        if trainer.seconds - last > _CHECK_COST * cost:
+            curves, cost = measured()
+            saved, last = archive_saved(first, curves), trainer.seconds
+        report(FitProgress(step.fraction, step.step, saved))
+
+
+def estimated_curves(points: Points) -> list[Curve]:
+    """Return the curve of each picture by the network's density."""
+    bits = points.bits_per_pixel.clamp(min=1e-6).log()
+    distortion = points.error if points.dissimilarity is None else points.dissimilarity
+    levels = -10 * distortion.clamp(min=1e-10).log10()
+    return list(zip(bits.tolist(), levels.tolist(), strict=True))
+
+
+@torch.no_grad()
+def _that_remembers(
+    trainer: Trainer, before: Mapping[str, Tensor], unlike: Sequence[Window]
+) -> GainedAutoencoder | None:
+    """Return the fitted network, or the farthest one on the way to it that is good enough for other pictures."""
+    model = trainer.averaged()
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    images = [image[0].to(trainer.device) for image in _tensors(unlike)]
+    floor = torch.stack([image.flatten(1).var(1, unbiased=False).mean() for image in images])[:, None]
+    model.load_state_dict(before)
+    old = estimated_curves(measure(model, images, trainer.recipe.metric))
+    for share in _SHARES:
+        model.load_state_dict({name: torch.lerp(value, after[name], share) for name, value in before.items()})
+        model.project()
+        points = measure(model, images, trainer.recipe.metric)
+        if bool((points.error < floor).all()) and archive_saved(old, estimated_curves(points)) >= -_LARGEST_LOSS:
+            return model
+    return None
+
+
+def _for_tables(windows: Sequence[Window], seed: int) -> list[Window]:
+    """Return windows to fit the tables to: some of the collection, and a few generated ones."""
+    some = windows[:: math.ceil(len(windows) / _TABLE_WINDOWS)]
     random = np.random.default_rng(seed)
-    areas = np.array([image.shape[0] * image.shape[1] for image in images], float)
-    count = int(np.clip(areas.sum() / _WINDOW**2, _FEWEST, _WINDOWS))
-
-    def draw() -> Pixels:
-        image = images[random.choice(len(images), p=areas / areas.sum())]
-        sides = [min(_WINDOW, side) // 16 * 16 for side in image.shape[:2]]
-        top, left = (random.integers(whole - side + 1) for whole, side in zip(image.shape[:2], sides, strict=True))
-        return np.asarray(image[top : top + sides[0], left : left + sides[1]])
-
-    return [max((draw(), draw()), key=lambda window: float(window.std())) for _ in range(count)]
+    return [*some, *(draw_unlike(EDGE, random) for _ in range(math.ceil(_UNLIKE * len(some))))]
 
 
-class _Page:
-    """One picture of a stack that may be larger than memory."""
-
-    def __init__(self, stack: Any, index: int) -> None:
-        self._stack, self._index, self.shape = stack, index, stack.shape[1:]
-
-    def __getitem__(self, window: tuple[slice, slice]) -> Any:
-        return self._stack[(self._index, *window)]
+def _tensors(windows: Sequence[Window]) -> Iterator[Tensor]:
+    """Yield windows as float32 (1, 3, H, W) in [0, 1]."""
+    for window in windows:
+        yield from_numpy(np.array(window)).permute(2, 0, 1)[None].float().div(255)
 
 
-def _curve(weights: Weights, images: Sequence[Pixels]) -> tuple[list[float], list[float]]:
-    """Return the mean logarithm of the bytes, and the mean PSNR, of images at each quality."""
-    settings = Settings()
+def coded_curves(weights: Weights, windows: Sequence[Window]) -> list[Curve]:
+    """Return the curve of real bytes of each window."""
+    settings = process_settings()
     engine = Engine(weights, choose_device(settings.device))
-    sizes, ratios = [], []
-    for row, quality in enumerate(weights.info.qualities):
-        bits, decibels = [], []
-        for image in images:
-            planes = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+    found: list[Curve] = []
+    for window in windows:
+        sizes, levels = [], []
+        grey = window.strides[2] == 0
+        planes = window.transpose(2, 0, 1)[None, : 1 if grey else 3].astype(np.float32) / np.float32(255)
+        for tables, quality in zip(weights.tables, weights.info.qualities, strict=True):
             symbols = engine.analyse(planes, quality, settings).result()
-            decoded = engine.synthesise(symbols, quality, 3, settings).result()
-            error = np.mean((np.rint(decoded.clip(0, 1) * 255) / 255 - planes) ** 2)
-            tables = weights.tables[row]
-            bits.append(np.log(len(rans.encode(symbols[0], tables, tables.frame_version))))
-            decibels.append(-10 * np.log10(max(float(error), 1e-10)))
-        sizes.append(float(np.mean(bits)))
-        ratios.append(float(np.mean(decibels)))
-    return sizes, ratios
+            decoded = engine.synthesise(symbols, quality, planes.shape[1], settings).result().clip(0, 1)
+            if window.dtype == np.uint8:
+                decoded = np.rint(decoded * 255) / 255
+            sizes.append(math.log(len(rans.encode(symbols[0], tables, tables.frame_version))))
+            levels.append(-10 * math.log10(max(_distortion(planes, decoded, weights.info.metric), 1e-10)))
+        found.append((sizes, levels))
+    return found
 
 
-def bytes_saved(old: tuple[list[float], list[float]], new: tuple[list[float], list[float]]) -> float:
-    """Return the share of bytes that the second curve saves over the first at equal PSNR.
+def _distortion(planes: npt.NDArray[Any], decoded: npt.NDArray[Any], metric: Metric) -> float:
+    if metric == "mse":
+        return float(np.mean((decoded - planes) ** 2))
+    side = min(planes.shape[2:])
+    squares = (from_numpy(one[:, :, :side, :side].astype(np.float32))[:, None] for one in (decoded, planes))
+    return float(multiscale_dissimilarity(*squares))
 
-    Both are (logarithms of bytes, PSNR) by ascending quality. The logarithms are interpolated over the PSNR where both
-    curves have one; if they have none in common the result is 0.
+
+def archive_saved(old: Sequence[Curve], new: Sequence[Curve]) -> float:
+    """Return the share of the bytes of an archive that new weights save, at equal quality of each picture.
+
+    A picture counts by its bytes, so that savings on many small ones do not hide a loss on few large ones.
+    """
+    sizes = [float(np.mean(np.exp(curve[0]))) for curve in old]
+    return float(np.average([bytes_saved(*pair) for pair in zip(old, new, strict=True)], weights=sizes))
+
+
+def bytes_saved(old: Curve, new: Curve) -> float:
+    """Return the share of bytes that the second curve saves over the first at equal quality of the pixels.
+
+    The logarithms are interpolated over the decibels where both curves have some; if they have none in common the
+    result is 0.
     """
     low, high = max(old[1][0], new[1][0]), min(old[1][-1], new[1][-1])
     if low >= high:
         return 0.0
     at = np.linspace(low, high, 50)
-    return float(1 - np.exp(np.mean(np.interp(at, new[1], new[0]) - np.interp(at, old[1], old[0]))))
+    sizes = [np.interp(at, np.maximum.accumulate(levels), logarithms) for logarithms, levels in (old, new)]
+    return float(1 - np.exp(np.mean(sizes[1] - sizes[0])))

@@ -157,7 +157,7 @@ def _entropy(counts: npt.NDArray[np.float64]) -> float:
 
 
 def _rows(counts: npt.NDArray[np.float64]) -> list[tuple[int, npt.NDArray[np.uint32]]]:
-    """A trimmed table for each class, from its counts and smoothed ones of all classes."""
+    """Return a trimmed table for each class, made of its counts and of the smoothed counts of all classes."""
     limit = counts.shape[1] // 2
     magnitude = np.abs(np.arange(-limit, limit + 1))
     everything = counts.sum(0)

@@ -20,9 +20,10 @@ GDN_START = 0.01
 
 
 def principal_components(features: Tensor, block: int, count: int) -> Tensor:
-    """The first `count` principal directions of block x block patches of features (N, C, H, W).
+    """Return the first `count` principal directions of block x block patches of features (N, C, H, W).
 
-    Returns (count', C, block, block), orthonormal, by falling energy; count' is at most C block^2.
+    They have the shape (count', C, block, block), are orthonormal, and stand in order of falling energy; count' is at
+    most C block^2.
     """
     patches = nn.functional.unfold(features, block, stride=block).transpose(1, 2).flatten(0, 1).double()
     _, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))

@@ -68,7 +68,7 @@ def _similarities(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _blur(length: int) -> Tensor:
-    """The Gaussian window along an axis, mirrored at its ends, as a matrix: its fastest form at these lengths."""
+    """Return the Gaussian blur of an axis, mirrored at its ends, as a matrix: the fastest form at these lengths."""
     window = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / _SIGMA) ** 2)
     mirrored = np.pad(np.arange(length), _RADIUS, mode="symmetric")
     matrix = np.zeros((length, length), np.float32)
@@ -78,9 +78,10 @@ def _blur(length: int) -> Tensor:
 
 
 def rate_distortion(coded: Coded, pixels: Tensor, metric: Metric, weights: tuple[float, ...]) -> Tensor:
-    """The loss, averaged over crops; pixels (Q, n, 3, H, W), `weights` lambda of each quality.
+    """Return the loss, averaged over crops; pixels are (Q, n, 3, H, W), `weights` holds the lambda of each quality.
 
-    Each quality's Lagrangian is weighed by lambda^-1/2, or the top rates would have nearly all of the gradient.
+    The Lagrangian of each quality is multiplied by lambda^-1/2; otherwise the highest rates would have nearly all of
+    the gradient.
     """
     lambdas = torch.tensor(weights, device=pixels.device)
     if metric == "mse":

@@ -85,7 +85,7 @@ class GainedAutoencoder(nn.Module):
             parameter.copy_(torch.lerp(parameter[below], parameter[below + 1], along))
 
     def scaled(self, pixels: Tensor) -> Tensor:
-        """Pixels (Q n, 3, H, W), grouped by quality, to latents before rounding (Q, n, M, h, w)."""
+        """Return latents before rounding (Q, n, M, h, w) of pixels (Q n, 3, H, W) that are grouped by quality."""
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.low_precision):
             features = self.analysis.fine(pixels)
         flat: Tensor = self.analysis.coarse(features.float())
@@ -93,7 +93,7 @@ class GainedAutoencoder(nn.Module):
         return latents * self.log_gain.exp()[:, None, :, None, None]
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        """Rounded latents (Q, n, M, h, w) to pixels (Q, n, 3, H, W)."""
+        """Return the pixels (Q, n, 3, H, W) of rounded latents (Q, n, M, h, w)."""
         received = latents * self.log_step.exp()[:, None, :, None, None]
         features = self.synthesis.coarse(received.flatten(0, 1))
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.low_precision):
@@ -102,6 +102,7 @@ class GainedAutoencoder(nn.Module):
         return pixels
 
     def forward(self, pixels: Tensor, *, noisy: bool, straight_through: bool, tune_decoder: bool) -> Coded:
+        """Code and decode crops (Q n, 3, H, W), with rounding or with uniform noise in its place."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not tune_decoder):
             latents = self.scaled(pixels)
         rounded = latents + (latents.round() - latents).detach()

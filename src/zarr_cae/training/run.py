@@ -36,6 +36,7 @@ def train_network(
     *,
     device: str = "auto",
     threads: int | None = None,
+    name: str | None = None,
 ) -> WeightsInfo:
     """Train a network on images and export it as a weights file.
 
@@ -61,6 +62,8 @@ def train_network(
         "auto" (CUDA if there is any), "cpu" or "cuda".
     threads
         Threads of torch on the CPU. None leaves torch's own choice.
+    name
+        The name of the family that the weights get, such as "histology", for `CAECodec(weights=...)`. None for none.
 
     Returns
     -------
@@ -117,7 +120,7 @@ def train_network(
     tell(_logged(trainer.validate(), folder / "log.csv"))
 
     # The averaged network in half precision, with contexts and tables fitted to the images.
-    return export_checkpoint(folder, crops)
+    return export_checkpoint(folder, crops, name)
 
 
 def load_crops(images: Sequence[str | Path] | Sequence[Pixels], recipe: Recipe) -> Crops:
@@ -126,7 +129,7 @@ def load_crops(images: Sequence[str | Path] | Sequence[Pixels], recipe: Recipe) 
     return Crops.of(read_images(paths) if paths else cast("Sequence[Pixels]", images), recipe)
 
 
-def export_checkpoint(folder: Path, crops: Crops) -> WeightsInfo:
+def export_checkpoint(folder: Path, crops: Crops, name: str | None = None) -> WeightsInfo:
     """Export `checkpoint.pt` in a folder as a weights file in the same folder, with tables fitted to the images."""
     state = read_checkpoint(folder / "checkpoint.pt")
     recipe = Recipe(**state["recipe"])
@@ -138,7 +141,7 @@ def export_checkpoint(folder: Path, crops: Crops) -> WeightsInfo:
         "recipe": state["recipe"], "steps": state["step"], "minutes": round(state["seconds"] / 60, 1),
         **(json.loads(run.read_text("utf-8")) if run.is_file() else {}),
     }  # fmt: skip
-    return registry.store(export(model, recipe.metric, provenance, crops.tiles()), folder)
+    return registry.store(export(model, recipe.metric, provenance, crops.tiles(), name), folder)
 
 
 def choose_device(device: str, threads: int | None) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from zarr_cae.training.export import restore
 from zarr_cae.training.klt import start_from_klt
 from zarr_cae.training.loss import SMALLEST_CROP, mean_squared_error, multiscale_dissimilarity, rate_distortion
 from zarr_cae.training.model import RANGES, GainedAutoencoder, Range, default_lambdas
-from zarr_cae.training.schedule import DENSITY_ONLY, learning_rate, phase_at
+from zarr_cae.training.schedule import DENSITY_ONLY, FIT_PHASES, PHASES, Phase, Schedule, learning_rate, phase_at
 from zarr_cae.training.soap import Soap
 from zarr_cae.weights.file import Metric, Weights, WeightsInfo
 
@@ -49,12 +49,18 @@ class Recipe:
     """Leave the transforms and the gains as they are, and fit the density alone to really rounded latents."""
     patterns: float = 0.03
     """Share of the crops that become patterns of period 2 or 4, or noise; see `training.patterns`."""
+    schedule: Schedule = "train"
+    """"train", or "fit" for a network that is trained already; see `training.schedule`."""
+    unlike: float = 0.0
+    """Share of the crops that are generated pictures instead, so that a fit does not forget; see `training.unlike`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.holdout <= 0.5:
             raise CAEConfigurationError(f"cae: holdout must be a share of at most 0.5, got {self.holdout}")
         if not 0 <= self.patterns <= 1:
             raise CAEConfigurationError(f"cae: patterns must be a share from 0 to 1, got {self.patterns}")
+        if not 0 <= self.unlike < 1:
+            raise CAEConfigurationError(f"cae: unlike must be a share from 0 to below 1, got {self.unlike}")
         qualities = RANGES[self.rates]
         object.__setattr__(self, "lambdas", tuple(self.lambdas) or default_lambdas(self.metric, self.rates))
         ascending = all(low < high for low, high in pairwise((0.0, *self.lambdas, math.inf)))
@@ -88,8 +94,40 @@ class Progress:
     validation: bool
 
 
+class Points(NamedTuple):
+    """Rates and distortions of a network on n images at Q qualities: (n, Q) each."""
+
+    bits_per_pixel: Tensor
+    error: Tensor
+    """Mean squared error of pixels in [0, 1], of 8 bits."""
+    dissimilarity: Tensor | None
+    """1 - MS-SSIM, if that is the metric."""
+
+
+@torch.no_grad()
+def measure(model: GainedAutoencoder, images: Iterable[Tensor], metric: Metric) -> Points:
+    """Measure a network with real rounding, and rates by its density, on images float32 (3, H, W) in [0, 1]."""
+    bits: list[Tensor] = []
+    errors: list[Tensor] = []
+    dissimilarities: list[Tensor] = []
+    for image in images:
+        pixels = image[None].expand(len(model.qualities), -1, -1, -1)
+        coded = model(pixels, noisy=False, straight_through=True, tune_decoder=True)
+        decoded = (coded.pixels.clamp(0, 1) * 255).round() / 255
+        bits.append(coded.bits_per_pixel[:, 0])
+        errors.append(mean_squared_error(decoded, pixels[:, None])[:, 0])
+        if metric == "ms-ssim":
+            dissimilarities.append(multiscale_dissimilarity(decoded, pixels[:, None])[:, 0])
+    return Points(
+        torch.stack(bits), torch.stack(errors), torch.stack(dissimilarities) if dissimilarities else None
+    )  # fmt: skip
+
+
 class Trainer:
     """A network in training, with its optimiser, averaged weights and checkpoint."""
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    """What the `minutes` of a recipe are measured by, in seconds."""
 
     def __init__(self, recipe: Recipe, crops: Crops, *, device: str = "cpu") -> None:
         torch.manual_seed(recipe.seed)
@@ -97,9 +135,6 @@ class Trainer:
         self.model = GainedAutoencoder(recipe.rates)
         start_from_klt(self.model, crops.batch(96))
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if recipe.density_only:
-            self.model.requires_grad_(requires_grad=False)
-            self.model.density.requires_grad_(requires_grad=True)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         normalisation = [p for name, p in self.model.named_parameters() if "gdn" in name]
         entropy = list(self.model.density.parameters())
@@ -125,19 +160,22 @@ class Trainer:
 
     def train_step(self) -> Progress:
         """One optimiser step over `crops_per_quality` crops at each quality."""
-        started, fraction = time.monotonic(), self.fraction
+        started, fraction = self.clock(), self.fraction
         qualities = self.model.qualities
-        phase = DENSITY_ONLY if self.recipe.density_only else phase_at(fraction)
+        phase = self._phase(fraction)
+        decoder_only = phase.trains != "all"
         for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate * group["share"] * learning_rate(fraction, self.step)
-        self.model.low_precision = self.recipe.bfloat16 and (self.recipe.density_only or not phase.decoder_only)
+            group["lr"] = self.recipe.rate * group["share"] * learning_rate(fraction, self.step, self.recipe.schedule)
+        self.model.low_precision = self.recipe.bfloat16 and phase.trains != "decoder"
+        self.model.requires_grad_(requires_grad=phase.trains != "densities")
+        self.model.density.requires_grad_(requires_grad=True)
         pixels = self.crops.batch(len(qualities) * self.recipe.crops_per_quality)
         pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         coded = self.model(
             pixels,
-            noisy=not phase.decoder_only,
+            noisy=not decoder_only,
             straight_through=phase.straight_through,
-            tune_decoder=phase.decoder_only,
+            tune_decoder=decoder_only,
         )
         target = pixels.reshape(len(qualities), -1, *pixels.shape[1:])
         loss = rate_distortion(coded, target, self.recipe.metric, self.recipe.lambdas)
@@ -150,13 +188,18 @@ class Trainer:
         self.model.project()
         self._follow()
         self.step += 1
-        self.seconds += time.monotonic() - started
+        self.seconds += self.clock() - started
         with torch.no_grad():
             error = mean_squared_error(coded.pixels, target).mean(1)
         return Progress(
             self.step, self.fraction, self.seconds, qualities, loss.item(), coded.bits_per_pixel.mean(1).tolist(),
             (-10 * error.log10()).tolist(), None, validation=False,
         )  # fmt: skip
+
+    def _phase(self, fraction: float) -> Phase:
+        if self.recipe.density_only:
+            return DENSITY_ONLY
+        return phase_at(fraction, FIT_PHASES if self.recipe.schedule == "fit" else PHASES)
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -165,33 +208,21 @@ class Trainer:
             self.average[name].lerp_(value, 1 - keep)
 
     def averaged(self) -> GainedAutoencoder:
-        """A copy of the network with the averaged weights."""
+        """Return a copy of the network that has the averaged weights."""
         model = GainedAutoencoder(self.recipe.rates)
         model.load_state_dict(self.average)
         model.project()
         return model.to(self.device).eval()
 
-    @torch.no_grad()
     def validate(self, count: int = 16) -> Progress:
         """Rates and distortions of the averaged network with real rounding, on images kept out of training."""
-        model, images = self.averaged(), self.crops.held_out(count, 192).to(self.device)
-        qualities = model.qualities
-        bits: list[Tensor] = []
-        errors: list[Tensor] = []
-        similarities: list[Tensor] = []
-        for image in images:
-            pixels = image[None].expand(len(qualities), -1, -1, -1)
-            coded = model(pixels, noisy=False, straight_through=True, tune_decoder=True)
-            decoded = (coded.pixels.clamp(0, 1) * 255).round() / 255
-            bits.append(coded.bits_per_pixel[:, 0])
-            errors.append(mean_squared_error(decoded, pixels[:, None])[:, 0])
-            if self.recipe.metric == "ms-ssim":
-                similarities.append(1 - multiscale_dissimilarity(decoded, pixels[:, None])[:, 0])
-        psnr = (-10 * torch.stack(errors).log10()).mean(0)
-        ms_ssim = torch.stack(similarities).mean(0).tolist() if similarities else None
+        images = self.crops.held_out(count, 192).to(self.device)
+        points = measure(self.averaged(), images, self.recipe.metric)
+        similarities = points.dissimilarity
         return Progress(
-            self.step, self.fraction, self.seconds, qualities, math.nan, torch.stack(bits).mean(0).tolist(),
-            psnr.tolist(), ms_ssim, validation=True,
+            self.step, self.fraction, self.seconds, self.model.qualities, math.nan,
+            points.bits_per_pixel.mean(0).tolist(), (-10 * points.error.log10()).mean(0).tolist(),
+            None if similarities is None else (1 - similarities).mean(0).tolist(), validation=True,
         )  # fmt: skip
 
     def save(self, path: Path) -> None:

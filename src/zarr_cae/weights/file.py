@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -49,6 +50,8 @@ ZOO_MODEL = "bmshj2018-factorized"
 """CompressAI's factorized-prior models."""
 MODELS = (DEFAULT_MODEL, ZOO_MODEL)
 FORMAT = "zarr-cae-weights-1"
+NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+"""The name of a family."""
 
 _LARGEST_HEADER = 1 << 20
 _LARGEST_CLASSES = 256
@@ -199,9 +202,10 @@ def _info(metadata: Mapping[str, str], path: Path) -> WeightsInfo:
         )
     if not isinstance(architecture, dict) or not isinstance(provenance, dict):
         _refuse(path, "architecture and provenance must be JSON objects")
-    return WeightsInfo(
-        f"sha256:{path.stem}", path, model, metric, qualities, architecture, provenance, metadata.get("name")
-    )
+    name = metadata.get("name")
+    if name is not None and not NAME.fullmatch(name):
+        _refuse(path, f"its name is {name!r:.80}, expected small letters, digits and hyphens")
+    return WeightsInfo(f"sha256:{path.stem}", path, model, metric, qualities, architecture, provenance, name)
 
 
 def _check_outline(info: WeightsInfo, outline: _Outline) -> None:

@@ -10,7 +10,9 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -19,7 +21,7 @@ from platformdirs import user_cache_path
 
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.files import atomic_write
-from zarr_cae.weights.file import DEFAULT_MODEL, ZOO_MODEL, Weights, WeightsInfo, read, read_info
+from zarr_cae.weights.file import DEFAULT_MODEL, NAME, ZOO_MODEL, Weights, WeightsInfo, read, read_info
 
 CACHE_VARIABLE = "ZARR_CAE_WEIGHTS"
 DEFAULT_NAME = "photographs"
@@ -102,6 +104,11 @@ def default_digest(model: str, quality: int, metric: str) -> str:
     )
 
 
+def is_named(info: WeightsInfo) -> bool:
+    """Return whether weights are of a family that codecs find by name: all bundled ones, and those with a name."""
+    return info.name is not None or info.path.parent == bundled_folder()
+
+
 def _name(info: WeightsInfo) -> str:
     """Return the name of a family. Files without a name count as the default one."""
     return info.name or DEFAULT_NAME
@@ -127,7 +134,7 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     """
     if weights is None or weights == DEFAULT_NAME:
         return default_digest(model, quality, metric)
-    if not isinstance(weights, str) or not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", weights):
+    if not isinstance(weights, str) or not NAME.fullmatch(weights):
         return check_digest(weights)
     known = list(available())
     for info in known:
@@ -186,6 +193,19 @@ def load(path: Path) -> Weights:
         If the file is damaged or incomplete.
     """
     return read(path)
+
+
+@contextmanager
+def temporary(content: bytes) -> Iterator[Weights]:
+    """Yield the weights of a file that is not stored, to try them.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the bytes are not a valid weights file.
+    """
+    with tempfile.TemporaryDirectory(prefix="zarr-cae-weights-") as folder:
+        yield read(store(content, Path(folder)).path)
 
 
 def store(content: bytes, folder: Path | None = None) -> WeightsInfo:

@@ -1,0 +1,40 @@
+"""The families of weights that come with the package: domain, data and licences. The model card says more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the weights of one name were trained for, and on which data."""
+
+    domain: str
+    data: str
+    licence: str
+    """Of the data. Only weights are distributed."""
+
+
+FAMILIES = {
+    "photographs": Family(
+        "photographs, and all that no other name serves",
+        "BSDS500, imagenet-sample-images, photographs of Debian's wallpaper packages",
+        "research and education; research; CC BY-SA and similar",
+    ),
+    "histology": Family(
+        "stained tissue, mostly H&E",
+        "Pathology Atlas, BBBC038, OpenSlide's test slides",
+        "MIT (Pathology Atlas); CC0; free to use and distribute",
+    ),
+    "satellite": Family(
+        "aerial and satellite images in natural colours",
+        "NAIP, OpenAerialMap, OpenDroneMap samples",
+        "US public domain and CC BY 4.0; CC BY 4.0; CC0",
+    ),
+    "microscopy": Family(
+        "grey fluorescence microscopy, much of it dark",
+        "BBBC038, CellProfiler examples",
+        "CC0; BSD-3-Clause",
+    ),
+}
+"""By the name that `CAECodec(weights=...)` takes. A name is listed if a file of it is on this machine."""

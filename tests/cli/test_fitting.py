@@ -1,0 +1,125 @@
+"""`encode --fit` and `convert --fit`."""
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+from commands import refused
+from PIL import Image
+from weights_files import contexts, networks, tiny
+
+import zarr_cae
+from zarr_cae import WeightsNotFoundError
+from zarr_cae.cli import main
+from zarr_cae.cli.fitting import minutes
+from zarr_cae.slides.journal import Journal
+from zarr_cae.training import fit as fit_module
+from zarr_cae.weights import registry
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, photograph):
+    """Work in a folder with two pictures, and with weights of its own."""
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_added_folders", [])
+    Image.fromarray(photograph[:64, :96]).save("a.png")
+    Image.fromarray(photograph[200:264, 200:296, 0]).save("b.png")
+    return tmp_path
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Let each fit return small weights instead of training; return the calls, with the pixels that were sampled."""
+    calls = []
+
+    def fit_weights(parts, time, *, quality, metric, report):
+        pictures = [part.open() for part in parts]
+        shapes = []
+        for picture in pictures:
+            whole = tuple(slice(0, length) for length in picture.array.shape)
+            shapes.append((np.asarray(picture.array[whole]).shape, picture.channel_axis))
+            picture.close()
+        calls.append((time, quality, metric, shapes))
+        report(fit_module.FitProgress(0.5, 1, 0.1))
+        info = registry.store(tiny(**networks(), **contexts(), provenance={"fit": len(calls)}))
+        return fit_module.Fit(info.digest, 0.25, "sha256:" + "1" * 64, file_bytes=1_000_000)
+
+    monkeypatch.setattr(fit_module, "fit_weights", fit_weights)
+    return calls
+
+
+def digests(path):
+    return {file.stem for file in path.rglob("*.safetensors")}
+
+
+def test_times():
+    assert [minutes(text) for text in ("10min", "90s", "1h", "2", "0.5 m")] == [10, 1.5, 60, 2, 0.5]
+    for text in ("", "0", "ten", "-1min", "3 days"):
+        with pytest.raises(ValueError, match="not a time"):
+            minutes(text)
+
+
+def test_encode_stores_fitted_weights_in_the_output(folder, fits, capsys, monkeypatch):
+    assert main(["encode", "a.png", "b.png", "out.zarr", "-q", "2", "--fit", "10min"]) == 0
+    assert fits == [(10, 2, "mse", [((64, 96, 3), 2), ((64, 96), None)])]
+    assert "25.0% fewer bytes" in capsys.readouterr().err
+    (digest,) = digests(folder / "out.zarr")
+    pixels = zarr_cae.open("out.zarr", path="a")[...]
+    assert {name for name, _ in zarr.open_group("out.zarr", mode="r").members()} == {"a", "b"}
+
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(folder / "elsewhere"))
+    with pytest.raises(WeightsNotFoundError, match=digest):
+        zarr.open("out.zarr", path="a", mode="r")[...]
+    np.testing.assert_array_equal(zarr_cae.open("out.zarr", path="a")[...], pixels)
+    assert main(["decode", "out.zarr/a", "a.npy"]) == 0
+    np.testing.assert_array_equal(np.load("a.npy"), pixels)
+
+
+def test_a_fit_that_is_not_taken_is_named(folder, capsys, monkeypatch):
+    start = registry.default_digest("cae-v1", 2, "mse")
+    found = fit_module.Fit(start, 0.0, start, "held-out crops need 1.0% more bytes")
+    monkeypatch.setattr(fit_module, "fit_weights", lambda *_, **__: found)
+    assert main(["encode", "a.png", "out.zarr", "-q", "2", "--fit", "1s"]) == 0
+    assert "not fitted: held-out crops need 1.0% more bytes" in capsys.readouterr().err
+    assert zarr_cae.open("out.zarr").metadata.codecs[-1].weights == start
+
+
+def test_a_conversion_that_goes_on_is_not_fitted_again(folder, fits, monkeypatch, capsys):
+    command = ["convert", "a.png", "out.ome.zarr", "-q", "2", "--chunks", "32", "--shards", "none", "--fit", "2"]
+    record = Journal.record
+
+    def interrupt(journal, block):
+        record(journal, block)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(Journal, "record", interrupt)
+        assert main(command) == 130
+    (settings,) = folder.glob(".*.converting/journal.json")
+    assert len(fits) == 1
+    assert fits[0][3] == [((3, 64, 96), 0)]
+    digest = json.loads(settings.read_text())["weights"][0]
+    assert main(command) == 0
+    assert len(fits) == 1
+    assert "began with" in capsys.readouterr().err
+    assert digests(folder / "out.ome.zarr") == {digest.removeprefix("sha256:")}
+    assert zarr_cae.open("out.ome.zarr", path="0").shape == (3, 64, 96)
+
+    assert main([*command, "--overwrite", "--restart"]) == 0
+    assert len(fits) == 2
+
+
+def test_mistakes_are_named(folder, fits, capsys):
+    digest = registry.default_digest("cae-v1", 2, "mse")
+    wrong = {
+        ("encode", "--weights", digest): "leave --weights out",
+        ("encode", "--model", "bmshj2018-factorized"): "for the model cae-v1",
+        ("convert", "-q", "5,6"): "within one of these",
+        ("convert", "--dask", "tcp://x:1"): "with --dask",
+    }
+    for (name, *options), message in wrong.items():
+        assert message in refused(capsys, name, "a.png", "x.zarr", "--fit", "1s", *options)
+    assert not fits
+    assert not (folder / "x.zarr").exists()

@@ -1,0 +1,71 @@
+"""Windows of a collection."""
+
+import numpy as np
+import pytest
+
+from zarr_cae import CAEConfigurationError
+from zarr_cae.training.sampling import Part, Picture, sample_windows
+
+
+def part(array, axis=2, value_range=None, **options):
+    return Part(array.shape[0] * array.shape[1], lambda: Picture(array, axis, value_range, **options))
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_windows_come_from_the_whole_picture_and_few_are_glass():
+    picture = np.full((2048, 2048, 3), 240, np.uint8)
+    picture[:1024, :1024], picture[1024:, 1024:] = noise(1024, 1024, 3), 255 - noise(1024, 1024, 3, seed=1) // 4
+    sample = sample_windows([part(picture)], 0)
+    windows = [*sample.windows, *sample.held_out]
+    assert {window.shape for window in windows} == {(256, 256, 3)}
+    glass = [window for window in windows if window.std() == 0]
+    assert len(windows) - len(glass) == 32
+    assert 1 <= len(glass) <= 3
+
+
+def test_no_pixel_of_a_held_out_window_is_trained_on():
+    places = np.arange(1024 * 1024, dtype=np.uint32).reshape(1024, 1024)
+    sample = sample_windows([part(places, None, (0, 2**20 - 1))], 3)
+    trained, held_out = (
+        set(np.concatenate([window[..., 0].ravel() for window in windows]).tolist())
+        for windows in (sample.windows, sample.held_out)
+    )
+    assert trained
+    assert held_out
+    assert not trained & held_out
+
+
+def test_of_many_parts_some_are_held_out_whole():
+    parts = [part(np.full((64, 64, 3), 2 * value, np.uint8) ^ (noise(64, 64, 3) & 1)) for value in range(100)]
+    sample = sample_windows(parts, 0)
+    trained, held_out = (
+        {int(window.min()) // 2 for window in windows} for windows in (sample.windows, sample.held_out)
+    )
+    assert not trained & held_out
+    assert len(trained) == 90
+    assert len(held_out) == 10
+
+
+def test_other_values_and_axes_become_three_channels_from_0_to_255():
+    stack = np.linspace(100, 4095, 2 * 4 * 256 * 256, dtype=np.float32).reshape(2, 4, 256, 256).astype(np.uint16)
+    sample = sample_windows([part(stack, 1, (0, 4095))], 0)
+    window = sample.windows[0]
+    assert window.dtype == np.float32
+    assert window.shape[2] == 3
+    np.testing.assert_array_equal(window[..., 0], window[..., 2])
+    assert 0 < window.min() < window.max() <= 255
+    colours = sample_windows([part(noise(3, 512, 512), 0)], 0).windows[0]
+    assert colours.dtype == np.uint8
+    assert (colours[..., 0] != colours[..., 1]).any()
+
+
+def test_pictures_are_closed_and_too_few_pixels_are_refused():
+    closed = []
+    sample_windows([part(noise(256, 256, 3), close=lambda: closed.append(1))], 0)
+    assert closed
+    for picture in (noise(64, 64, 3), noise(20, 4096, 3)):
+        with pytest.raises(CAEConfigurationError, match="at least 4 windows"):
+            sample_windows([part(picture)], 0)
