@@ -33,4 +33,4 @@ def test_stains_of_other_cases_are_told(tmp_path: Path) -> None:
         (line,) = (line for line in lines if line.startswith(name))
         accuracy = float(line.removeprefix(name).split()[0])
         assert 0 <= accuracy <= 1
-        assert accuracy > 0.6 or name.startswith("pixels"), lines  # those networks need more steps than these
+        assert accuracy > 0.6 or name != "latents", lines  # the other networks need more steps than these
