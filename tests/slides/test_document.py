@@ -1,20 +1,20 @@
-"""Run the examples of docs/slides.md as they stand, in order, in one folder."""
+"""Run the examples of `zarr_cae/slides/README.md` as they stand, in order, in one folder."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "slides.md"
+DOCUMENT = resources.files("zarr_cae") / "slides" / "README.md"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not DOCUMENT.exists(), reason="needs the repository")
 def test_examples_run_one_after_the_other(tmp_path: Path) -> None:
     for module in ("tifffile", "dask.array", "ome_zarr", "ngff_zarr"):
         pytest.importorskip(module)
