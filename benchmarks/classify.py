@@ -11,8 +11,8 @@ divided into four folds, and each fold is the test once, for a network that was 
 2. `slide_patches` finds the patches of 128 x 128 pixels (8 x 8 positions of latents) that show tissue.
 3. A DataLoader reads all patches once as latents and once as decoded pixels: the speed of reading.
 4. Networks are trained from memory: the speed of computing, and the accuracy. It is balanced: the mean over the classes
-   of the part of their patches that is right, so that always answering HE gives 1/3. After the +- is the deviation of
-   the accuracy between repeats from other random numbers.
+   of the part of their patches that is right, so that always answering HE gives 1/3. With --repeats, the deviation
+   between runs from other random numbers follows.
 5. One epoch reads from the archive and trains as it reads, as one does with more data than memory holds.
 
 All networks end in the same layers, which see one position for 16 x 16 pixels. Their input there is
@@ -237,7 +237,7 @@ def measure(archive: Path, slides: list[str], arguments: argparse.Namespace) -> 
             accuracies.append(accuracy)
             speeds.append(speed)
         both = from_archive(name, data[kind], memory[kind].shape[1], class_weights(known))
-        spread = f"{np.mean(accuracies):.3f} +- {np.std(accuracies):.3f}"
+        spread = f"{np.mean(accuracies):.3f}" + (f" +- {np.std(accuracies):.3f}" if len(accuracies) > 1 else "")
         print(f"{name:<16}{spread:>16}{read[kind]:10.0f}{np.mean(speeds):11.0f}{both:9.0f}", flush=True)
 
 
