@@ -164,6 +164,7 @@ def test_shards_and_the_least_psnr_and_the_root(five):
     assert not verify(array, deep=True).bad
 
 
+@pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")  # writes parts on purpose
 def test_masks_are_exact(five):
     pixels = np.maximum(five, 1)
     holes = np.random.default_rng(1).random(five.shape) < 0.2

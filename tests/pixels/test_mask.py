@@ -37,6 +37,14 @@ def test_nothing_masked_comes_back_as_data_nor_data_as_masked(dtype, nodata, val
         assert all(abs(int(a) - int(b)) == 1 for a, b in zip(decoded[moved], kept[moved], strict=True))
 
 
+@pytest.mark.parametrize(("value_range", "sign"), [((0.0, 1.0), 1), ((-1.0, 0.0), -1)])
+def test_data_beside_zero_are_normal_numbers(value_range, sign):
+    """Subnormal numbers equal 0 in a process that flushes them to zero."""
+    chunk = np.zeros((2, 3), np.float32)
+    apply_mask(chunk, np.zeros((2, 3), bool), 0.0, value_range)
+    assert (chunk == sign * np.finfo(np.float32).tiny).all()
+
+
 def test_integers_have_no_nan():
     assert not find_mask(np.zeros((3, 4), "uint8"), float("nan")).any()
 

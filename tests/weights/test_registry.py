@@ -9,6 +9,7 @@ from weights_files import contexts, tiny
 
 from zarr_cae import CAECodec, CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.weights import registry
+from zarr_cae.weights.families import FAMILIES
 from zarr_cae.weights.file import FORMAT, METRICS
 
 
@@ -37,15 +38,26 @@ def test_all_sixteen_configurations_are_bundled_once():
     found = [
         (info.metric, quality)
         for info in registry.available()
-        if info.path.parent == registry.bundled_folder()
+        if info.path.parent == registry.bundled_folder() and info.name is None
         for quality in info.qualities
     ]
     assert sorted(found) == sorted((metric, quality) for metric in METRICS for quality in range(1, 9))
 
 
+def test_families_with_a_name_have_all_qualities_for_mse(cache):
+    for name in {info.name for info in registry.available()} - {None}:
+        digests = {registry.resolve(name, model="cae-v1", quality=quality, metric="mse") for quality in range(1, 9)}
+        assert len(digests) == 2
+        assert name in FAMILIES
+    assert CAECodec(3, weights="histology").weights == registry.resolve(
+        "histology", model="cae-v1", quality=3, metric="mse"
+    )
+    assert CAECodec(3, weights="histology").weights != CAECodec(3).weights
+
+
 def test_bundled_files_have_the_digests_in_their_names_and_fit_the_wheel():
     files = sorted(registry.bundled_folder().glob("*.safetensors"))
-    assert sum(file.stat().st_size for file in files) < 40e6
+    assert sum(file.stat().st_size for file in files) < 60e6
     for file in files:
         assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
         loaded = registry.load(file)
@@ -119,15 +131,17 @@ def test_odd_entries_of_the_folder_hide_nothing(cache):
 
 
 def test_a_name_stands_for_the_digest(cache):
-    info = registry.store(tiny(name="histology"))
-    assert info.name == "histology"
-    assert registry.resolve("histology", model="cae-v1", quality=2, metric="mse") == info.digest
+    info = registry.store(tiny(name="nebulae"))
+    assert info.name == "nebulae"
+    assert registry.resolve("nebulae", model="cae-v1", quality=2, metric="mse") == info.digest
     default = registry.default_digest("cae-v1", 2, "mse")
     for weights in (None, "photographs", default):
         assert registry.resolve(weights, model="cae-v1", quality=2, metric="mse") == default
-    with pytest.raises(WeightsNotFoundError, match=r"histology.*quality 3.*known names are histology, photographs"):
-        registry.resolve("histology", model="cae-v1", quality=3, metric="mse")
-    for wrong in ("../histology", "sha256:0", 7):
+    with pytest.raises(
+        WeightsNotFoundError, match=r"nebulae.*quality 3.*known names are histology, nebulae, photographs"
+    ):
+        registry.resolve("nebulae", model="cae-v1", quality=3, metric="mse")
+    for wrong in ("../nebulae", "sha256:0", 7):
         with pytest.raises(CAEConfigurationError, match="sha256"):
             registry.resolve(wrong, model="cae-v1", quality=2, metric="mse")
 

@@ -6,6 +6,7 @@ A pixel (a sample, where there are channels) is masked if it is equal to the nod
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,21 @@ def apply_mask(chunk: Chunk, mask: Mask, nodata: float, value_range: ValueRange)
         if chance.any():
             up = value < value_range[1]
             if chunk.dtype.kind == "f":
-                chunk[chance] = np.nextafter(value, chunk.dtype.type(np.inf if up else -np.inf))
+                chunk[chance] = _next_value(value, up=up, value_range=value_range)
             else:
                 chunk[chance] = int(value) + (1 if up else -1)
     chunk[mask] = nodata
+
+
+def _next_value(value: np.floating[Any], *, up: bool, value_range: ValueRange) -> np.floating[Any]:
+    """Return the next float above or below a value.
+
+    Beside 0 this is the smallest normal number, if it lies in the range: a process in which a library makes the
+    processor flush subnormal numbers to zero could not tell one of these from 0.
+    """
+    dtype = value.dtype.type
+    found = np.nextafter(value, dtype(np.inf if up else -np.inf))
+    smallest = np.finfo(dtype).tiny if up else -np.finfo(dtype).tiny
+    if abs(found) < np.finfo(dtype).tiny and value_range[0] <= smallest <= value_range[1]:
+        return dtype(smallest)
+    return found
