@@ -146,6 +146,8 @@ def decode_planes(
         up = not nodata >= high
         if dtype.kind == "f":
             beside = np.nextafter(nodata, dtype.type(np.inf if up else -np.inf))
+            normal = np.copysign(np.finfo(dtype).tiny, beside)
+            beside = normal if abs(beside) < abs(normal) and low <= normal <= high else beside
         else:
             beside = dtype.type(int(nodata) + (1 if up else -1))
         samples[samples == nodata] = beside
