@@ -226,6 +226,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         """
         if self.channel_axis is None or (self.colour is None and self._origin != "guessed"):
             return
+        if not self._channels:  # zarr 3.4 also asks codecs behind shards, before they have seen an array
+            return
         axis = cast("int", self.channel_axis)
         # zarr passes the grid from before any transpose, so the colours may lie along another of its axes.
         if any(set(_chunk_lengths(chunk_grid, one)) == {self._channels} for one in range(len(shape))):
