@@ -93,8 +93,7 @@ def _next_value(value: np.floating[Any], *, up: bool, value_range: ValueRange) -
     processor flush subnormal numbers to zero could not tell one of these from 0.
     """
     dtype = value.dtype.type
-    found = np.nextafter(value, dtype(np.inf if up else -np.inf))
-    smallest = np.finfo(dtype).tiny if up else -np.finfo(dtype).tiny
-    if abs(found) < np.finfo(dtype).tiny and value_range[0] <= smallest <= value_range[1]:
-        return dtype(smallest)
-    return found
+    found: np.floating[Any] = np.nextafter(value, dtype(np.inf if up else -np.inf))
+    tiny = np.finfo(dtype).tiny
+    smallest: np.floating[Any] = dtype(tiny if up else -tiny)
+    return smallest if abs(found) < tiny and value_range[0] <= smallest <= value_range[1] else found
