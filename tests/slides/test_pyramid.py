@@ -58,7 +58,11 @@ def test_means_of_floats_and_nearest():
 
 
 @pytest.mark.parametrize(("dtype", "nodata"), [("u1", 0), ("u1", 7), ("i8", -(2**63)), ("f4", np.nan), ("f8", -9999)])
-@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), seed=st.integers(0, 99), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 99),
+    share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+)
 @settings(deadline=None, max_examples=40)
 def test_pixels_without_data_do_not_count(dtype, nodata, shape, seed, share):
     random = np.random.default_rng(seed)
