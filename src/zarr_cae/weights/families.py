@@ -23,8 +23,8 @@ FAMILIES = {
     ),
     "histology": Family(
         "stained tissue, mostly H&E",
-        "Pathology Atlas, BBBC038, OpenSlide's test slides",
-        "MIT (Pathology Atlas); CC0; free to use and distribute",
+        "Pathology Atlas, BBBC038, OpenSlide's test slides; beside them all data of the other three families",
+        "MIT (Pathology Atlas); CC0; free to use and distribute; and the licences of the other three",
     ),
     "satellite": Family(
         "aerial and satellite images in natural colours",
