@@ -46,14 +46,16 @@ def is_unusual(symbols: Symbols, coder: ChunkCoder) -> bool:
     Then they must be decoded, and compared with what they stand for.
     """
     tables = coder.tables
-    lowest = tables.minimum.reshape(tables.channels, -1).min(1)[:, None, None]
-    highest = tables.largest.reshape(tables.channels, -1).max(1)[:, None, None]
+    # As int16, which the symbols are: all alphabets lie within it, and mixed types would be compared as int32.
+    lowest = tables.minimum.reshape(tables.channels, -1).min(1).astype(np.int16)[:, None, None]
+    highest = tables.largest.reshape(tables.channels, -1).max(1).astype(np.int16)[:, None, None]
     edge = coder.geometry.tile
     for top in range(0, symbols.shape[2], edge):
         for left in range(0, symbols.shape[3], edge):
             some = symbols[:, :, top : top + edge, left : left + edge]
-            outside = np.count_nonzero((some < lowest) | (some > highest), (1, 2, 3))
-            if (outside > min(_UNUSUAL, _UNUSUAL_SHARE * some[0].size)).any():
+            outside = (some < lowest) | (some > highest)
+            most = min(_UNUSUAL, _UNUSUAL_SHARE * some[0].size)
+            if any(np.count_nonzero(plane) > most for plane in outside):
                 return True
     return False
 
