@@ -1,9 +1,10 @@
 """Is quality monotone on dark and sparse images? PSNR and bytes of each quality, against JPEG XL at the same bytes.
 
     python benchmarks/microscopy.py FOLDER [--every N] [--crop 256] [--quality 1,2,3,4,5,6,7,8] [--against jpegxl]
+        [--weights NAME]
 
 The images are grey, 8 or 16 bits. A square of `--crop` pixels is cut from the middle of each, and coded as one chunk
-by the bundled weights, as it is and with value_transform="sqrt". JPEG XL (effort 7) codes the same square at the
+by the bundled weights (those for photographs, or those of --weights), as it is and with value_transform="sqrt". JPEG XL (effort 7) codes the same square at the
 setting whose bytes come nearest, in the same run. PSNR is in dB of the largest value: 255 for 8 bits; for 16 bits
 2^b - 1, where b is the number of bits that the image needs. JPEG XL gets such images rounded to 8 bits.
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--crop", type=int, default=256)
     parser.add_argument("--quality", type=several(int), default=[*range(1, 9)])
+    parser.add_argument("--weights", help="a name, such as histology, or a digest")
     parser.add_argument("--against", choices=[*CLASSICAL, "none"], default="jpegxl")
     arguments = parser.parse_args()
     files = image_files([arguments.folder])[:: arguments.every]
@@ -67,7 +69,13 @@ def main() -> None:
             levels = []
             for quality in arguments.quality:
                 value_range = None if picture.pixels.dtype == np.uint8 else (0, picture.peak)
-                codec = CAECodec(quality, channel_axis=None, value_range=value_range, value_transform=transform)
+                codec = CAECodec(
+                    quality,
+                    weights=arguments.weights,
+                    channel_axis=None,
+                    value_range=value_range,
+                    value_transform=transform,
+                )
                 coded = code(picture.pixels, codec, None)
                 levels.append(picture.psnr(coded.pixels))
                 bias = 1000 * (coded.pixels[dark].astype(float) - picture.pixels[dark]).mean() / picture.peak
