@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from zarr_cae.latents.dataset import LatentPatches, as_torch_dataset
     from zarr_cae.latents.store import BottleneckStore, open_bottleneck
     from zarr_cae.serve.store import DecodedStore
+    from zarr_cae.slides.patches import SlidePatches, slide_patches
     from zarr_cae.training.fit import fit
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "DecodedStore",
     "FrameError",
     "LatentPatches",
+    "SlidePatches",
     "StreamError",
     "WeightsNotFoundError",
     "__version__",
@@ -51,6 +53,7 @@ __all__ = [
     "fit",
     "open",
     "open_bottleneck",
+    "slide_patches",
 ]
 
 __version__ = version("zarr-cae")
@@ -67,6 +70,7 @@ _MODULES = {
     "DecodedStore": "serve.store",
     "FrameError": "errors",
     "LatentPatches": "latents.dataset",
+    "SlidePatches": "slides.patches",
     "StreamError": "errors",
     "WeightsNotFoundError": "errors",
     "as_torch_dataset": "latents.dataset",
@@ -75,6 +79,7 @@ _MODULES = {
     "fit": "training.fit",
     "open": "codec.embedded",
     "open_bottleneck": "latents.store",
+    "slide_patches": "slides.patches",
 }
 
 

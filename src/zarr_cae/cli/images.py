@@ -74,6 +74,8 @@ class Source:
     dimension_names: tuple[str | None, ...] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Colour profile and resolution of the file, as `zarr_cae.slides.ome.source_attributes` keeps them."""
+    value_range: tuple[float, float] | None = None
+    """Lowest and highest value, if the file says them (SignificantBits of OME-XML)."""
     close: Callable[[], None] = lambda: None
 
     @property
@@ -103,7 +105,10 @@ def open_source(path: Path, *, series: int | None = None, level: int = 0) -> Sou
     if slide is not None:
         names = tuple({"-": None}.get(axis, axis) for axis in slide.stored)
         axis = names.index("c") if slide.rgb else None
-        return Source(path.stem, slide.array, axis, names, source_attributes(slide.metadata), slide.close)
+        metadata = slide.metadata
+        return Source(
+            path.stem, slide.array, axis, names, source_attributes(metadata), metadata.value_range, slide.close
+        )
     pixels, names = read_pixels(path, level=level)
     with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
         attributes = source_attributes(metadata_of(image))

@@ -99,6 +99,8 @@ def new_array(source: Source, options: Options) -> NewArray:
 def _value_range(source: Source, chosen: tuple[float, float] | None) -> tuple[float, float] | None:
     if chosen is not None or source.dtype == np.uint8:
         return chosen
+    if source.value_range is not None:
+        return source.value_range
     if source.dtype == np.uint16:
         note(f"{source.name} is uint16, coded as values from 0 to 65535; give --value-range 0,4095 if it has 12 bits")
         return 0, 65535
