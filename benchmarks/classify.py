@@ -99,38 +99,48 @@ def divide(cases: dict[str, set[int]]) -> dict[str, int]:
 
 
 class Network(nn.Sequential):
-    """The layers after `first`, which gives `channels` values for each position, are the same for all inputs."""
+    """The layers after `first`, which gives `channels` values for each position, are the same for all inputs.
+
+    Inputs are scaled by one number for all channels. A batch normalisation would make all channels equally loud, those
+    that hold little but noise, too.
+    """
 
     def __init__(self, first: nn.Module, channels: int) -> None:
         super().__init__(
-            first, nn.BatchNorm2d(channels), nn.Conv2d(channels, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
+            first, nn.Conv2d(channels, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(CLASSES)),
         )  # fmt: skip
 
 
 class Scaled(nn.Module):
-    """Pixels of 0 to 255 as floats."""
+    """Pixels or latents as floats, less the mean of all of them, in units of their deviation."""
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return pixels.float() / 255
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.mean, self.deviation = inputs.float().mean(), inputs.float().std()
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values.float() - self.mean) / self.deviation
 
 
 def strided() -> nn.Sequential:
     """Return four convolutions of stride 2: (3, 128, 128) to (64, 8, 8)."""
-    layers: list[nn.Module] = [Scaled()]
+    layers: list[nn.Module] = []
     for inner, outer in ((3, 8), (8, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(inner, outer, 3, stride=2, padding=1), nn.BatchNorm2d(outer), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
-def new_network(name: str, latents: int) -> Network:
+def new_network(name: str, inputs: Tensor) -> Network:
+    """Return a network for one kind of inputs (N, channels, rows, columns)."""
+    scaled = Scaled(inputs)
     if name == "latents":
-        return Network(nn.Identity(), latents)
+        return Network(scaled, inputs.shape[1])
     if name == "pixels, blocks":
-        return Network(nn.Sequential(Scaled(), nn.PixelUnshuffle(16)), 768)
+        return Network(nn.Sequential(scaled, nn.PixelUnshuffle(16)), 768)
     if name == "pixels, CNN":
-        return Network(strided(), 64)
-    return Network(nn.Sequential(Scaled(), nn.AvgPool2d(16)), 3)
+        return Network(nn.Sequential(scaled, strided()), 64)
+    return Network(nn.Sequential(scaled, nn.AvgPool2d(16)), 3)
 
 
 def train_epoch(network: Network, optimizer: torch.optim.Optimizer, data: Data, weights: Tensor) -> None:
@@ -143,7 +153,7 @@ def train_epoch(network: Network, optimizer: torch.optim.Optimizer, data: Data, 
 
 
 def train(name: str, inputs: Tensor, labels: Tensor, epochs: int) -> Network:
-    network = new_network(name, inputs.shape[1])
+    network = new_network(name, inputs)
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     weights = class_weights(labels)
@@ -236,14 +246,14 @@ def measure(archive: Path, slides: list[str], arguments: argparse.Namespace) -> 
             accuracy, speed = cross_validate(name, memory[kind], known, torch.tensor(folds), arguments.epochs)
             accuracies.append(accuracy)
             speeds.append(speed)
-        both = from_archive(name, data[kind], memory[kind].shape[1], class_weights(known))
+        both = from_archive(name, data[kind], memory[kind], class_weights(known))
         spread = f"{np.mean(accuracies):.3f}" + (f" +- {np.std(accuracies):.3f}" if len(accuracies) > 1 else "")
         print(f"{name:<16}{spread:>16}{read[kind]:10.0f}{np.mean(speeds):11.0f}{both:9.0f}", flush=True)
 
 
-def from_archive(name: str, data: Any, channels: int, weights: Tensor) -> float:
+def from_archive(name: str, data: Any, inputs: Tensor, weights: Tensor) -> float:
     """Return patches a second of an epoch that reads from the archive as it trains."""
-    network = new_network(name, channels)
+    network = new_network(name, inputs)
     start = time.perf_counter()
     train_epoch(network, torch.optim.AdamW(network.parameters(), 2e-3), data, weights)
     return len(data) / (time.perf_counter() - start)

@@ -4,9 +4,10 @@
         [--weights NAME]
 
 The images are grey, 8 or 16 bits. A square of `--crop` pixels is cut from the middle of each, and coded as one chunk
-by the bundled weights (those for photographs, or those of --weights), as it is and with value_transform="sqrt". JPEG XL (effort 7) codes the same square at the
-setting whose bytes come nearest, in the same run. PSNR is in dB of the largest value: 255 for 8 bits; for 16 bits
-2^b - 1, where b is the number of bits that the image needs. JPEG XL gets such images rounded to 8 bits.
+by the bundled weights (those for photographs, or those of --weights), as it is and with value_transform="sqrt". JPEG XL
+(effort 7) codes the same square at the setting whose bytes come nearest, in the same run. PSNR is in dB of the largest
+value: 255 for 8 bits; for 16 bits 2^b - 1, where b is the number of bits that the image needs. JPEG XL gets such images
+rounded to 8 bits.
 
 The first table has means over the images. The second names the images on which a quality has a lower PSNR than the one
 before it. `bias` is the mean of decoded minus original samples among the darkest half of an image, in thousandths of
