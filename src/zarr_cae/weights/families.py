@@ -33,8 +33,8 @@ FAMILIES = {
     ),
     "microscopy": Family(
         "grey fluorescence microscopy, much of it dark",
-        "BBBC038, CellProfiler examples",
-        "CC0; BSD-3-Clause",
+        "BBBC038; before it all data of the photographs, and at qualities 6 to 8 of histology",
+        "CC0; and the licences of the others",
     ),
 }
 """By the name that `CAECodec(weights=...)` takes. A name is listed if a file of it is on this machine."""
