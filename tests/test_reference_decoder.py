@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference_decoder import FormatError, Tables, Weights, decode_latents, decode_stream, parse_frame
-from reference_pixels import decode_planes
+from reference_decoder import decode, decode_latents, decode_stream, parse_frame, read_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ARRAYS = sorted(FIXTURES.glob("arrays/*/*.zarr"))
 FRAMES = sorted(FIXTURES.glob("frames/*.bin"))
 
 
-def find_weights(name: str) -> Weights:
+def find_weights(name: str) -> dict:
     import zarr_cae
 
     for path in Path(zarr_cae.__file__).parent.rglob("*.safetensors"):
-        if hashlib.sha256(path.read_bytes()).hexdigest() == name.removeprefix("sha256:"):
-            return Weights(path)
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() == name.removeprefix("sha256:"):
+            return read_weights(content)
     pytest.skip("the weights file is not here")
 
 
@@ -40,7 +40,7 @@ def test_array(path: Path) -> None:
             index.pop(axis)
         frame = parse_frame(chunk.read_bytes())
         lat = np.concatenate(decode_latents(frame, weights, configuration["quality"]))
-        pix = decode_planes(frame, weights, configuration, np.dtype(metadata["data_type"]))[0]
+        pix = decode(frame, weights, configuration, np.dtype(metadata["data_type"]))[0]
         if pixels is None or latents is None:
             pixels = np.zeros((len(pix), 128, 128), pix.dtype)
             latents = np.zeros((len(lat), 8, 8), np.float32)
@@ -71,7 +71,8 @@ def test_array(path: Path) -> None:
 def test_streams_without_contexts(name: str, first: int, row: list[int], shape: tuple[int, ...]) -> None:
     """Streams of frames of version 1, and the symbols that `test_rans` made them of."""
     data = (FIXTURES / "streams" / f"{name}.p12.bin").read_bytes()
-    got = decode_stream(data, Tables(shape[0], [first] * shape[0], [row] * shape[0]), *shape[1:], version=1)
+    tables = {"minimum": [first] * shape[0], "frequency": [row] * shape[0]}
+    got = decode_stream(data, tables, *shape[1:], version=1)
     if name == "wide_alphabet":
         expected = np.arange(2 * 900).reshape(shape) * 6151 % 520 - 260
     else:
@@ -87,5 +88,5 @@ def test_frame(path: Path) -> None:
     frame = parse_frame(data)
     assert len(frame.streams) == len(frame.tiles())
     for k in range(len(data)):
-        with pytest.raises(FormatError):
+        with pytest.raises(AssertionError):
             parse_frame(data[:k] + bytes([data[k] ^ 1]) + data[k + 1 :])
