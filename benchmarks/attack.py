@@ -8,10 +8,12 @@ process that dies, a hang, an allocation beyond the limit. Each finding is print
 
     python benchmarks/attack.py --target frame --seed 0 --only 12345
 
-* frame: `coder.tiles.decode` on frames with damaged streams, damaged headers and damaged bytes. The checksums are
-  computed again, so that the damage gets past them and reaches the decoder.
+* frame: the decoders of symbols, masks and exact tiles on frames of every version with damaged streams, sections,
+  headers and bytes. The checksums are computed again, so that the damage gets past them and reaches the decoder. What
+  zlib holds is damaged and compressed again.
 * stream: the decoder of CompressAI's streams (`legacy.stream`), and chunks of caecodec.
-* codec: whole and partial reading of an array through zarr, whose chunks are such mutants.
+* codec: whole and partial reading of an array through zarr, whose chunks are such mutants; with masks, exact tiles and
+  further channels too.
 * store: reading through a store that returns too few bytes, too many, wrong ones, or none.
 * kill: processes that write an array and are killed; what they leave must be readable.
 
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -188,10 +191,13 @@ def mutated(random: np.random.Generator, content: bytes) -> bytes:
 
 
 @cache
-def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
-    """Return header, tables, streams and bytes of good frames of every kind."""
+def frames() -> list[tuple[Any, Any, bytes]]:
+    """Return header, tables and bytes of good frames of every version and kind."""
+    from dataclasses import replace
+
     from zarr_cae.coder import tiles
-    from zarr_cae.coder.frame import FrameHeader, unpack
+    from zarr_cae.coder.frame import FrameHeader, pack
+    from zarr_cae.coder.lossless import encode_mask, encode_pixels
     from zarr_cae.weights import registry
     from zarr_cae.weights.file import DEFAULT_MODEL
 
@@ -202,13 +208,46 @@ def frames() -> list[tuple[Any, Any, tuple[bytes, ...], bytes]]:
         weights = registry.load(info.path)
         tables = first_channels(weights.tables[weights.row(quality)], 8)
         for planes, height, width, grey, tile in ((1, 40, 56, False, 2), (2, 17, 30, True, 32), (1, 96, 96, False, 4)):
-            header = FrameHeader(planes, height, width, grey, tile, tables.frame_version)
             for spread in (0, 1, 40):
-                shape = (planes, tables.channels, *header.latent_shape)
-                symbols = np.rint(random.standard_cauchy(shape) * spread).clip(-32768, 32767).astype(np.int16)
-                frame = tiles.encode(symbols, header, tables)
-                made.append((header, tables, tuple(map(bytes, unpack(frame, header)[1])), frame))
+                for some in (tables, without_contexts(tables)):
+                    header = FrameHeader(planes, height, width, grey, tile, some.frame_version)
+                    shape = (planes, some.channels, *header.latent_shape)
+                    symbols = np.rint(random.standard_cauchy(shape) * spread).clip(-32768, 32767).astype(np.int16)
+                    made.append((header, some, tiles.encode(symbols, header, some)))
+                third = replace(header, version=3, row=0)
+                mask = np.zeros((planes, third.components, height, width), np.bool_)
+                mask[..., : random.integers(1, height), random.integers(0, width) :] = True
+                mask ^= random.random(mask.shape) < (0, 0.01, 0.4)[random.integers(0, 3)]
+                exact = {
+                    one.number: encode_pixels(random.integers(0, 300, pixel_shape(third, one)).astype(PIXELS))
+                    for one in tiles.tiles(third)[::2]
+                }
+                streams = tiles.encode_streams(symbols, third, tables)
+                made.append((third, tables, pack(third, streams, mask=encode_mask(mask), exact=exact, psnr=4000)))
     return made
+
+
+PIXELS = np.dtype("<u2")
+"""The data type of exact tiles in `frames`."""
+
+
+def pixel_shape(header: Any, tile: Any) -> tuple[int, int, int]:
+    """Return components, rows and columns of the pixels of a tile."""
+    rows, columns = tile.patch.scaled(16)
+    return (
+        header.components,
+        min(rows.stop, header.height) - rows.start,
+        min(columns.stop, header.width) - columns.start,
+    )
+
+
+def without_contexts(tables: Any) -> Any:
+    """Return tables for frames of version 1."""
+    from zarr_cae.coder.tables import Tables
+
+    rows = tables.channels
+    used = int(tables.length[:rows].sum())
+    return Tables(tables.minimum[:rows], tables.length[:rows], tables.frequency[:used])
 
 
 def first_channels(tables: Any, count: int) -> Any:
@@ -228,55 +267,109 @@ def first_channels(tables: Any, count: int) -> Any:
     return Tables(tables.minimum[:rows], tables.length[:rows], tables.frequency[:used], contexts)
 
 
-def sealed(header: Any, head: bytes, streams: tuple[bytes, ...]) -> bytes:
-    """Build a frame whose head is damaged but whose checksums match."""
-    if header.version == 1:
-        return with_checksum(head + b"".join(streams))
-    return with_checksum(head) + b"".join(map(with_checksum, streams))
-
-
 def with_checksum(content: bytes) -> bytes:
     return content + crc32c.crc32c(content).to_bytes(4, "little")
 
 
 def mutant_frame(random: np.random.Generator) -> tuple[Any, Any, bytes]:
     """Return header, tables and bytes of a damaged frame."""
-    from zarr_cae.coder.frame import pack
-
-    header, tables, streams, frame = frames()[random.integers(0, len(frames()))]
+    header, tables, frame = frames()[random.integers(0, len(frames()))]
     kind = random.integers(0, 10)
-    if kind < 6:  # streams
-        damaged = list(streams)
-        for _ in range(random.integers(1, 3)):
-            number = int(random.integers(0, len(damaged)))
-            damaged[number] = mutated(random, damaged[number])
-        if random.random() < 0.1:
-            damaged = [damaged[number] for number in random.permutation(len(damaged))]
-        return header, tables, pack(header, damaged)
-    if kind < 8:  # the head
-        head = frame[: frame.index(streams[0], 10) - (4 if header.version > 1 else 0)] if streams[0] else frame[:20]
-        return header, tables, sealed(header, mutated(random, head), streams)
-    if kind == 8:  # streams of other tables
-        _, _, others, _ = frames()[random.integers(0, len(frames()))]
-        return header, tables, pack(header, [others[n % len(others)] for n in range(header.tile_count)])
+    if kind < 6:
+        return header, tables, damaged(random, frame, header)
+    if kind < 8:
+        return header, tables, with_damaged_head(random, frame, header)
+    if kind == 8:  # parts of another frame
+        _, _, other = frames()[random.integers(0, len(frames()))]
+        return header, tables, damaged(random, frame, header, other)
     return header, tables, mutated(random, frame)
+
+
+def damaged(random: np.random.Generator, frame: bytes, header: Any, other: bytes | None = None) -> bytes:
+    """Return a frame with damage in a stream or section, or with the streams and sections of another frame."""
+    from dataclasses import replace
+
+    from zarr_cae.coder.frame import pack, parse_frame
+
+    parsed = parse_frame(frame, header)
+    streams = [bytes(stream) for stream in parsed.streams]
+    exact = {tile: bytes(section) for tile, section in parsed.exact.items()}
+    mask = None if parsed.mask is None else bytes(parsed.mask)
+    if other is not None:
+        source = parse_frame(other, own_header(other))
+        streams = [bytes(source.streams[n % len(source.streams)]) for n in range(header.tile_count)]
+        if header.version == 3 and source.mask is not None:
+            mask = bytes(source.mask)
+            sections = list(source.exact.values())
+            exact = {tile: bytes(sections[n % len(sections)]) for n, tile in enumerate(exact)} if sections else exact
+        return pack(parsed.header, streams, mask=mask, exact=exact)
+    part = random.integers(0, 3)
+    if part == 0 and mask is not None:
+        mask = damaged_section(random, mask, 1 if mask[0] == 1 else 0)
+    elif part == 1 and exact:
+        tile = random.choice(list(exact))
+        exact[tile] = damaged_section(random, exact[tile], 1)
+    else:
+        for _ in range(random.integers(1, 3)):
+            number = int(random.integers(0, len(streams)))
+            streams[number] = mutated(random, streams[number])
+        if random.random() < 0.1:
+            streams = [streams[number] for number in random.permutation(len(streams))]
+    row = None if parsed.header.row is None or random.random() < 0.9 else int(random.integers(0, 256))
+    return pack(replace(parsed.header, row=parsed.header.row if row is None else row), streams, mask=mask, exact=exact)
+
+
+def damaged_section(random: np.random.Generator, section: bytes, begin: int) -> bytes:
+    """Return a section with damage to its bytes, or to what its zlib stream holds."""
+    if random.random() < 0.3:
+        return mutated(random, section) or b"\0"
+    return section[:begin] + zlib.compress(mutated(random, zlib.decompress(section[begin:])))
+
+
+def own_header(frame: bytes) -> Any:
+    """Return the header of a good frame whose numbers are below 128."""
+    from zarr_cae.coder.frame import FrameHeader
+
+    return FrameHeader(*frame[6:9], grey=bool(frame[5] & 1), version=frame[4])
+
+
+def with_damaged_head(random: np.random.Generator, frame: bytes, header: Any) -> bytes:
+    """Return a frame whose head is damaged but whose checksums match."""
+    from zarr_cae.coder.frame import FrameIndex, parse_index
+
+    index = parse_index(frame, header)
+    assert isinstance(index, FrameIndex)
+    body = (index.mask or index.offsets)[0]
+    if header.version == 1:
+        return with_checksum(mutated(random, frame[:body]) + frame[body:-4])
+    return with_checksum(mutated(random, frame[: body - 4])) + frame[body:]
 
 
 def attack_frame(random: np.random.Generator, *, harmless: bool = False) -> str:
     from zarr_cae.coder import tiles
+    from zarr_cae.coder.frame import parse_frame
+    from zarr_cae.coder.lossless import decode_mask, decode_pixels
 
     header, tables, frame = mutant_frame(random)
     if harmless:
-        header, tables, _, frame = frames()[0]
+        header, tables, frame = frames()[0]
+    parsed = parse_frame(frame, header)
+    if parsed.mask is not None:
+        shape = (header.planes, header.components, header.height, header.width)
+        expect(decode_mask(parsed.mask, shape), shape, np.bool_)
+    found = tiles.tiles(parsed.header)
+    for number, section in parsed.exact.items():
+        size = pixel_shape(parsed.header, found[number])
+        expect(decode_pixels(section, size, PIXELS), size, PIXELS)
     symbols = tiles.decode(frame, header, tables)
     expect(symbols, (header.planes, tables.channels, *header.latent_shape), np.int16)
     return "decoded"
 
 
-def expect(values: Any, shape: tuple[int, ...], dtype: Any) -> None:
+def expect(values: Any, shape: tuple[int, ...], dtype: Any, *, nan: bool = False) -> None:
     if values.shape != shape or values.dtype != dtype:
         raise Finding(f"decoded to {values.dtype} {values.shape}, expected {np.dtype(dtype)} {shape}")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
+    if values.dtype.kind == "f" and not (np.isfinite(values) | (nan & np.isnan(values))).all():
         raise Finding("decoded to values that are not finite")
 
 
@@ -321,19 +414,27 @@ def arrays() -> list[tuple[Any, str, bytes, Any]]:
     from zarr.storage import MemoryStore
 
     import zarr_cae
-    from zarr_cae.coder.frame import FrameHeader
 
     made, random = [], np.random.default_rng(0)
-    for quality, shape in ((1, (48, 40, 3)), (7, (33, 17))):
+    for shape, dtype, settings in (
+        ((48, 40, 3), "uint8", {"quality": 1}),
+        ((33, 17), "uint8", {"quality": 7}),
+        ((48, 40, 3), "uint8", {"quality": 2, "nodata": 0}),
+        ((40, 70), "float32", {"quality": 3, "value_range": (0, 255), "nodata": float("nan")}),
+        ((90, 40), "uint16", {"quality": 8, "value_range": (0, 4095), "min_psnr": 99}),
+        ((48, 40, 4), "uint8", {"quality": 4, "colour": (0, 1, 2), "nodata": 3, "min_psnr": 45}),
+    ):
+        codec = zarr_cae.CAECodec(channel_axis=-1 if len(shape) == 3 else None, **settings)
         array = zarr.create_array(
-            MemoryStore(), shape=shape, chunks=shape, dtype="uint8", compressors=None,
-            serializer=zarr_cae.CAECodec(quality=quality),
-        )  # fmt: skip
-        array[...] = random.integers(0, 256, shape).astype(np.uint8)
+            MemoryStore(), shape=shape, chunks=shape, dtype=dtype, compressors=None, serializer=codec
+        )
+        image = random.integers(0, 256, shape).astype(dtype)
+        if "nodata" in settings:
+            image[5:20, :9] = settings["nodata"]
+        array[...] = image
         key = "c/" + "/".join("0" * len(shape))
         frame = read(array.store_path.store, key)
-        header = FrameHeader(1, *shape[:2], len(shape) == 2, version=frame[4])
-        made.append((array, key, frame, header))
+        made.append((array, key, frame, own_header(frame)))
     return made
 
 
@@ -350,19 +451,15 @@ def write(store: Any, key: str, content: bytes) -> None:
 
 
 def attack_codec(random: np.random.Generator, *, harmless: bool = False) -> str:
-    from zarr_cae.coder.frame import pack, unpack
-
     array, key, frame, header = arrays()[random.integers(0, len(arrays()))]
-    if random.random() < 0.7:
-        damaged = pack(header, [mutated(random, bytes(stream)) for stream in unpack(frame, header)[1]])
-    else:
-        damaged = mutated(random, frame)
-    write(array.store_path.store, key, frame if harmless else damaged)
+    wrong = damaged(random, frame, header) if random.random() < 0.7 else mutated(random, frame)
+    write(array.store_path.store, key, frame if harmless else wrong)
     window = tuple(slice(int(a), int(a) + int(random.integers(1, n - a + 1))) for n in array.shape
                    for a in [random.integers(0, n)])  # fmt: skip
     window = (slice(None),) * array.ndim if random.random() < 0.5 else window
     pixels = array[window]
-    expect(pixels, tuple(len(range(*part.indices(n))) for part, n in zip(window, array.shape, strict=True)), np.uint8)
+    expect(pixels, tuple(len(range(*part.indices(n))) for part, n in zip(window, array.shape, strict=True)),
+           array.dtype, nan=array.dtype.kind == "f")  # fmt: skip
     return "decoded"
 
 

@@ -329,6 +329,21 @@ def test_both_formats_and_an_array_without_axes(tmp_path, dtype, zarr_format):
     assert group["c"][()] == 1
 
 
+def test_numpy_takes_a_buffer_for_an_array():
+    array = create((4, 3), (3, 2))
+    with buffered(array) as target:
+        target[1] = 5
+        plain = np.asarray(target)
+        assert plain.dtype == array.dtype
+        assert plain.tolist() == [[0] * 3, [5] * 3, [0] * 3, [0] * 3]
+        assert np.array(target, "float32").dtype == "float32"
+        assert len(target) == len(list(target)) == 4
+        with pytest.raises(ValueError, match="without a copy"):
+            np.array(target, copy=False)
+    with buffered(create((), ())) as single, pytest.raises(TypeError, match="no length"):
+        len(single)
+
+
 def test_an_empty_array():
     with buffered(create((0, 3), (1, 3))) as target:
         target[...] = 4
@@ -413,7 +428,7 @@ def test_a_row_that_is_written_again_and_again_takes_its_memory_once():
 
 
 @pytest.mark.parametrize(
-    ("memory", "expected"), [("1 GiB", 2**30), ("1.5kB", 1500), (" 2 mib ", 2**21), ("7", 7), (9, 9)]
+    ("memory", "expected"), [("1 GiB", 2**30), ("1.5kB", 1500), (" 2 mib ", 2**21), ("7", 7), (9, 9), (np.int64(9), 9)]
 )
 def test_memory_is_read(memory, expected):
     assert module._bytes(memory) == expected

@@ -112,6 +112,17 @@ def test_channels_and_batch_axes(shape, chunks, axis):
     assert np.array_equal(np.isnan(array[:]), np.isnan(pixels))
 
 
+@pytest.mark.parametrize("nodata", [np.inf, -np.inf])
+def test_an_infinite_fill_value_is_no_pixel(nodata):
+    """Partial writes beside pixels that were never written compare these with the fill value, without a warning."""
+    array = create((40, 40), "float32", (0, 1), nodata, fill=nodata)
+    array[:20, :20] = 0.5
+    array[10:30, 10:30] = 0.25
+    expected = np.ones((40, 40), bool)
+    expected[:20, :20] = expected[10:30, 10:30] = False
+    assert np.array_equal(array[...] == nodata, expected)
+
+
 @pytest.mark.slow
 def test_shards_and_large_chunks_by_ranges(tmp_path):
     """Windows of local files are read by byte ranges: the mask is fetched beside the tiles."""

@@ -64,7 +64,19 @@ def test_chunks_that_were_never_written_are_no_fault(pipeline):
     array = create(stored)
     del stored["c/1/1/0"]
     result = verify(array)
-    assert (result.chunks, result.bad) == (8, [])
+    assert (result.chunks, result.absent, result.bad) == (8, 1, [])
+
+
+@pytest.mark.skipif("array.rectilinear_chunks" not in zarr.config, reason="this zarr has no rectilinear grids")
+@pytest.mark.parametrize("deep", [False, True])
+def test_chunks_of_several_sizes(pipeline, deep):
+    with zarr.config.set({"array.rectilinear_chunks": True}):
+        array = create({}, chunks=[[48, 32], [32, 64], [3]])
+        store = array.store_path.store
+        result = verify(array, deep=deep)
+        assert (result.chunks, result.absent, result.bad) == (4, 0, [])
+        damage(store, "c/1/1/0", 40)
+        assert [bad.key for bad in verify(array, deep=deep).bad] == ["c/1/1/0"]
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -107,6 +119,9 @@ def test_the_command(tmp_path, capsys):
     ]  # fmt: skip
     assert main(["verify", "--deep", str(tmp_path / "a.zarr" / "photo")]) == 0
     assert "values from" in capsys.readouterr().out
+    (tmp_path / "a.zarr" / "photo" / "c" / "0" / "0" / "0").unlink()
+    assert main(["verify", str(tmp_path / "a.zarr" / "photo")]) == 0
+    assert "8 chunks, 0 bad chunks, 1 not stored" in capsys.readouterr().out
     damage(array.store_path.store, "photo/c/1/1/0", 30)
     assert main(["verify", str(tmp_path / "a.zarr")]) == 1
     printed = capsys.readouterr()

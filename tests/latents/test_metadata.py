@@ -104,9 +104,9 @@ def test_arrays_of_other_codecs_do_not_change(small):
 @pytest.mark.skipif("array.rectilinear_chunks" not in zarr.config, reason="this zarr has no rectilinear grids")
 def test_a_rectilinear_array_is_coded_but_its_latents_are_refused(small, pipeline):
     with zarr.config.set({"array.rectilinear_chunks": True}):
-        array = create(small, [[40, 24], [96], [3]])
-        alone = create(small[:40], (40, 96, 3))
-        assert np.abs(array[:40].astype(int) - alone[...]).max() <= 1
+        array = create(small, [[24, 40], [96], [3]])  # zarr 3.3 writes [40, 24] as a regular grid
+        alone = create(small[:24], (24, 96, 3))
+        assert np.abs(array[:24].astype(int) - alone[...]).max() <= 1
         with pytest.raises(CAEConfigurationError, match="rectilinear"):
             open_bottleneck(array.store)
 

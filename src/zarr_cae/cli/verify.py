@@ -46,6 +46,9 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def _described(array: Any, result: Verified) -> str:
-    what = "chunks" if array.shards is None else "shards"
+    from zarr_cae.codec.selection import Grid
+
+    what = "shards" if Grid.of(array).inner else "chunks"
     values = "" if result.lowest is None else f", values from {result.lowest} to {result.highest}"
-    return f"{result.chunks} {what}, {len(result.bad)} bad chunks{values}"
+    absent = f", {result.absent} not stored" if result.absent else ""
+    return f"{result.chunks} {what}, {len(result.bad)} bad chunks{absent}{values}"

@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -140,6 +141,16 @@ class BufferedArray:
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the array."""
         return np.dtype(self.array.dtype)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("cae: an array without axes has no length")
+        return self.shape[0]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Pixels:
+        if copy is False:
+            raise ValueError("cae: a buffered array can't become a NumPy array without a copy")
+        return np.asarray(self[...], dtype)
 
     def __setitem__(self, selection: Any, value: npt.ArrayLike) -> None:
         self._set(Selection.basic(selection, self.shape), value)
@@ -323,8 +334,8 @@ def _cast(value: Any, dtype: np.dtype[Any]) -> Pixels:
 
 def _bytes(memory: int | str) -> int:
     """Return a number of bytes that may be written with a unit."""
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
-        return memory
+    if isinstance(memory, Integral) and not isinstance(memory, bool) and memory > 0:
+        return int(memory)
     match = _MEMORY.fullmatch(memory) if isinstance(memory, str) else None
     found = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
     if found < 1:

@@ -274,7 +274,8 @@ def _wears(coder: ChunkCoder, box: Box, before: Pixels) -> bool:
     if math.isnan(fill):
         return not bool(np.isnan(values).all())
     low, high = coder.value_range
-    return bool((np.abs(values - fill) > (high - low) / 32).any())  # false for NaN
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity is NaN, which counts as near
+        return bool((np.abs(values - fill) > (high - low) / 32).any())
 
 
 def _begins(part: Any) -> bool:

@@ -176,6 +176,11 @@ class Grid:
         edges = tuple(range(0, length + size, size) for length, size in zip(shape, sizes, strict=True))
         return cls(shape, edges, None if shards is None else array.chunks)
 
+    @property
+    def count(self) -> int:
+        """The number of chunks."""
+        return prod(len(one) - 1 for one in self.edges)
+
     def region(self, key: tuple[int, ...]) -> Region:
         """Return the pixels of a chunk."""
         return tuple(

@@ -20,12 +20,11 @@ from zarr_cae._zarr import ArraySpec, sync
 from zarr_cae.codec.cae import CAECodec, _coder, loaded
 from zarr_cae.codec.chunk import decode_chunk
 from zarr_cae.codec.plan import contiguous, run, run_async
+from zarr_cae.codec.selection import Grid, Region
 from zarr_cae.coder import tiles
 from zarr_cae.tasks import for_each
 
 __all__ = ["BadChunk", "Verified", "stored_chunks", "verify"]
-
-Window = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Verified:
 
     chunks: int = 0
     """How many chunks or shards are stored."""
+    absent: int = 0
+    """How many are not stored. Their pixels are read as the fill value."""
     bad: list[BadChunk] = field(default_factory=list)
     lowest: float | None = None
     """Of all decoded pixels; None if no pixels were decoded."""
@@ -92,6 +93,7 @@ def verify(
     checked = zarr.AsyncArray(metadata, array.store_path)
     keep = result.add if codecs is None or not _has_cae(codecs) else lambda _: None
     sync(_verify(checked, array, result, advance, keep))
+    result.absent = Grid.of(array).count - result.chunks
     result.bad.sort(key=lambda one: one.key)
     return result
 
@@ -177,22 +179,24 @@ async def _verify(
     advance: Callable[[int], object],
     keep: Callable[[Any], None],
 ) -> None:
-    async def check(chunk: tuple[str, Window]) -> None:
+    inner = Grid.of(array).inner
+
+    async def check(chunk: tuple[str, Region]) -> None:
         key, place = chunk
         result.chunks += 1
         if (reason := await _fault(checked, place, keep)) is not None:
-            result.bad += await _inner_faults(checked, array, key, place) or [BadChunk(key, reason)]
+            result.bad += await _inner_faults(checked, inner, key, place) or [BadChunk(key, reason)]
         advance(1)
 
     await for_each(stored_chunks(array), check)
 
 
-async def stored_chunks(array: zarr.Array[Any]) -> AsyncIterator[tuple[str, Window]]:
+async def stored_chunks(array: zarr.Array[Any]) -> AsyncIterator[tuple[str, Region]]:
     """Yield the key in the store of each stored chunk or shard of an array, and the window that it holds."""
     folder = array.store_path.path
     start = f"{folder}/" if folder else ""
     metadata = cast("Any", array.metadata)
-    outer = array.shards or array.chunks
+    grid = Grid.of(array)
     async for key in array.store_path.store.list_prefix(start):
         own = key.removeprefix(start)
         if not re.fullmatch(r"c|(c[/.])?\d+([/.]\d+)*", own):
@@ -201,20 +205,13 @@ async def stored_chunks(array: zarr.Array[Any]) -> AsyncIterator[tuple[str, Wind
         if array.ndim == 0:
             place = ()  # zarr v2 calls this chunk "0"
         inside = len(place) == array.ndim and all(
-            number * length < side for number, length, side in zip(place, outer, array.shape, strict=True)
+            number < len(edges) - 1 for number, edges in zip(place, grid.edges, strict=True)
         )
         if inside and metadata.encode_chunk_key(place) == own:
-            yield key, _window(place, outer, array.shape)
+            yield key, grid.region(place)
 
 
-def _window(place: Sequence[int], chunk: Sequence[int], shape: Sequence[int]) -> Window:
-    return tuple(
-        slice(number * length, min((number + 1) * length, side))
-        for number, length, side in zip(place, chunk, shape, strict=True)
-    )
-
-
-async def _fault(checked: Any, window: Window, keep: Callable[[Any], None]) -> str | None:
+async def _fault(checked: Any, window: Region, keep: Callable[[Any], None]) -> str | None:
     """Return why a window can't be read; None if it can."""
     try:
         keep(await checked.getitem(window))
@@ -223,24 +220,22 @@ async def _fault(checked: Any, window: Window, keep: Callable[[Any], None]) -> s
     return None
 
 
-async def _inner_faults(checked: Any, array: zarr.Array[Any], key: str, window: Window) -> list[BadChunk]:
+async def _inner_faults(checked: Any, inner: tuple[int, ...] | None, key: str, window: Region) -> list[BadChunk]:
     """Return the bad inner chunks of a shard; none for a chunk, or if the shard itself can't be read."""
-    if array.shards is None:
+    if inner is None:
         return []
     found = []
-    corners = list(_corners(window, array.chunks))
+    corners = list(_corners(window, inner))
     for corner in corners:
-        inner = tuple(
+        place = tuple(
             slice(start, min(start + length, whole.stop))
-            for start, length, whole in zip(corner, array.chunks, window, strict=True)
+            for start, length, whole in zip(corner, inner, window, strict=True)
         )
-        if (reason := await _fault(checked, inner, lambda _: None)) is not None:
-            number = tuple(
-                (start - whole.start) // n for start, whole, n in zip(corner, window, array.chunks, strict=True)
-            )
+        if (reason := await _fault(checked, place, lambda _: None)) is not None:
+            number = ((start - whole.start) // n for start, whole, n in zip(corner, window, inner, strict=True))
             found.append(BadChunk(f"{key} inner chunk {', '.join(map(str, number))}", reason))
     return [] if len(found) == len(corners) > 1 else found
 
 
-def _corners(window: Window, chunk: Sequence[int]) -> Iterator[tuple[int, ...]]:
+def _corners(window: Region, chunk: Sequence[int]) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(whole.start, whole.stop, n) for whole, n in zip(window, chunk, strict=True)))
