@@ -309,7 +309,7 @@ class _CodeLengths:
         assert self._mixing is not None
         count, channels, rows, columns = coded.shape
         activity = coded.abs().clamp(max=LARGEST_ACTIVITY).reshape(-1, 1, rows, columns)
-        kernel = torch.tensor([1.0, 2.0, 1.0], device=coded.device)
+        kernel = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float32, device=coded.device)
         around = nn.functional.conv2d(activity, torch.outer(kernel, kernel)[None, None], padding=1)
         scores = (self._mixing @ around.reshape(count, channels, -1)).reshape(coded.shape)
         found = torch.zeros_like(coded, dtype=torch.long)
