@@ -3,8 +3,8 @@
     python benchmarks/effort.py IMAGE... [--effort 0,10,20,100] [--quality 1,3,5,7] [--chunks 256] [--weights NAME]
         [--crop 256] [--every 1]
 
-Each argument is an image or a folder of images, and has a table of its own; RGB or grey, 8 bits. All are written and
-read through zarr in memory, in one run. For each effort and quality the table has means over the images: bits per
+Each argument is an image or a folder of images, and has a table of its own; RGB or grey, 8 or 16 bits. All are written
+and read through zarr in memory, in one run. For each effort and quality the table has means over the images: bits per
 pixel, PSNR in dB, and the time of encoding as a ratio to that of effort 0. Below are BD-rates in PSNR against effort 0:
 bytes more (+) or less (-) at equal PSNR, between the lowest and the highest of the qualities. Points of a curve are
 means over the images.
@@ -22,58 +22,60 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from images import Pixels, image_files
+from domains import Picture
+from domains import read as read_picture
+from images import image_files
 from PIL import Image
 
 import zarr_cae
 from zarr_cae import CAECodec
 from zarr_cae.cli.arguments import table
 from zarr_cae.cli.evaluate import code
-from zarr_cae.cli.images import read_image
 from zarr_cae.evaluation.bd_rate import bd_rate
-from zarr_cae.evaluation.measures import bits_per_pixel, psnr
 
-BEST = 80.0
-"""PSNR in dB of an image that comes back with hardly an error."""
 Point = tuple[float, float, float]
 """Bits per pixel, PSNR in dB, seconds: of an image, or means."""
 
 
-def read(file: Path, arguments: argparse.Namespace) -> Pixels:
-    pixels = read_image(file)
-    if pixels.dtype != np.uint8:
-        raise SystemExit(f"{file} is {pixels.dtype}; expected 8 bits")
-    if arguments.grey:
+def read(file: Path, arguments: argparse.Namespace) -> Picture:
+    picture = read_picture(file)
+    pixels = picture.pixels[..., :3] if picture.pixels.ndim == 3 else picture.pixels
+    if arguments.grey and pixels.dtype == np.uint8:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if arguments.crop is not None:
         rows, columns = (max(0, side - arguments.crop) // 2 for side in pixels.shape[:2])
         pixels = pixels[rows : rows + arguments.crop, columns : columns + arguments.crop]
-    return np.ascontiguousarray(pixels[..., :3] if pixels.ndim == 3 else pixels)
+    return Picture(np.ascontiguousarray(pixels), picture.peak)
 
 
-def measure(images: list[Pixels], effort: int, quality: int, arguments: argparse.Namespace) -> Point:
+def codec_for(picture: Picture, quality: int, arguments: argparse.Namespace) -> CAECodec:
+    value_range = None if picture.pixels.dtype == np.uint8 else (0, picture.peak)
+    axis = 2 if picture.pixels.ndim == 3 else None
+    return CAECodec(quality, weights=arguments.weights, channel_axis=axis, value_range=value_range)
+
+
+def measure(pictures: list[Picture], effort: int, quality: int, arguments: argparse.Namespace) -> Point:
     points = []
     with zarr_cae.configure(effort=effort):
-        for pixels in images:
-            codec = CAECodec(quality, weights=arguments.weights, channel_axis=2 if pixels.ndim == 3 else None)
-            coded = code(pixels, codec, arguments.chunks)
-            level = min(psnr(pixels, coded.pixels), BEST)
-            points.append((bits_per_pixel(coded.nbytes, *pixels.shape[:2]), level, coded.encode_seconds))
+        for picture in pictures:
+            coded = code(picture.pixels, codec_for(picture, quality, arguments), arguments.chunks)
+            points.append((picture.bpp(coded.nbytes), picture.psnr(coded.pixels), coded.encode_seconds))
     bpp, level, seconds = np.mean(points, axis=0)
     return float(bpp), float(level), float(seconds)
 
 
 def report(place: Path, arguments: argparse.Namespace) -> None:
     files = image_files([place])[:: arguments.every]
-    images = [pixels for file in files if np.ptp(pixels := read(file, arguments))]
-    print(f"\n{place.name}: {len(images)} images, {sum(image.ndim == 2 for image in images)} of them grey", flush=True)
+    pictures = [picture for file in files if np.ptp((picture := read(file, arguments)).pixels)]  # flat ones: no PSNR
+    grey = sum(picture.pixels.ndim == 2 for picture in pictures)
+    print(f"\n{place.name}: {len(pictures)} images, {grey} of them grey", flush=True)
     efforts = sorted({0, *arguments.effort})
     points: dict[tuple[int, int], Point] = {}
     rows = []
     for quality in arguments.quality:
-        code(images[0], CAECodec(quality, weights=arguments.weights, channel_axis=None), arguments.chunks)  # warm up
+        code(pictures[0].pixels, codec_for(pictures[0], quality, arguments), arguments.chunks)  # loads the networks
         for effort in efforts:
-            bpp, level, seconds = points[effort, quality] = measure(images, effort, quality, arguments)
+            bpp, level, seconds = points[effort, quality] = measure(pictures, effort, quality, arguments)
             plain = points[0, quality]
             rows.append(
                 [str(quality), str(effort), f"{bpp:.4f}", f"{100 * (bpp / plain[0] - 1):+.1f} %", f"{level:.2f}",

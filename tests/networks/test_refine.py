@@ -153,9 +153,9 @@ def test_there_is_nothing_to_do_without_effort_or_a_known_error(planes, metric):
 
 def test_the_lambda_is_that_of_the_training():
     info = replace(bundled(2).info, provenance={"recipe": {"lambdas": [0.1, 0.2, 0.3, 0.4, 0.5]}})
-    assert trade_off(info, 2) == pytest.approx(0.24)
+    assert trade_off(info, 2) == 0.2
     usual = trade_off(replace(info, provenance={}), 2)
-    assert usual == pytest.approx(1.2 * 0.0035)
+    assert usual == 0.0035
     for wrong in ([0.1], "many", [None] * 5, [-1.0] * 5, [float("nan")] * 5, None):
         assert trade_off(replace(info, provenance={"recipe": {"lambdas": wrong}}), 2) == usual
     assert trade_off(replace(info, provenance={"recipe": "none"}), 2) == usual

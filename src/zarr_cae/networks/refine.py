@@ -33,7 +33,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +54,6 @@ from zarr_cae.weights.file import LAMBDAS, WeightsInfo
 if TYPE_CHECKING:
     from zarr_cae.networks.engine import Engine
 
-_SLOPE = 1.2
-"""The slope of the bundled families' rate-distortion curves in units of the lambda of their training. Moves at this
-slope lead along the curve, to the next quality neither up nor down."""
 _FIRST_SHARE, _LAST_SHARE = 0.3, 0.7
 """The part of the largest gain around it that a move must bring, in the first step and in the last one."""
 _AROUND = 3
@@ -90,8 +87,8 @@ def trade_off(info: WeightsInfo, quality: int) -> float | None:
     if isinstance(named, list) and len(named) == len(info.qualities):
         value = named[place]
         if isinstance(value, int | float) and 0 < value < 1e3:
-            return _SLOPE * float(value)
-    return _SLOPE * LAMBDAS["mse"][quality - 1]
+            return float(value)
+    return LAMBDAS["mse"][quality - 1]
 
 
 def refine(
@@ -337,7 +334,9 @@ def _parts(count: int, shape: tuple[int, int], edge: int, most: int) -> Iterator
     """Cut `count` planes of `shape` latent positions into pieces of at most `most` pixels, or one plane each."""
     for top in range(0, shape[0], edge):
         for left in range(0, shape[1], edge):
-            rows, columns = (slice(begin, min(begin + edge, end)) for begin, end in zip((top, left), shape, strict=True))
+            rows, columns = (
+                slice(begin, min(begin + edge, end)) for begin, end in zip((top, left), shape, strict=True)
+            )
             inner = Patch(rows, columns)
             outer = inner.widened(_REACH, shape)
             at_once = max(1, most // (STRIDE**2 * math.prod(outer.shape)))
