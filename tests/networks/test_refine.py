@@ -14,6 +14,7 @@ from zarr_cae.coder.tables import ideal_bits
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEError
 from zarr_cae.networks import refine as module
+from zarr_cae.networks.code_lengths import CodeLengths
 from zarr_cae.networks.device import PASS_PIXELS
 from zarr_cae.networks.engine import Engine, engine_for
 from zarr_cae.networks.refine import refine, trade_off
@@ -119,7 +120,7 @@ def test_the_bits_are_those_of_the_coder(planes):
         weights, settings = bundled(quality), Settings(device="cpu")
         tables = weights.tables[weights.row(quality)]
         symbols = engine_for(weights, settings).analyse(planes, quality, settings).result()
-        now, up, _ = module._CodeLengths(tables, "cpu").around(torch.from_numpy(symbols).float())
+        now, up, _ = CodeLengths(tables, "cpu").around(torch.from_numpy(symbols).float())
         assert float(now.sum()) == pytest.approx(ideal_bits(symbols[0], tables), rel=1e-3)
         channel = next(n for n in range(tables.channels - 1, 0, -1) if not tables.contexts.predicted[n])
         changed = symbols.copy()

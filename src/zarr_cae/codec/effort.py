@@ -45,7 +45,11 @@ def refined(
 
     planes = coder.to_planes(pixels, coder.layout)
     counts = _counts(coder, mask)
-    better = yield refine(coder.engine, planes, counts, symbols, coder.quality, coder.settings)
+    work = refine(coder.engine, planes, counts, symbols, coder.quality, coder.settings)
+    try:
+        better = yield work
+    finally:
+        work.cancel()  # ends the steps if the runner was interrupted, or its task cancelled
     if decoded is None:
         return better, None
     now = coder.to_pixels((yield coder.synthesise(better)), coder.layout)

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -40,11 +40,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from zarr_cae.coder.contexts import LARGEST_ACTIVITY
 from zarr_cae.coder.frame import STRIDE, Symbols
-from zarr_cae.coder.tables import PRECISION, Tables, escape_bytes
 from zarr_cae.coder.tiles import Patch
 from zarr_cae.config import Settings
+from zarr_cae.networks.code_lengths import code_lengths
 from zarr_cae.networks.device import PASS_PIXELS
 from zarr_cae.networks.pieces import HALO
 from zarr_cae.pixels.device import to_tensor
@@ -63,8 +62,6 @@ _PROBES, _EVERY = 4, 4
 _PRIOR = 8
 """In a mean of n estimates of h that of the symbol itself has the weight n / (n + 8). The rest is the product of the
 means over its channel and over its position, which needs few estimates."""
-_LARGEST = 64
-"""The bits of larger symbols are continued from here."""
 _EDGE = 512 // STRIDE
 """Largest edge of a piece in latent positions, without its surroundings."""
 _REACH = 2 * HALO
@@ -215,7 +212,7 @@ def take_step(engine: Engine, key: StepKey, pieces: Sequence[Piece]) -> list[Mov
                 (response,) = torch.autograd.grad((decoded * weight.sqrt() * signs).sum(), symbols)
                 spread += response[:, :, *inner].square()
     with torch.no_grad():
-        bits = _code_lengths(engine.weights.tables[engine.weights.row(key.quality)], str(engine.device))
+        bits = code_lengths(engine.weights.tables[engine.weights.row(key.quality)], str(engine.device))
         now, up, down = (part[:, :, *inner] for part in bits.around(given.float()))
         costs = squares[:, :, *pixels].sum((1, 2, 3), dtype=torch.float64) + now.sum((1, 2, 3), dtype=torch.float64)
         moved = given[:, :, *inner]
@@ -256,68 +253,6 @@ def _moves(up: Tensor, down: Tensor, share: float) -> Tensor:
     return torch.where(up < down, 1, -1).mul_(chosen).to(torch.int16)
 
 
-class _CodeLengths:
-    """The bits of symbols under frequency tables, on a device."""
-
-    def __init__(self, tables: Tables, device: str) -> None:
-        channels, classes, contexts = tables.channels, tables.classes, tables.contexts
-        values = np.arange(-_LARGEST - 1, _LARGEST + 2)
-        entry = values - tables.minimum[:, None].astype(np.int64)
-        escape = tables.length[:, None] - 1
-        escaped = (entry < 0) | (entry >= escape)
-        chosen = tables.frequency[tables.offset[:, None].astype(np.int64) + np.where(escaped, escape, entry)]
-        bits = PRECISION - np.log2(chosen) + np.where(escaped, 8.0 * escape_bytes(values), 0.0)
-        self._bits = torch.from_numpy(bits.astype(np.float32).reshape(-1)).to(device)
-        self._width = len(values)
-        self._first = (torch.arange(channels, device=device) * classes)[:, None, None]
-        self.predicted = torch.zeros(channels, dtype=torch.bool, device=device)
-        """The channels that are coded as differences (M,). Their symbols stay: a move would change three differences.
-        """
-        self._mixing: Tensor | None = None
-        if contexts is not None:
-            self.predicted = torch.from_numpy(contexts.predicted.copy()).to(device)
-            mixing = np.zeros((channels, channels + 1), np.float32)  # source -1, which is none, goes to the last column
-            np.add.at(mixing, (np.arange(channels)[:, None], contexts.source), contexts.weight)
-            self._mixing = torch.from_numpy(mixing[:, :channels]).to(device)
-            thresholds = np.ascontiguousarray(contexts.threshold.T.astype(np.float32))
-            self._thresholds = torch.from_numpy(thresholds).to(device)[..., None, None]
-
-    def around(self, symbols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the bits of symbols (N, M, h, w) and of their neighbours above and below, in their present classes."""
-        coded = self._coded(symbols)
-        rows = self._first + (0 if self._mixing is None else self._classes(coded))
-        entry = rows * self._width + (coded.clamp(-_LARGEST, _LARGEST).long() + _LARGEST + 1)
-        return self._bits[entry], self._bits[entry + 1], self._bits[entry - 1]
-
-    def _coded(self, symbols: Tensor) -> Tensor:
-        """Put differences in the place of the symbols of predicted channels; see `coder.contexts.to_differences`."""
-        if not bool(self.predicted.any()):
-            return symbols
-        chosen = symbols[:, self.predicted]
-        guess = torch.zeros_like(chosen)
-        guess[..., 1:, 1:] = ((chosen[..., 1:, :-1] + chosen[..., :-1, 1:] + 1) / 2).floor()
-        guess[..., 0, 1:], guess[..., 1:, 0] = chosen[..., 0, :-1], chosen[..., :-1, 0]
-        coded = symbols.clone()
-        coded[:, self.predicted] = chosen - guess
-        return coded
-
-    def _classes(self, coded: Tensor) -> Tensor:
-        """Return the class of each symbol; see `coder.contexts`. Escapes count by their own size here."""
-        assert self._mixing is not None
-        count, channels, rows, columns = coded.shape
-        activity = coded.abs().clamp(max=LARGEST_ACTIVITY).reshape(-1, 1, rows, columns)
-        kernel = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float32, device=coded.device)
-        around = nn.functional.conv2d(activity, torch.outer(kernel, kernel)[None, None], padding=1)
-        scores = (self._mixing @ around.reshape(count, channels, -1)).reshape(coded.shape)
-        found = torch.zeros_like(coded, dtype=torch.long)
-        for threshold in self._thresholds:
-            found += scores >= threshold
-        return found
-
-
-_code_lengths = lru_cache(maxsize=16)(_CodeLengths)
-
-
 class _Part(NamedTuple):
     """Where a piece lies."""
 
@@ -334,10 +269,7 @@ def _parts(count: int, shape: tuple[int, int], edge: int, most: int) -> Iterator
     """Cut `count` planes of `shape` latent positions into pieces of at most `most` pixels, or one plane each."""
     for top in range(0, shape[0], edge):
         for left in range(0, shape[1], edge):
-            rows, columns = (
-                slice(begin, min(begin + edge, end)) for begin, end in zip((top, left), shape, strict=True)
-            )
-            inner = Patch(rows, columns)
+            inner = Patch(slice(top, min(top + edge, shape[0])), slice(left, min(left + edge, shape[1])))
             outer = inner.widened(_REACH, shape)
             at_once = max(1, most // (STRIDE**2 * math.prod(outer.shape)))
             for first in range(0, count, at_once):
@@ -383,15 +315,18 @@ class _Refinement:
         self._missing = len(self._parts) + 1
         self._costs[1] = 0
         for part in self._parts:
+            if self.future.done():  # it was cancelled
+                return
             queued = self._engine.batcher.submit(*self._request(part))
             with self._lock:
                 self._queued.add(queued)
-            queued.add_done_callback(lambda done, part=part: self._arrived(done, part))
+            queued.add_done_callback(partial(self._arrived, part))
         self._arrived_one()
 
     def _request(self, part: _Part) -> tuple[StepKey, Piece, int]:
         """Return key, input and weight of a piece in this step."""
-        planes, counts = (one[part.planes, :, *part.outer.scaled(STRIDE)] for one in (self._planes, self._counts))
+        here = (part.planes, slice(None), *part.outer.scaled(STRIDE))
+        planes, counts = self._planes[here], self._counts[here]
         if part.inner != part.outer:  # pixels that the inner symbols can't change do not count
             near = np.zeros(counts.shape[2:], np.bool_)
             shape = self._plain.shape[2], self._plain.shape[3]
@@ -405,7 +340,7 @@ class _Refinement:
         piece = Piece(planes, counts, symbols, self._spread[part.place])
         return key, piece, _KEPT * len(planes) * planes.shape[2] * planes.shape[3]
 
-    def _arrived(self, done: Future[Moved], part: _Part) -> None:
+    def _arrived(self, part: _Part, done: Future[Moved]) -> None:
         with self._lock:
             self._queued.discard(done)
         if done.cancelled():
