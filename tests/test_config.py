@@ -83,6 +83,8 @@ def test_the_codec_runs_with_the_configured_settings(photograph):
         ({"threads": 10**9}, "cae.threads"), ({"tile": 15}, "cae.tile"), ({"tile": "512"}, "cae.tile"),
         ({"tile": None}, "cae.tile"), ({"precision": "float16"}, "cae.precision"), ({"precision": None}, "precision"),
         ({"compile": 1}, "cae.compile"), ({"compile": "yes"}, "cae.compile"),
+        ({"effort": -1}, "cae.effort"), ({"effort": 1001}, "cae.effort"), ({"effort": 2.0}, "cae.effort"),
+        ({"effort": True}, "cae.effort"), ({"effort": None}, "cae.effort"),
         ({"concurrency": 0}, "concurrency"), ({"concurrency": None}, "concurrency"), ({"concurrency": 2.0}, "con"),
     ],
 )  # fmt: skip
@@ -106,13 +108,13 @@ def test_environment_variables_are_the_same_settings():
     code = """
 import sys, zarr, zarr_cae
 from zarr_cae.config import Settings
-assert Settings(**zarr.config.get("cae")) == Settings("cpu", 1, 256, "float32", True)
+assert Settings(**zarr.config.get("cae")) == Settings("cpu", 1, 256, "float32", True, 5)
 with zarr_cae.configure(threads=2):
-    assert Settings(**zarr.config.get("cae")) == Settings("cpu", 2, 256, "float32", True)
+    assert Settings(**zarr.config.get("cae")) == Settings("cpu", 2, 256, "float32", True, 5)
 assert zarr.config.get("cae.threads") == 1
 assert "torch" not in sys.modules
 """
-    names = {"DEVICE": "cpu", "THREADS": "1", "TILE": "256", "PRECISION": "float32", "COMPILE": "True"}
+    names = {"DEVICE": "cpu", "THREADS": "1", "TILE": "256", "PRECISION": "float32", "COMPILE": "True", "EFFORT": "5"}
     environment = {**os.environ, **{f"ZARR_CAE__{name}": value for name, value in names.items()}}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
 

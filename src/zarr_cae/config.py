@@ -21,6 +21,8 @@ _DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _MOST_THREADS = 1024
 """A larger `cae.threads` is a mistake: each network request could start as many threads."""
+_MOST_STEPS = 1000
+"""A larger `cae.effort` is a mistake: the gain of each step falls fast."""
 
 
 class _Kept(Enum):
@@ -38,7 +40,7 @@ _Unset = Literal[_Kept.KEPT]
 
 @dataclass(frozen=True)
 class Settings:
-    """How this process runs the networks. None of it changes what is stored.
+    """How this process runs the networks. None of it is stored, or needed to read what is stored.
 
     Whether this machine has the device is checked when the device is first used.
 
@@ -65,6 +67,10 @@ class Settings:
     """
     compile: bool = False
     """Whether `torch.compile` compiles the networks, at the first chunk of each shape."""
+    effort: int = 0
+    """Steps, 0 to 1,000, that refine the latents of each whole chunk that is written (see `networks.refine`). Each step
+    takes several times as long as plain encoding. Reading, and the format, stay the same. Weights for MS-SSIM, writes
+    of parts of a chunk, and chunks with exact tiles do not use it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
@@ -81,6 +87,10 @@ class Settings:
             )
         if type(self.compile) is not bool:
             raise CAEConfigurationError(f"cae: cae.compile must be True or False, got {self.compile!r}")
+        if not (type(self.effort) is int and 0 <= self.effort <= _MOST_STEPS):
+            raise CAEConfigurationError(
+                f"cae: cae.effort must be an integer from 0 to {_MOST_STEPS}, got {self.effort!r}"
+            )
 
 
 def configure(
@@ -90,6 +100,7 @@ def configure(
     tile: int | _Unset = _KEPT,
     precision: str | _Unset = _KEPT,
     compile: bool | _Unset = _KEPT,  # noqa: A002 - torch's name
+    effort: int | _Unset = _KEPT,
     concurrency: int | _Unset = _KEPT,
 ) -> AbstractContextManager[object]:
     """Set how this process runs the networks, from now on or until the end of a `with` statement.
@@ -112,6 +123,11 @@ def configure(
         Whether `torch.compile` compiles the networks. That takes a minute or more at the first chunks, and on CPUs it
         needs a C++ compiler. It made the networks slower on the CPUs that were tried
         (`benchmarks/networks.py --compile`).
+    effort
+        Steps that refine the latents of each whole chunk that is written, 0 to 1,000: fewer bytes at equal PSNR, for
+        much more time of encoding (see benchmarks/README.md). 0, the default, takes the latents as they are; 10 bring
+        most of what can be had. It needs weights for mean squared error, which the default ones are. Reading is as
+        fast as without. Writes of parts of chunks do not use it.
     concurrency
         Number of chunks that zarr codes at the same time (its `async.concurrency`, 10 by default). They share batches
         of the networks; a GPU needs 64 or more. It holds for all arrays of the process, also those of other codecs.
@@ -132,7 +148,8 @@ def configure(
     >>> with zarr_cae.configure(device="cpu", threads=1, concurrency=4):
     ...     pass  # read and write arrays
     """
-    given = {"device": device, "threads": threads, "tile": tile, "precision": precision, "compile": compile}
+    given = {"device": device, "threads": threads, "tile": tile, "precision": precision, "compile": compile,
+             "effort": effort}  # fmt: skip
     chosen = {name: value for name, value in given.items() if value is not _KEPT}
     checked = asdict(Settings(**cast("dict[str, Any]", chosen)))
     keys: dict[str, object] = {f"cae.{name}": checked[name] for name in chosen}

@@ -12,6 +12,7 @@ import numpy as np
 
 from zarr_cae.cli.arguments import (
     Commands,
+    add_effort,
     add_values,
     channel_axis,
     colour,
@@ -21,6 +22,7 @@ from zarr_cae.cli.arguments import (
     refuse,
     value_range,
     values,
+    with_effort,
 )  # fmt: skip
 from zarr_cae.cli.fitting import add_fit, fit_to_images, store_weights
 from zarr_cae.cli.images import (
@@ -79,6 +81,7 @@ def add(commands: Commands) -> None:
         help="values of the data, for dtypes other than uint8 (write --value-range=-1,1 for a negative one)",
     )  # fmt: skip
     add_values(parser)
+    add_effort(parser)
     parser.add_argument(
         "--colour", type=colour, metavar="R,G,B",
         help="which channels of more than three are coded together as RGB, such as 0,1,2; the default for RGBA",
@@ -117,7 +120,7 @@ def encode(arguments: argparse.Namespace) -> None:
             others = ", ".join(str(other) for other in images if other.stem == name and other != path) or "itself again"
             refuse(f"{path} and {others} would both become array {name!r}; rename one")
     chosen = {"series": arguments.series, "level": arguments.level}
-    with replacing_zarr(out, overwrite=arguments.overwrite) as partial:
+    with with_effort(arguments), replacing_zarr(out, overwrite=arguments.overwrite) as partial:
         options = fit_to_images(arguments, options, images)
         arrays = (new_array(open_source(path, **chosen), options) for path in images)
         write(arrays, partial, sum(megapixels(path, **chosen) for path in images), group=len(images) > 1)

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from zarr_cae.errors import CAEConfigurationError
@@ -79,6 +80,22 @@ def values(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the parameters of `CAECodec` that the options of `add_values` give."""
     given = {name: getattr(arguments, name) for name in ("nodata", "min_psnr", "value_transform")}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    """Declare `--effort`, which `encode` and `convert` share."""
+    parser.add_argument(
+        "--effort", type=int, metavar="N",
+        help="refine latents in N steps, such as 10: fewer bytes at equal PSNR, for much more time; reading is as fast "
+        "as ever; default: the setting cae.effort, which is 0",
+    )  # fmt: skip
+
+
+def with_effort(arguments: argparse.Namespace) -> AbstractContextManager[object]:
+    """Return a context in which chunks are written with the effort of `--effort`, if that is given."""
+    from zarr_cae.config import configure
+
+    return nullcontext() if arguments.effort is None else configure(effort=arguments.effort)
 
 
 def channel_axis(text: str) -> int | str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from zarr_cae.cli.arguments import (
     Commands,
+    add_effort,
     add_values,
     command,
     note,
@@ -19,6 +20,7 @@ from zarr_cae.cli.arguments import (
     several,
     value_range,
     values,
+    with_effort,
 )  # fmt: skip
 from zarr_cae.cli.fitting import add_fit, fit_to_slides, store_weights
 from zarr_cae.cli.replacing import refuse_existing, take_place
@@ -64,6 +66,7 @@ def add(commands: Commands) -> None:
         "--value-range", type=value_range, metavar="LO,HI", help="lowest and highest value; for dtypes but uint8"
     )
     add_values(parser)
+    add_effort(parser)
     parser.add_argument("--series", type=int, metavar="N", help="which image of a file that holds several")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="begin at this level of the file's pyramid")
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of the dask.distributed cluster that converts")
@@ -87,10 +90,13 @@ def convert(arguments: argparse.Namespace) -> None:
         arguments.level, values(arguments),
     )  # fmt: skip
     choices = fit_to_slides(arguments, choices, sources, out)
-    if len(sources) == 1:
-        _convert_one(sources[0], out, choices, arguments)
-    else:
-        _convert_several(sources, out, choices, arguments)
+    if arguments.effort is not None and arguments.dask is not None:
+        refuse("--effort is a setting of this process; with --dask, start the workers with ZARR_CAE__EFFORT=N")
+    with with_effort(arguments):
+        if len(sources) == 1:
+            _convert_one(sources[0], out, choices, arguments)
+        else:
+            _convert_several(sources, out, choices, arguments)
 
 
 def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from zarr.abc.buffer import Buffer
 from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
+from zarr_cae.codec.effort import refined
 from zarr_cae.codec.exact import Parts, mask_section, restore
 from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
@@ -198,6 +199,8 @@ class ChunkCoder:
 def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     """Return the frame of a whole chunk, a NumPy array or an array on a GPU.
 
+    The setting `cae.effort` has the symbols refined (see `codec.effort`), but not those of chunks with exact tiles.
+
     If the array has a least PSNR, qualities from its own upwards are tried until one reaches it. Tiles that miss it at
     the best quality, or that decode to something worse than their mean, are stored exactly (see `codec.floor`).
     """
@@ -217,6 +220,9 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
         if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
             break
     exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)
+    if tried.settings.effort and not exact:
+        pixels = on_host(pixels, tried.spec)
+        symbols, decoded = yield from refined(tried, pixels, symbols, decoded, mask)
     symbols = yield from calmed(tried, tried.geometry, pixels, symbols, exact)
     psnr = None if tried.min_psnr is None else measured_psnr(tried, pixels, decoded, mask, exact)
     plain = mask is None and not exact and psnr is None

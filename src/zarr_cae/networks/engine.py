@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import AbstractContextManager, nullcontext, suppress
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -28,7 +28,8 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.networks.device import PASS_PIXELS, choose_device, use_threads
 from zarr_cae.networks.inference import Precision, choose_precision, prepare
 from zarr_cae.networks.microbatch import MicroBatcher
-from zarr_cae.networks.pieces import pieces
+from zarr_cae.networks.pieces import Whole, pieces
+from zarr_cae.networks.refine import StepKey, take_step
 from zarr_cae.networks.transforms import Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.pixels import device as on_device
 from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
@@ -97,6 +98,8 @@ class Engine:
             except RuntimeError as error:
                 raise CAEConfigurationError(f"cae: weights file {weights.info.path}: {error}") from error
             prepare(module, precision, device)
+        self.plain_synthesis = self._synthesis
+        """The synthesis transform as it is before `torch.compile`: for passes with gradients."""
         if compiled:  # with dynamic shapes: otherwise each new size of a batch would be compiled
             self._analysis, self._synthesis = (
                 cast("nn.Module", torch.compile(network, dynamic=True)) for network in self.networks
@@ -108,7 +111,7 @@ class Engine:
         self._usual_threads = torch.get_num_threads()
         self._streams = threading.local()
         largest = PASS_PIXELS[device.type]
-        self.batcher: MicroBatcher[_Request, Any] = MicroBatcher(
+        self.batcher: MicroBatcher[Any, Any] = MicroBatcher(
             self._run,
             name=f"cae-{weights.info.model}-{device}",
             max_weight=largest,
@@ -245,7 +248,7 @@ class Engine:
             request = _Request(source, self._to_tensor, lambda result: finish(_to_numpy(result)))
             return self.batcher.submit(key, request, pixels * len(source))
         dtype = np.int16 if key.direction == "analyse" else np.float32
-        whole = _Whole(np.empty((len(source), channels, rows * made, columns * made), dtype), finish)
+        whole = Whole(np.empty((len(source), channels, rows * made, columns * made), dtype), finish)
         for first in range(0, len(source), count):
             some = slice(first, first + count)
             for outer, inner in patches:
@@ -258,14 +261,17 @@ class Engine:
         return whole.future
 
     def _lanes(self, key: Hashable) -> int:
-        assert isinstance(key, _BatchKey)
+        assert isinstance(key, _BatchKey | StepKey)
         return _GPU_LANES if self.device.type != "cpu" else key.settings.threads or self._usual_threads
 
-    def _run(self, key: Hashable, requests: list[_Request], lanes: int) -> Sequence[Any]:
+    def _run(self, key: Hashable, requests: list[Any], lanes: int) -> Sequence[Any]:
         """Run a batch: called by the batcher on one of its threads."""
-        assert isinstance(key, _BatchKey)
         if self.device.type == "cpu":
             use_threads(lanes, self._usual_threads)
+        if isinstance(key, StepKey):
+            with self._stream():
+                return take_step(self, key, requests)
+        assert isinstance(key, _BatchKey)
         with torch.inference_mode(), self._stream():
             parts = [request.load(request.source) for request in requests]
             done = self._code(parts[0] if len(parts) == 1 else torch.cat(parts), key)
@@ -283,17 +289,18 @@ class Engine:
     def _to_tensor(self, array: Any) -> Tensor:
         return on_device.to_tensor(array, self.device)
 
-    def _gain(self, name: str, key: _BatchKey) -> Tensor:
-        row = self.weights.row(key.quality)
+    def gain(self, name: str, quality: int) -> Tensor:
+        """Return "gain", "shift", "step" or "offset" of a quality, (1, M, 1, 1) on the device."""
+        row = self.weights.row(quality)
         return self._gains[name][row : row + 1]
 
     def _code(self, source: Tensor, key: _BatchKey) -> Tensor:
         """Apply the network and the gains of the quality, and round or dequantise."""
         if key.direction == "analyse":
             pixels = source.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-            latents: Tensor = self._analysis(pixels) * self._gain("gain", key) - self._gain("shift", key)
+            latents: Tensor = self._analysis(pixels) * self.gain("gain", key.quality) - self.gain("shift", key.quality)
             return latents.round_().clamp_(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).to(torch.int16)
-        latents = source.float() * self._gain("step", key) + self._gain("offset", key)
+        latents = source.float() * self.gain("step", key.quality) + self.gain("offset", key.quality)
         planes: Tensor = self._synthesis(latents.contiguous(memory_format=torch.channels_last))
         return planes if key.components == 3 else planes.mean(1, keepdim=True)
 
@@ -308,66 +315,6 @@ def _to_numpy(values: Tensor) -> Array:
 def _on_host(pixels: Any) -> Array:
     """Return a chunk as a NumPy array, wherever it is."""
     return pixels if isinstance(pixels, np.ndarray) else on_device.to_tensor(pixels, torch.device("cpu")).numpy()
-
-
-class _Whole:
-    """The result of a request that runs in pieces, and its future."""
-
-    def __init__(self, target: Array, finish: Callable[[Array], Any]) -> None:
-        self.future: Future[Any] = Future()
-        self._target, self._finish = target, finish
-        self._lock = threading.Lock()
-        self._parts: set[Future[Array]] = set()
-        """Parts that are not done. Finished parts are removed: their callbacks would keep the whole in memory."""
-        self._missing = 1
-
-    def add(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
-        """Add a part; its `inner` is copied to `place` in the whole."""
-        with self._lock:
-            self._missing += 1
-            self._parts.add(part)
-        part.add_done_callback(lambda done: self._arrived(done, place, inner))
-
-    def complete(self) -> None:
-        """Finish adding parts."""
-        parts, lock = self._parts, self._lock  # not `self`: that refers to the future
-
-        def withdraw(_: Future[Array]) -> None:
-            with lock:
-                left = list(parts)
-            for part in left:
-                part.cancel()
-
-        self.future.add_done_callback(withdraw)
-        self._arrived_one()
-
-    def _arrived(self, part: Future[Array], place: tuple[slice, ...], inner: tuple[slice, ...]) -> None:
-        with self._lock:
-            self._parts.discard(part)
-        if part.cancelled():
-            self.future.cancel()
-        elif (error := part.exception()) is not None:
-            with suppress(InvalidStateError):  # another part failed before, or all were cancelled
-                self.future.set_exception(error)
-            del error
-        else:
-            first, *rest = place
-            self._target[first, :, *rest] = part.result()[:, :, *inner]
-            self._arrived_one()
-
-    def _arrived_one(self) -> None:
-        with self._lock:
-            self._missing -= 1
-            last = self._missing == 0
-        if not last:
-            return
-        with suppress(InvalidStateError):  # all parts were cancelled
-            try:
-                result = self._finish(self._target)
-            except Exception as error:  # noqa: BLE001 - the future carries it to the thread that waits
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(result)
 
 
 def _networks(weights: Weights) -> tuple[nn.Module, nn.Module]:

@@ -10,19 +10,10 @@ from torch import Tensor, nn
 
 from zarr_cae.networks.transforms import GDN, HIGH_RATE, LOW_RATE, Analysis, Synthesis, Widths
 from zarr_cae.training.density import Density
-from zarr_cae.weights.file import Metric
+from zarr_cae.weights.file import LAMBDAS, Metric
 
 Range = Literal["low", "high"]
 
-LAMBDAS: dict[Metric, tuple[float, ...]] = {
-    "mse": (0.0011, 0.0035, 0.0067, 0.0130, 0.0250, 0.0260, 0.0620, 0.1480),
-    "ms-ssim": (2.10, 4.58, 8.73, 16.64, 31.73, 42.00, 92.00, 200.00),
-}
-"""Weight of the distortion at qualities 1 to 8.
-
-CompressAI's at qualities 2 to 5. With its others the rate at 1 would exceed CompressAI's, and from 5 to 6, which are of
-two networks, it would nearly double.
-"""
 RANGES: dict[Range, tuple[int, ...]] = {"low": (1, 2, 3, 4, 5), "high": (6, 7, 8)}
 """The qualities that one network serves."""
 WIDTHS: dict[Range, Widths] = {"low": LOW_RATE, "high": HIGH_RATE}

@@ -44,6 +44,16 @@ from zarr_cae.weights.architecture import LARGEST_WIDTH, Shape, parameter_shapes
 Metric = Literal["mse", "ms-ssim"]
 METRICS: tuple[Metric, ...] = ("mse", "ms-ssim")
 QUALITIES = range(1, 9)
+LAMBDAS: dict[Metric, tuple[float, ...]] = {
+    "mse": (0.0011, 0.0035, 0.0067, 0.0130, 0.0250, 0.0260, 0.0620, 0.1480),
+    "ms-ssim": (2.10, 4.58, 8.73, 16.64, 31.73, 42.00, 92.00, 200.00),
+}
+"""Weight of the distortion at qualities 1 to 8 in the training of the bundled family: of the mean squared error in
+units of 1/255, or of 1 - MS-SSIM, beside bits per pixel.
+
+CompressAI's at qualities 2 to 5. With its others the rate at 1 would exceed CompressAI's, and from 5 to 6, which are of
+two networks, it would nearly double.
+"""
 DEFAULT_MODEL = "cae-v1"
 """The bundled family."""
 ZOO_MODEL = "bmshj2018-factorized"
