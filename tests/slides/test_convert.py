@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import zarr
 
+from zarr_cae import configure
 from zarr_cae.cli import main
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
 from zarr_cae.evaluation.measures import psnr
@@ -156,6 +157,8 @@ def test_other_source_or_settings_are_refused(write: Write, tissue: np.ndarray, 
     other = prepare(slide, Choices((3,), chunks=(64, 64))).settings
     with pytest.raises(CAEConfigurationError, match=r"qualities was \[2\] and is \[3\].*--restart"):
         Journal(out, other)
+    with configure(effort=3), pytest.raises(CAEConfigurationError, match="effort was None and is 3"):
+        Journal(out, prepare(slide, Choices((2,), chunks=(64, 64))).settings)
     os.utime(slide, (1, 1))
     with pytest.raises(CAEConfigurationError, match="modified was"):
         Journal(out, prepare(slide, Choices((2,), chunks=(64, 64))).settings)

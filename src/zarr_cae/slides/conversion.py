@@ -91,6 +91,7 @@ class Conversion:
     @property
     def settings(self) -> dict[str, Any]:
         """The source and the settings that must be the same for a conversion to go on, as JSON values."""
+        effort = zarr.config.get("cae.effort", 0)  # of this process; workers of a cluster have settings of their own
         return {
             "source": str(self.source.absolute()),
             **self.state,
@@ -99,6 +100,7 @@ class Conversion:
             "dtype": self.dtype,
             "value_range": self.value_range,
             "weights": self.weights,
+            **({"effort": effort} if effort else {}),
         }
 
     @property
