@@ -35,10 +35,7 @@ _RATE = 1e-3
 _UNLIKE = 0.1
 """Share of the crops that are generated pictures."""
 _LARGEST_LOSS = 0.1
-"""Share of bytes more at equal PSNR that fitted weights may need for pictures unlike the collection.
-
-With a quarter instead of a tenth, four minutes on histology cost 9 % on other slides (`benchmarks/fit.py`).
-"""
+"""Share of bytes more at equal PSNR that fitted weights may need for pictures unlike the collection."""
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 """How far to go from the start to the fitted weights, if the whole way forgets too much. Networks between the two
 ends of a fine-tuning keep most of both (Wortsman et al. 2022, arXiv:2109.01903)."""
