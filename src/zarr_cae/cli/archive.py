@@ -14,6 +14,7 @@ from zarr_cae.cli.arguments import (
     Commands,
     add_effort,
     add_values,
+    add_weights,
     channel_axis,
     colour,
     command,
@@ -68,7 +69,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("-q", "--quality", type=quality, default=8, help="1 (smallest) to 8 (best); default 8")
     parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
-    parser.add_argument("--weights", metavar="NAME|DIGEST", help="a name or a digest that `weights list` shows")
+    add_weights(parser)
     add_fit(parser)
     parser.add_argument("--chunks", type=pair, default=(256, 256), metavar="ROWS,COLS", help="default 256,256")
     parser.add_argument("--shards", type=pair, metavar="ROWS,COLS", help="files of many chunks; a multiple of --chunks")

@@ -82,6 +82,11 @@ def values(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Declare `--weights`, which all commands that encode share."""
+    parser.add_argument("--weights", metavar="NAME|DIGEST", help="a name or a digest that `weights list` shows")
+
+
 def add_effort(parser: argparse.ArgumentParser) -> None:
     """Declare `--effort`, which `encode` and `convert` share."""
     parser.add_argument(
@@ -105,10 +110,9 @@ def channel_axis(text: str) -> int | str | None:
 
 def quality(text: str) -> int:
     """Parse a quality, 1 to 8."""
-    number = int(text)
-    if number not in QUALITIES:
-        raise ValueError
-    return number
+    if text not in map(str, QUALITIES):
+        raise argparse.ArgumentTypeError(f"expected a quality from 1 to 8, got {text!r}")
+    return int(text)
 
 
 def refuse(message: str) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zarr_cae.cli.arguments import Commands, command, progress, quality, refuse, several
+from zarr_cae.cli.arguments import Commands, add_weights, command, progress, quality, refuse, several
 from zarr_cae.cli.evaluate import check_libraries, code, one_of
 from zarr_cae.cli.images import Pixels, read_image
 from zarr_cae.cli.replacing import replacing
@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         "--region", type=_region, metavar="TOP,LEFT,HEIGHT,WIDTH", help="a part of the image, in pixels"
     )
     parser.add_argument("--metric", choices=METRICS, default="mse", help="for which the networks were trained")
-    parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
+    add_weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
 
 

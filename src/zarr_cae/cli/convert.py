@@ -12,6 +12,7 @@ from zarr_cae.cli.arguments import (
     Commands,
     add_effort,
     add_values,
+    add_weights,
     command,
     note,
     pair,
@@ -52,7 +53,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
-    parser.add_argument("--weights", metavar="DIGEST", help="sha256:... of a weights file (see `weights list`)")
+    add_weights(parser)
     add_fit(parser)
     parser.add_argument("--chunks", type=pair, default=(512, 512), metavar="ROWS,COLS", help="default 512")
     parser.add_argument(
@@ -89,14 +90,18 @@ def convert(arguments: argparse.Namespace) -> None:
         arguments.shards, arguments.levels, arguments.downsample, arguments.value_range, arguments.series,
         arguments.level, values(arguments),
     )  # fmt: skip
-    choices = fit_to_slides(arguments, choices, sources, out)
     if arguments.effort is not None and arguments.dask is not None:
         refuse("--effort is a setting of this process; with --dask, start the workers with ZARR_CAE__EFFORT=N")
     with with_effort(arguments):
-        if len(sources) == 1:
-            _convert_one(sources[0], out, choices, arguments)
-        else:
-            _convert_several(sources, out, choices, arguments)
+        choices = fit_to_slides(arguments, choices, sources, out)
+        try:
+            if len(sources) == 1:
+                _convert_one(sources[0], out, choices, arguments)
+            else:
+                _convert_several(sources, out, choices, arguments)
+        except KeyboardInterrupt:
+            note("complete shards are kept; the same command goes on after them")
+            raise
 
 
 def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.Namespace) -> None:

@@ -90,7 +90,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     value_transform
         "sqrt" codes the square roots of the values, which makes the noise of photon counts equally strong in dark and
         in bright places (Anscombe 1948). Use it for dark and sparse data, such as fluorescence, with `value_range`
-        from the value of no light, in units of counted photons as far as they are known.
+        from the value of no light, in units of counted photons as far as they are known. If that value is above 0, give
+        the array a `fill_value` inside the range.
     min_psnr
         PSNR in dB of the value range that each chunk must reach, such as 38. A chunk that misses it is coded with the
         next better qualities of the same weights (qualities 1 to 5 and 6 to 8 share weights), and at the last one its

@@ -199,7 +199,7 @@ class ChunkCoder:
 def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     """Return the frame of a whole chunk, a NumPy array or an array on a GPU.
 
-    The setting `cae.effort` has the symbols refined (see `codec.effort`), but not those of chunks with exact tiles.
+    With the setting `cae.effort` the symbols are refined (see `codec.effort`), except in chunks with exact tiles.
 
     If the array has a least PSNR, qualities from its own upwards are tried until one reaches it. Tiles that miss it at
     the best quality, or that decode to something worse than their mean, are stored exactly (see `codec.floor`).

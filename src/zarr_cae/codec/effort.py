@@ -31,7 +31,7 @@ def refined(
     symbols
         (N, M, h, w), of these pixels.
     decoded
-        The pixels that the symbols decode to; None if nobody needs to know. No tile of them must be stored exactly.
+        The pixels that the symbols decode to, or None if they were not decoded. No tile of them must be stored exactly.
     mask
         Sample planes (S, H, W), true for samples without data, which do not count; None if there are none.
 
@@ -41,8 +41,10 @@ def refined(
         Those that were given, if refined ones miss the PSNR that the array demands, or have a tile that is worse than
         its mean.
     """
-    from zarr_cae.networks.refine import refine
+    from zarr_cae.networks.refine import refine, trade_off
 
+    if trade_off(coder.weights.info, coder.quality) is None:
+        return symbols, decoded
     planes = coder.to_planes(pixels, coder.layout)
     counts = _counts(coder, mask)
     work = refine(coder.engine, planes, counts, symbols, coder.quality, coder.settings)

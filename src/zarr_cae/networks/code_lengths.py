@@ -1,7 +1,7 @@
-"""The bits of symbols under the frequency tables, for many symbols at once on any device: the rate of `refine`.
+"""The bits of symbols under the frequency tables, for many symbols at once on any device: the rate in `refine`.
 
-They are those of `coder.tables.ideal_bits`, but for escapes of small alphabets, which count by their own size as
-contexts of later channels, and for tiles, whose borders the contexts do not see here.
+They agree with `coder.tables.ideal_bits`, with two differences. An escape counts by its own size in the contexts of
+later channels. Contexts reach across the borders of tiles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zarr_cae.coder.contexts import LARGEST_ACTIVITY
 from zarr_cae.coder.tables import PRECISION, Tables, escape_bytes
 
 _LARGEST = 64
-"""The bits of larger symbols are continued from here."""
+"""Larger symbols count as if they were this large."""
 
 
 class CodeLengths:

@@ -129,8 +129,11 @@ def refine(
     return work.future
 
 
-class Region(NamedTuple):
-    """The inner part of a piece, in latent positions from the corner of its surroundings."""
+class Inner(NamedTuple):
+    """The inner part of a piece, in latent positions from the corner of its surroundings.
+
+    A `Patch` would do, but slices can't be part of a key before Python 3.12.
+    """
 
     top: int
     bottom: int
@@ -151,7 +154,7 @@ class StepKey:
     quality: int
     shape: tuple[int, ...]
     """(components, H, W) of a piece with its surroundings."""
-    inner: Region
+    inner: Inner
     settings: Settings
 
     @property
@@ -334,8 +337,8 @@ class _Refinement:
             near[seen.scaled(STRIDE)] = True
             counts = counts & near
         rows, columns = part.inner.within(part.outer)
-        region = Region(rows.start, rows.stop, columns.start, columns.stop)
-        key = StepKey(self._step, self._quality, planes.shape[1:], region, self._settings)
+        inner = Inner(rows.start, rows.stop, columns.start, columns.stop)
+        key = StepKey(self._step, self._quality, planes.shape[1:], inner, self._settings)
         symbols = self._symbols[part.planes, :, *part.outer.scaled(1)]
         piece = Piece(planes, counts, symbols, self._spread[part.place])
         return key, piece, _KEPT * len(planes) * planes.shape[2] * planes.shape[3]

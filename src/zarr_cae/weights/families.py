@@ -22,7 +22,7 @@ FAMILIES = {
         "research and education; research; CC BY-SA and similar",
     ),
     "histology": Family(
-        "stained tissue, mostly H&E",
+        "stained tissue, mostly H&E; at qualities 6 to 8 the weights for photographs",
         "Pathology Atlas, BBBC038, OpenSlide's test slides; beside them all data of the other three families",
         "MIT (Pathology Atlas); CC0; free to use and distribute; and the licences of the other three",
     ),

@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.files import atomic_write
+from zarr_cae.weights.families import FAMILIES
 from zarr_cae.weights.file import DEFAULT_MODEL, NAME, ZOO_MODEL, Weights, WeightsInfo, read, read_info
 
 CACHE_VARIABLE = "ZARR_CAE_WEIGHTS"
@@ -121,7 +122,7 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     ----------
     weights
         A digest, the name of a family ("photographs", or one that `zarr-cae weights list` shows), or None for the
-        default.
+        default. A bundled family has the default's weights at qualities where its own would not earn their place.
     model, quality, metric
         The configuration that the weights must serve, if they are given by name.
 
@@ -140,6 +141,14 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     for info in known:
         if (info.name, info.model, info.metric) == (weights, model, metric) and quality in info.qualities:
             return info.digest
+    metrics = {info.metric for info in known if (info.name, info.model) == (weights, model)}
+    if metrics and metric not in metrics:
+        raise WeightsNotFoundError(
+            f"cae: the weights named {weights!r} are for metric {' and '.join(sorted(metrics))}, not {metric!r}; give "
+            "that metric, or no weights"
+        )
+    if metrics and weights in FAMILIES:
+        return default_digest(model, quality, metric)
     names = sorted({_name(info) for info in known if info.model == DEFAULT_MODEL})
     raise WeightsNotFoundError(
         f"cae: no weights named {weights!r} for model {model!r}, quality {quality}, metric {metric!r} on this "
