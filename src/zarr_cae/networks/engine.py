@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.networks.device import PASS_PIXELS, choose_device, use_threads
 from zarr_cae.networks.inference import Precision, choose_precision, prepare
 from zarr_cae.networks.microbatch import MicroBatcher
-from zarr_cae.networks.pieces import Whole, pieces
+from zarr_cae.networks.pieces import Array, Whole, pieces
 from zarr_cae.networks.refine import StepKey, take_step
 from zarr_cae.networks.transforms import Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.pixels import device as on_device
@@ -36,8 +35,6 @@ from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
 from zarr_cae.pixels.layout import PixelFormat, Planes
 from zarr_cae.threads import call_in_child, hold_across_fork
 from zarr_cae.weights.file import DEFAULT_MODEL, Weights
-
-Array = npt.NDArray[Any]
 
 _LARGEST_SYMBOL = 32767
 _GPU_LANES = 2
