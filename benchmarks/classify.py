@@ -17,7 +17,8 @@ divided into four folds, and each fold is the test once, for a network that was 
 
 All networks end in the same layers, which see one position for 16 x 16 pixels. Their input there is
 
-    latents           the latents, 192 or so channels
+    latents           the latents, 192 or so channels, scaled by one number for all of them
+    latents, normed   the same after a batch normalisation, which scales each channel by itself
     pixels, blocks    the 768 values of the 16 x 16 pixels
     pixels, CNN       what four convolutions with stride 2, trained with the rest, make of the pixels
     mean colour       the mean of the 16 x 16 pixels: how much is told by colour alone
@@ -99,11 +100,7 @@ def divide(cases: dict[str, set[int]]) -> dict[str, int]:
 
 
 class Network(nn.Sequential):
-    """The layers after `first`, which gives `channels` values for each position, are the same for all inputs.
-
-    Inputs are scaled by one number for all channels. A batch normalisation would make all channels equally loud, those
-    that hold little but noise, too.
-    """
+    """The layers after `first`, which gives `channels` values for each position, are the same for all inputs."""
 
     def __init__(self, first: nn.Module, channels: int) -> None:
         super().__init__(
@@ -134,8 +131,11 @@ def strided() -> nn.Sequential:
 def new_network(name: str, inputs: Tensor) -> Network:
     """Return a network for one kind of inputs (N, channels, rows, columns)."""
     scaled = Scaled(inputs)
+    channels = inputs.shape[1]
     if name == "latents":
-        return Network(scaled, inputs.shape[1])
+        return Network(scaled, channels)
+    if name == "latents, normed":
+        return Network(nn.Sequential(scaled, nn.BatchNorm2d(channels)), channels)
     if name == "pixels, blocks":
         return Network(nn.Sequential(scaled, nn.PixelUnshuffle(16)), 768)
     if name == "pixels, CNN":
@@ -238,8 +238,8 @@ def measure(archive: Path, slides: list[str], arguments: argparse.Namespace) -> 
         f"{len(cases)} cases, {len(known)} patches: {counts}; quality {arguments.quality}, {arguments.epochs} epochs\n"
     )
     print(f"{'':<16}{'accuracy':>16}{'read/s':>10}{'compute/s':>11}{'both/s':>9}   (patches)")
-    for name in ("latents", "pixels, blocks", "pixels, CNN", "mean colour"):
-        kind = "latents" if name == "latents" else "pixels"
+    for name in ("latents", "latents, normed", "pixels, blocks", "pixels, CNN", "mean colour"):
+        kind = "latents" if name.startswith("latents") else "pixels"
         accuracies, speeds = [], []
         for seed in range(arguments.repeats):
             torch.manual_seed(seed)
