@@ -6,8 +6,9 @@ For each time, weights are fitted to the images in FOLDER from the bundled ones 
 --held-out, or else every tenth by name, take no part. They are coded in chunks of 256 through zarr in memory, at all
 qualities of the range, by the weights of the start and by the fitted ones. The table has the BD-rate in PSNR: bytes
 more (+) or less (-) at equal PSNR, of means over the images, for the weights that the fit returns: if it does not take
-the fitted ones, those of the start, and the last column says why. Another column is for images unlike the collection:
-those in --unlike FOLDER, or the photograph in the package.
+the fitted ones, those of the start, and the last column says why. `own check` is the change on windows that the fit
+itself held out. `unlike` is for images unlike the collection: those in --unlike FOLDER, or else the photograph in the
+package.
 
 A fit runs by the clock. Where other work shares the machine, `--clock cpu` counts the processor time of this process
 instead; with OMP_NUM_THREADS=1 these are minutes of one core.
@@ -92,9 +93,10 @@ def main() -> None:
                     ours(pictures, dict.fromkeys(qualities, digest)) for digest in (found.start, found.digest)
                 )
                 cells.append(difference(before, after))
-            rows.append([f"{minutes:g}", str(steps[-1]), *cells, found.reason or "taken"])
+            own = f"{-100 * found.saved:+.1f} %"
+            rows.append([f"{minutes:g}", str(steps[-1]), own, *cells, found.reason or "taken"])
             print(" | ".join(rows[-1]), flush=True)
-    print(table(["minutes", "steps", "held out", "unlike", "result"], rows))
+    print(table(["minutes", "steps", "own check", "held out", "unlike", "result"], rows))
 
 
 if __name__ == "__main__":
