@@ -21,7 +21,7 @@ _DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _MOST_THREADS = 1024
 """A larger `cae.threads` is a mistake: each network request could start as many threads."""
-_MOST_STEPS = 1000
+MOST_STEPS = 1000
 """A larger `cae.effort` is a mistake: the gain of each step falls fast."""
 
 
@@ -87,9 +87,9 @@ class Settings:
             )
         if type(self.compile) is not bool:
             raise CAEConfigurationError(f"cae: cae.compile must be True or False, got {self.compile!r}")
-        if not (type(self.effort) is int and 0 <= self.effort <= _MOST_STEPS):
+        if not (type(self.effort) is int and 0 <= self.effort <= MOST_STEPS):
             raise CAEConfigurationError(
-                f"cae: cae.effort must be an integer from 0 to {_MOST_STEPS}, got {self.effort!r}"
+                f"cae: cae.effort must be an integer from 0 to {MOST_STEPS}, got {self.effort!r}"
             )
 
 

@@ -3,8 +3,8 @@
 Each module holds a group of commands. Its function `add(commands)` declares the arguments, and other functions run the
 commands. They import slow packages (torch, zarr, numba, matplotlib) themselves, so that `--help` is quick.
 
-Exit codes: 0 for success; 1 for a mistake in the input, with one line on stderr; 2 for wrong usage; 130 if
-interrupted. Bugs show their traceback.
+Exit codes: 0 for success; 1 for a mistake in the input, with one line on stderr; 2 for wrong usage; 130 after Ctrl-C,
+143 after SIGTERM. Bugs show their traceback.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from zarr_cae.cli.interrupts import TerminatedError
 from zarr_cae.errors import CAEError
 
 __all__ = ["main"]
@@ -27,15 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         arguments.run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
+    except TerminatedError as error:
+        return _say("terminated", 143, error)
+    except KeyboardInterrupt as error:
+        return _say("interrupted", 130, error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
         return 141
     except Exception as error:
         if not isinstance(error, (CAEError, OSError, *_zarr_errors())):
             raise
-        return _say(str(error) or type(error).__name__, 1)
+        return _say(_described(error), 1, error)
     return 0
 
 
@@ -79,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest and hasattr(arguments, "paths") and not any(word.startswith("-") for word in rest):
         arguments.paths += rest  # argparse takes only one run of positional arguments between the options
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")  # with the usage of the command
     return arguments
 
 
@@ -89,6 +93,20 @@ def _zarr_errors() -> tuple[type[Exception], ...]:
     return () if module is None else (module.BaseZarrError,)
 
 
-def _say(message: str, code: int) -> int:
-    print(f"zarr-cae: {' '.join(message.removeprefix('cae: ').split())}", file=sys.stderr)
+def _described(error: Exception) -> str:
+    """Return the message of an error. Those of the system name the file first."""
+    if not isinstance(error, OSError) or error.filename is None or not error.strerror:
+        return str(error) or type(error).__name__
+    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else str(error.filename)
+    if isinstance(error, FileNotFoundError):
+        from zarr_cae.cli.images import absent
+
+        return absent(Path(path))
+    return f"{path}: {error.strerror}"
+
+
+def _say(message: str, code: int, error: BaseException) -> int:
+    """Print a message and the notes of the error in one line on stderr. Return the exit code."""
+    text = "; ".join([message.removeprefix("cae: "), *getattr(error, "__notes__", ())])
+    print(f"zarr-cae: {' '.join(text.split())}", file=sys.stderr)
     return code

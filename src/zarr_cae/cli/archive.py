@@ -45,7 +45,7 @@ from zarr_cae.coder.frame import NO_ERROR
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
-from zarr_cae.weights.registry import find
+from zarr_cae.weights.registry import family_name, find
 
 if TYPE_CHECKING:
     import zarr
@@ -167,10 +167,10 @@ def decode(arguments: argparse.Namespace) -> None:
 
 
 def _decode_ome_tiff(array: zarr.Array[Any], path: Path) -> None:
-    from zarr_cae.slides.arrays import kept_metadata
+    from zarr_cae.slides.arrays import described_array
     from zarr_cae.slides.ome_tiff import write_ome_tiff
 
-    names = tuple(getattr(array.metadata, "dimension_names", None) or ())
+    names, metadata = described_array(array)
     if not {"y", "x"} <= set(names) <= set("tczyx"):
         refuse(f"{array.store_path} does not name its axes t, c, z, y and x; write it to .tif or .npy")
     channels = _channel_axis(array)
@@ -178,7 +178,7 @@ def _decode_ome_tiff(array: zarr.Array[Any], path: Path) -> None:
     pixels = np.empty(array.shape, array.dtype)
     _read(array, pixels)
     with replacing(path) as partial:
-        write_ome_tiff(partial, pixels, "".join(names), kept_metadata(array.attrs.asdict()), rgb=rgb)
+        write_ome_tiff(partial, pixels, "".join(names), metadata, rgb=rgb)
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:
@@ -334,9 +334,10 @@ def _latents(array: zarr.Array[Any]) -> str:
 
 
 def _weights(codec: CAECodec) -> str:
-    short = codec.weights[: len("sha256:") + 12]
+    short = f"{codec.weights[: len('sha256:') + 12]}..."
     try:
         find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
     except WeightsNotFoundError:
-        return f"{short}..., NOT on this machine: see `zarr-cae weights import`"
-    return f"{short}..., on this machine"
+        return f"{short}, NOT on this machine: see `zarr-cae weights import`"
+    name = family_name(codec.weights)
+    return f"{short}, on this machine" if name is None else f"{name}, {short}, on this machine"

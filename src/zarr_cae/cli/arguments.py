@@ -23,7 +23,7 @@ _Value = TypeVar("_Value")
 def command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
     """Add a command. Its help is `text`; the list of commands shows the first sentence."""
     parser = commands.add_parser(name, help=text.partition(". ")[0].rstrip("."), description=text)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -90,10 +90,19 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 def add_effort(parser: argparse.ArgumentParser) -> None:
     """Declare `--effort`, which `encode` and `convert` share."""
     parser.add_argument(
-        "--effort", type=int, metavar="N",
+        "--effort", type=effort, metavar="N",
         help="refine latents in N steps, such as 10: fewer bytes at equal PSNR, for much more time; reading is as fast "
         "as ever; default: the setting cae.effort, which is 0",
     )  # fmt: skip
+
+
+def effort(text: str) -> int:
+    """Parse a number of steps, 0 to `MOST_STEPS`."""
+    from zarr_cae.config import MOST_STEPS
+
+    if not text.isascii() or not text.isdigit() or int(text) > MOST_STEPS:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {MOST_STEPS}, got {text!r}")
+    return int(text)
 
 
 def with_effort(arguments: argparse.Namespace) -> AbstractContextManager[object]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zarr_cae.cli.arguments import (
     Commands,
@@ -24,8 +26,10 @@ from zarr_cae.cli.arguments import (
     with_effort,
 )  # fmt: skip
 from zarr_cae.cli.fitting import add_fit, fit_to_slides, store_weights
-from zarr_cae.cli.replacing import refuse_existing, take_place
+from zarr_cae.cli.interrupts import terminable
+from zarr_cae.cli.replacing import check_parent, refuse_existing, refuse_inside, take_place
 from zarr_cae.cli.writing import pixel_bar
+from zarr_cae.errors import CAEError
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
 
 if TYPE_CHECKING:
@@ -82,9 +86,9 @@ def convert(arguments: argparse.Namespace) -> None:
     *sources, out = [Path(path) for path in arguments.paths]
     if not sources or out.suffix != ".zarr":
         refuse(f"the last path is the output and ends in .ome.zarr or .zarr; got {out}")
+    check_parent(out)
     refuse_existing(Path(out.absolute()), overwrite=arguments.overwrite)
-    if not out.absolute().parent.is_dir():
-        refuse(f"folder {out.absolute().parent} does not exist")
+    refuse_inside(out, sources)
     choices = Choices(
         tuple(arguments.quality), arguments.metric, arguments.model, arguments.weights, arguments.chunks,
         arguments.shards, arguments.levels, arguments.downsample, arguments.value_range, arguments.series,
@@ -92,24 +96,61 @@ def convert(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     if arguments.effort is not None and arguments.dask is not None:
         refuse("--effort is a setting of this process; with --dask, start the workers with ZARR_CAE__EFFORT=N")
-    with with_effort(arguments):
-        choices = fit_to_slides(arguments, choices, sources, out)
+    with terminable(), with_effort(arguments):
         try:
+            choices = fit_to_slides(arguments, choices, sources, out)
             if len(sources) == 1:
                 _convert_one(sources[0], out, choices, arguments)
             else:
                 _convert_several(sources, out, choices, arguments)
-        except KeyboardInterrupt:
-            note("complete shards are kept; the same command goes on after them")
+        except KeyboardInterrupt as error:
+            if not hasattr(error, "__notes__"):  # it came before the journal was open
+                error.add_note(_kept(Path(out.absolute()), arguments))
             raise
+
+
+@contextmanager
+def _journal(out: Path, settings: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[Journal]:
+    """Open the journal of an output. If the work ends early, the error says what is kept."""
+    from zarr_cae.slides.journal import Journal, recorded_blocks
+
+    path = Path(out.absolute())
+    fitted = arguments.fit is not None
+    with Journal(path, settings, restart=arguments.restart, keep_settings=fitted) as journal:
+        try:
+            yield journal
+        except (KeyboardInterrupt, OSError) as error:
+            if isinstance(error, KeyboardInterrupt) or recorded_blocks(journal.folder):
+                error.add_note(_kept(path, arguments))
+            raise
+        except CAEError as error:  # the same command may fail again
+            if recorded_blocks(journal.folder):
+                error.add_note(_kept(path, arguments).partition(", and")[0])
+            raise
+
+
+def _kept(out: Path, arguments: argparse.Namespace) -> str:
+    """Return what an interrupted conversion has kept, and what the same command will do."""
+    from zarr_cae.slides.journal import journal_folder, recorded_blocks
+
+    folder = journal_folder(out)
+    count = recorded_blocks(folder)
+    command = "the same command without --restart" if arguments.restart else "the same command"
+    unit = "block" if arguments.shards is None else "shard"
+    if count and not (folder / "out" / "zarr.json").exists():
+        return f"{out.name} is complete"
+    if count:
+        what = f"{count} complete {unit}{'s are' if count > 1 else ' is'} kept in {folder.name}"
+        return f"{what}, and {command} goes on after {'them' if count > 1 else 'it'}"
+    if arguments.fit is not None and (folder / "journal.json").exists():
+        return f"the fitted weights are kept, but no {unit} is complete; {command} goes on with them"
+    return "nothing is kept yet; the same command begins anew"
 
 
 def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
     """Convert one file to an image at the root of the output."""
-    from zarr_cae.slides.journal import Journal
-
     conversion = _prepare(source, choices)
-    with Journal(Path(out.absolute()), conversion.settings, restart=arguments.restart) as journal:
+    with _journal(out, conversion.settings, arguments) as journal:
         with pixel_bar(conversion.megapixels, "convert") as bar:
             _run(conversion, journal, bar, arguments.dask)
         store_weights(journal.out, arguments)
@@ -125,7 +166,7 @@ def _convert_several(sources: list[Path], out: Path, choices: Choices, arguments
 
     names = image_names(sources)
     images = {name: _prepare(source, choices) for name, source in zip(names, sources, strict=True)}
-    with Journal(Path(out.absolute()), {"several images": True, **asdict(choices)}, restart=arguments.restart) as whole:
+    with _journal(out, {"several images": True, **asdict(choices)}, arguments) as whole:
         if not whole.resumed:
             create_collection(whole.out)
         total = sum(conversion.megapixels for conversion in images.values())

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from zarr_cae.cli.arguments import refuse
 from zarr_cae.cli.replacing import is_zarr, replacing
 from zarr_cae.errors import CAEError
-from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
+from zarr_cae.pixels.pillow import opened_picture
 from zarr_cae.slides.metadata import SlideMetadata
 from zarr_cae.slides.ome import source_attributes
 from zarr_cae.slides.pictures import deep_pixels, metadata_of
@@ -77,6 +77,8 @@ class Source:
     value_range: tuple[float, float] | None = None
     """Lowest and highest value, if the file says them (SignificantBits of OME-XML)."""
     close: Callable[[], None] = lambda: None
+    path: Path | None = None
+    """The file or folder, as `open_source` got it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,13 +96,17 @@ def open_source(path: Path, *, series: int | None = None, level: int = 0) -> Sou
 
     `series` and `level` are those of `zarr_cae.slides.sources.open_slide`.
     """
+    return replace(_opened_source(path, series, level), path=path)
+
+
+def _opened_source(path: Path, series: int | None, level: int) -> Source:
     if _is_array(path) and path.suffix.lower() != ".npy":
         return _open_zarr_source(path, level)
     if path.suffix.lower() == ".npy":
         try:
             return Source(path.stem, np.lib.format.open_memmap(path, mode="r"), "auto")  # refuses .npz
         except (ValueError, OverflowError, TypeError, TokenError) as error:
-            refuse(f"{path} is not a .npy file of numbers: {error}")
+            refuse(f"{path} is not a .npy file of numbers, or damaged: {error}")
     slide = _open_tiff_source(path, series, level)
     if slide is not None:
         names = tuple({"-": None}.get(axis, axis) for axis in slide.stored)
@@ -110,7 +116,7 @@ def open_source(path: Path, *, series: int | None = None, level: int = 0) -> Sou
             path.stem, slide.array, axis, names, source_attributes(metadata), metadata.value_range, slide.close
         )
     pixels, names = read_pixels(path, level=level)
-    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
+    with opened_picture(path) as image:
         attributes = source_attributes(metadata_of(image))
     return Source(path.stem, pixels, None if names[-1] == "x" else len(names) - 1, names, attributes)
 
@@ -155,14 +161,8 @@ def megapixels(path: Path, *, series: int | None = None, level: int = 0) -> floa
     if _is_array(path):
         source = open_source(path, level=level)
         return math.prod(source.shape) / (3e6 if 3 in source.shape else 1e6)
-    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
+    with opened_picture(path) as image:
         return len(_frame_numbers(path, image, level)) * image.width * image.height / 1e6
-
-
-def _image(path: Path) -> Image.Image:
-    from PIL import Image
-
-    return Image.open(path)
 
 
 def _is_array(path: Path) -> bool:
@@ -204,7 +204,7 @@ def arrays_at(
     from zarr_cae.codec import embedded
 
     if not path.exists():
-        refuse(f"{path} does not exist")
+        refuse(absent(path))
     with refusing_damage(f"the metadata of {path}", _METADATA_DAMAGE):
         try:
             node = (open_node or embedded.open)(path)
@@ -214,6 +214,13 @@ def arrays_at(
             return node, {}
         members = sorted(node.members(max_depth=None), key=lambda member: member[0])
     return None, {name: member for name, member in members if isinstance(member, zarr.Array)}
+
+
+def absent(path: Path) -> str:
+    """Return the message about a path that does not exist, or is the name of an unfinished conversion."""
+    from zarr_cae.slides.journal import unfinished
+
+    return unfinished(path) or f"{path} does not exist"
 
 
 def open_array(path: Path) -> zarr.Array[Any]:
@@ -250,7 +257,7 @@ def read_pixels(path: Path, *, level: int = 0) -> tuple[Pixels, tuple[str, ...]]
     from PIL import ImageOps
 
     pages = []
-    with no_size_limit(), refusing_damage(str(path), IMAGE_DAMAGE), _image(path) as image:
+    with opened_picture(path) as image:
         for frame in _frame_numbers(path, image, level):
             image.seek(frame)
             deep = deep_pixels(path, image)

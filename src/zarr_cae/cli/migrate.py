@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from zarr_cae.cli.arguments import Commands, command, progress, refuse
+from zarr_cae.cli.replacing import refuse_inside
 
 
 def add(commands: Commands) -> None:
@@ -28,8 +29,7 @@ def migrate(arguments: argparse.Namespace) -> None:
         refuse(f"{old} does not exist")
     if new.suffix != ".zarr":
         refuse(f"the new archive ends in .zarr; got {new}")
-    if new.resolve().is_relative_to(old.resolve()) or old.resolve().is_relative_to(new.resolve()):
-        refuse(f"{new} and {old} lie in each other; give another place")
+    refuse_inside(new, [old])
     from zarr_cae.legacy.migrate import migrate as move
 
     bar = progress(0, "chunk", "migrate")

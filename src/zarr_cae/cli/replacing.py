@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from zarr_cae.cli.arguments import refuse
 
-__all__ = ["create_npy", "is_zarr", "refuse_existing", "replacing", "replacing_zarr", "take_place"]
+__all__ = ["check_parent", "create_npy", "is_zarr", "refuse_existing", "refuse_inside", "replacing", "replacing_zarr", "take_place"]
 
 _METADATA = ("zarr.json", ".zarray", ".zgroup")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file beside `path`, which takes its place at the end and vanishes on failure."""
     if path.is_dir():
         refuse(f"{path} is a folder")
-    _check_parent(path)
+    check_parent(path)
     _remove_stale(path)
     partial = _temporary(path, "partial")
     try:
@@ -54,9 +54,9 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_zarr(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield the name of a temporary folder beside `path`, which takes its place at the end and vanishes on failure."""
+    check_parent(path)
     path = Path(path.absolute())
     refuse_existing(path, overwrite=overwrite)
-    _check_parent(path)
     _remove_stale(path)
     partial = _temporary(path, "partial")
     try:
@@ -110,9 +110,21 @@ def create_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.
     return target
 
 
-def _check_parent(path: Path) -> None:
+def check_parent(path: Path) -> None:
+    """Refuse an output whose folder does not exist, or can't be written to."""
     if not path.parent.is_dir():
         refuse(f"folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        refuse(f"folder {path.parent} can't be written to")
+
+
+def refuse_inside(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output that is one of the sources, or lies in one, or has one in it."""
+    place = out.resolve()
+    for source in sources:
+        other = source.resolve()
+        if place.is_relative_to(other) or other.is_relative_to(place):
+            refuse(f"the output {out} and the source {source} lie in each other; give another output")
 
 
 def _host() -> str:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from zarr_cae.cli.arguments import Commands, command, note, refuse
+from zarr_cae.cli.images import absent
 from zarr_cae.errors import CAEConfigurationError
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -38,6 +39,8 @@ def add(commands: Commands) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run `zarr-cae serve` until it is interrupted."""
     archive: Path = arguments.archive
+    if not archive.exists():
+        refuse(absent(archive))
     if not archive.is_dir():
         refuse(f"{archive} is not a folder with a zarr hierarchy")
     if not 0 <= arguments.port < 1 << 16 or arguments.cache < 0:

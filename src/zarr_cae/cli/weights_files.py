@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from zarr_cae.cli.arguments import Commands, command, quality, refuse, table
+from zarr_cae.cli.images import absent
 from zarr_cae.weights import registry
 from zarr_cae.weights.families import FAMILIES
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, ZOO_MODEL, WeightsInfo
@@ -100,7 +101,7 @@ def import_file(arguments: argparse.Namespace) -> None:
         if arguments.quality is None or arguments.metric is None:
             refuse(f"{path} is taken for a CompressAI checkpoint; say which one with --quality Q --metric M")
         if not path.is_file():
-            refuse(f"{path} does not exist")
+            refuse(absent(path))
         from zarr_cae.weights.compressai import convert
 
         content = convert(path, quality=arguments.quality, metric=arguments.metric)
@@ -112,8 +113,10 @@ def embed(arguments: argparse.Namespace) -> None:
     from zarr_cae.codec.embedded import embed_weights
 
     path: Path = arguments.archive
+    if not path.exists():
+        refuse(absent(path))
     if not path.is_dir():
-        refuse(f"{path} does not exist")
+        refuse(f"{path} is not a folder with a zarr hierarchy")
     for digest in embed_weights(path):
         print(digest)
 

@@ -17,6 +17,7 @@ import numpy as np
 from zarr_cae.cli.arguments import note, progress, refuse
 from zarr_cae.cli.images import RGBA, Source, refusing_damage
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
+from zarr_cae.slides.sources import read_window
 
 if TYPE_CHECKING:
     import zarr
@@ -211,8 +212,8 @@ async def _write_one(item: NewArray, path: Path, advance: Callable[[float], obje
         attributes=dict(item.source.attributes),
     )
     for window in slabs(source.shape, item.shards or item.chunks):
-        with refusing_damage(source.name):
-            pixels = np.asarray(source.array[window])
+        with refusing_damage(str(source.path or source.name)):
+            pixels = read_window(source.array, window)
         count_rest = begin(pixels.size, lambda samples: advance(item.megapixels * samples / math.prod(source.shape)))
         await array.setitem(window, pixels)
         count_rest()

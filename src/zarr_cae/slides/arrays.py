@@ -16,9 +16,11 @@ from zarr_cae.slides.metadata import SlideMetadata, unit_name
 from zarr_cae.slides.ome import SOURCE
 from zarr_cae.slides.sources import Slide, guessed_axes
 
-__all__ = ["kept_metadata", "open_zarr"]
+__all__ = ["described_array", "kept_metadata", "open_zarr"]
 
 _AXES = frozenset("tczyx")
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)
+"""The errors that malformed metadata of OME-Zarr cause here."""
 
 
 def open_zarr(path: Path, *, level: int = 0) -> Slide:
@@ -66,26 +68,59 @@ def _image(path: Path, group: zarr.Group, level: int) -> Slide:
         axes = [axis["name"] for axis in found[0]["axes"]]
         assert isinstance(array, zarr.Array)
         slide = _array(path, array, axes, attributes)
-        scales = [one["scale"] for one in datasets[level]["coordinateTransformations"] if one["type"] == "scale"]
-        sizes = {
-            axis["name"]: (float(size), str(unit_name(axis["unit"])))
-            for axis, size in zip(found[0]["axes"], scales[0], strict=True)
-            if axis.get("type") in {"space", "time"} and unit_name(str(axis.get("unit")))
-        }
-        channels = ome.get("omero", {}).get("channels", [])
-        metadata = replace(
-            slide.metadata,
-            pixel_size=sizes,
-            channel_names=tuple(str(one.get("label", "")) for one in channels),
-            channel_colours=tuple(str(one.get("color", "")) for one in channels),
-        )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        metadata = _described(slide.metadata, ome, found[0]["axes"], datasets[level])
+    except _MALFORMED as error:
         if isinstance(error, CAEConfigurationError):
             raise
         raise CAEConfigurationError(f"cae: the OME-Zarr metadata of {path} are malformed: {error!r}") from error
     colours = [colour.upper() for colour in metadata.channel_colours]
     rgb = slide.rgb or ("c" in axes and colours == ["FF0000", "00FF00", "0000FF"] and array.dtype.kind == "u")
     return replace(slide, metadata=metadata, rgb=rgb, levels=tuple(_size(group[one["path"]], axes) for one in datasets))
+
+
+def _described(metadata: SlideMetadata, ome: Any, axes: Any, dataset: Any) -> SlideMetadata:
+    """Return metadata with the pixel size of a level and the channels that an OME-Zarr image has, where it has them."""
+    scales = [one["scale"] for one in dataset["coordinateTransformations"] if one["type"] == "scale"]
+    sizes = {
+        axis["name"]: (float(size), str(unit_name(axis["unit"])))
+        for axis, size in zip(axes, scales[0], strict=True)
+        if axis.get("type") in {"space", "time"} and unit_name(str(axis.get("unit")))
+    }
+    channels = ome.get("omero", {}).get("channels", [])
+    return replace(
+        metadata,
+        pixel_size=sizes,
+        channel_names=tuple(str(one.get("label", "")) for one in channels),
+        channel_colours=tuple(str(one.get("color", "")) for one in channels),
+    )
+
+
+def described_array(array: zarr.Array[Any]) -> tuple[tuple[str | None, ...], SlideMetadata]:
+    """Return the names of the axes of a local array, and what is known of its pixels.
+
+    Pixel sizes and channel names are those of the OME-Zarr image of which the array is a level. Where there is none, or
+    it does not say, they are those that the array's own attributes keep.
+    """
+    names = tuple(getattr(array.metadata, "dimension_names", None) or ())
+    kept = kept_metadata(array.attrs.asdict())
+    folder = Path(str(array.store_path).removeprefix("file://"))
+    for parent in folder.parents:
+        try:
+            attributes: dict[str, Any] = dict(zarr.open_group(parent, mode="r").attrs.asdict())
+            ome: Any = attributes.get("ome", attributes)
+            for image in ome.get("multiscales", ()):
+                for dataset in image["datasets"]:
+                    if parent / dataset["path"] == folder:
+                        axes = tuple(str(axis["name"]) for axis in image["axes"])
+                        found = _described(kept, ome, image["axes"], dataset)
+                        sizes = found.pixel_size or kept.pixel_size
+                        channels = found.channel_names or kept.channel_names
+                        return names or axes, replace(found, pixel_size=sizes, channel_names=channels)
+        except FileNotFoundError:  # it is no group, so neither is any folder above
+            break
+        except _MALFORMED:
+            continue
+    return names, kept
 
 
 def _size(array: Any, axes: list[str]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ The journal is a folder beside the output, `.NAME.converting`, until all is done
 
 A block is recorded only after its shard and its reduced copy are on the disk (fsync), in this order. So a process that
 is killed, or a power cut, costs at most the blocks that were in work. A lock keeps two processes from the same journal.
+A run that fails before a block is complete removes the journal.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy.typing as npt
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.files import atomic_write
+from zarr_cae.slides.differences import differences
 from zarr_cae.slides.pyramid import Block
 
 __all__ = [
@@ -36,7 +38,9 @@ __all__ = [
     "is_recorded",
     "journal_folder",
     "read_reduced",
+    "recorded_blocks",
     "remove_reduced",
+    "unfinished",
     "write_reduced",
 ]
 
@@ -54,6 +58,9 @@ class Journal:
         Source and settings of the conversion, as JSON values. All of them must be the same to go on.
     restart
         Whether to remove a journal that is there and begin anew.
+    keep_settings
+        Whether a run that fails before a block is complete leaves the journal. It does if the settings took long to
+        find (fitted weights).
 
     Attributes
     ----------
@@ -65,13 +72,22 @@ class Journal:
     Raises
     ------
     CAEConfigurationError
-        If there is a journal of another source or of other settings, or another process works on it.
+        If there is a journal of another source or of other settings, another process works on it, or the folder of the
+        output can't be written to.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool = False) -> None:
+    def __init__(
+        self, output: Path, settings: Mapping[str, Any], *, restart: bool = False, keep_settings: bool = False
+    ) -> None:
         self.folder = journal_folder(output)
+        self._keep_settings = keep_settings
         self._lock: IO[bytes] | None = None
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CAEConfigurationError(
+                f"cae: folder {output.parent} can't be written to: {error.strerror or error}"
+            ) from error
         self._take_lock(output)
         try:
             if restart:
@@ -114,7 +130,12 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if kind is not None:
+            begun = recorded_blocks(self.folder) > 0
+            complete = begun and not (self.out / "zarr.json").exists()  # the output has its final name already
+            if complete or not (begun or self._keep_settings):
+                self.remove()
         self.close()
 
     def _take_lock(self, output: Path) -> None:
@@ -183,12 +204,31 @@ def check_settings(folder: Path, output: Path, settings: Mapping[str, Any]) -> N
     known = _known_settings(folder) or {}
     wanted = json.loads(json.dumps({"version": _VERSION, **settings}))
     if known != wanted:
-        names = sorted(name for name in {*known, *wanted} if known.get(name) != wanted.get(name))
-        changes = "; ".join(f"{name} was {known.get(name)!r} and is {wanted.get(name)!r}" for name in names)
         raise CAEConfigurationError(
-            f"cae: an interrupted conversion to {output} had another source or other settings: {changes}. Give the "
-            "same ones to go on, or --restart to begin anew"
+            f"cae: an interrupted conversion to {output} had another source or other settings: "
+            f"{'; '.join(differences(known, wanted))}. Give the same ones to go on, or --restart to begin anew"
         )
+
+
+def recorded_blocks(folder: Path) -> int:
+    """Return how many blocks a journal records as complete, with those of all images of a group."""
+    files = [folder / "done", *(folder / "images").glob(".*.converting/done")]
+    return sum(path.read_bytes().count(b"\n") for path in files if path.exists())
+
+
+def unfinished(path: Path) -> str | None:
+    """Return what to say about a path that does not exist because the conversion to it is unfinished, if that is so."""
+    for place in (path, *path.parents):
+        if not place.name or place.name == ".." or place.exists():
+            continue
+        known = _known_settings(journal_folder(place))
+        if known is not None:
+            source = f" of {known['source']}" if "source" in known else ""
+            return (
+                f"{place} is unfinished: its conversion{source} was interrupted, or still runs; the same `zarr-cae "
+                "convert` command goes on with it"
+            )
+    return None
 
 
 def flush(files: Iterable[Path], top: Path) -> None:

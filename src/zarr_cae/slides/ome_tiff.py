@@ -61,7 +61,8 @@ def write_ome_tiff(path: Path, pixels: npt.NDArray[Any], axes: str, metadata: Sl
         if unit in _SYMBOLS:
             name = "TimeIncrement" if axis == "t" else f"PhysicalSize{axis.upper()}"
             told |= {name: size, f"{name}Unit": _SYMBOLS[unit]}
-    if metadata.channel_names and not rgb:
+    channels = pixels.shape[kept.index("c")] if "c" in kept else 1
+    if len(metadata.channel_names) == channels and not rgb:
         told["Channel"] = {"Name": list(metadata.channel_names)}
     tifffile.imwrite(
         path, pixels, ome=True, bigtiff=pixels.nbytes > 2**31, tile=_TILE, compression="zlib", metadata=told,

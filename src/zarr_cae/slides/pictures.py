@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.errors import CAEConfigurationError, CAEError
-from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
+from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.pixels.pillow import opened_picture
 from zarr_cae.slides.metadata import SlideMetadata
 from zarr_cae.slides.sources import Slide
 
@@ -25,20 +25,12 @@ _ORIENTATION = 0x0112
 
 def open_picture(path: Path) -> Slide:
     """Open a picture of one frame. Errors are those of `open_slide`."""
-    from PIL import Image
-
-    with no_size_limit():
-        try:
-            with Image.open(path) as image:
-                pixels = deep_pixels(path, image)
-                if pixels is None:
-                    pixels = _shallow_pixels(image)
-                metadata = metadata_of(image)
-                orientation = image.getexif().get(_ORIENTATION, 1)
-        except (CAEError, OSError):
-            raise
-        except IMAGE_DAMAGE as error:
-            raise CAEConfigurationError(f"cae: {path} can't be read: {error}") from error
+    with opened_picture(path) as image:
+        pixels = deep_pixels(path, image)
+        if pixels is None:
+            pixels = _shallow_pixels(image)
+        metadata = metadata_of(image)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     stored = "yx" if pixels.ndim == 2 else "yxc"
     rgb = pixels.shape[2:] == (3,)
     return Slide(path.stem, pixels, stored, rgb, metadata, orientation=orientation if orientation in range(1, 9) else 1)

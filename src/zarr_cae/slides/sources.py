@@ -13,11 +13,13 @@ All but the last are read window by window. Pillow decodes the whole picture.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -85,6 +87,8 @@ class Slide:
         Whether samples are grey or RGB values; not indices of a palette, CMYK, single bits or inverted grey values.
     close
         Closes the file.
+    path
+        The file or folder, as `open_slide` got it.
     """
 
     name: str
@@ -97,6 +101,7 @@ class Slide:
     orientation: int = 1
     plain: bool = True
     close: Callable[[], None] = lambda: None
+    path: Path | None = None
 
     @property
     def axes(self) -> str:
@@ -129,13 +134,13 @@ class Slide:
             wanted["y"], wanted["x"] = wanted["x"], wanted["y"]
         selection = tuple(wanted.get(axis, slice(0, 1)) for axis in self.stored)
         try:
-            pixels = np.asarray(self.array[selection])
+            pixels = read_window(self.array, selection)
         except (CAEError, OSError):
             raise
         except DAMAGE as error:
             place = ", ".join(f"{axis} {part.start}:{part.stop}" for axis, part in zip(self.axes, window, strict=True))
             raise CAEDataError(
-                f"cae: {self.name} can't be read at {place}; is it damaged? {type(error).__name__}: {error}"
+                f"cae: {self.path or self.name} can't be read at {place}; is it damaged? {type(error).__name__}: {error}"
             ) from error
         kept = [axis for axis in self.stored if axis != "-"]
         pixels = pixels.reshape([n for n, axis in zip(pixels.shape, self.stored, strict=True) if axis != "-"])
@@ -184,11 +189,25 @@ class CachedRows:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-            block = np.asarray(self._array[tuple(whole)])
+            block = read_window(self._array, tuple(whole))
             self._kept[key] = block
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _CACHED_BYTES:
                 self._kept.popitem(last=False)
             return block
+
+
+def read_window(array: Sliceable, window: tuple[slice, ...]) -> Pixels:
+    """Return a window of an array.
+
+    A zarr array is read in an event loop of its own. In zarr's loop, the other chunks of a window would still be read
+    after an error of one, and asyncio would report them when the process ends.
+    """
+    import zarr
+
+    if not isinstance(array, zarr.Array):
+        return np.asarray(array[window])
+    with ThreadPoolExecutor(1, thread_name_prefix="cae-read") as thread:  # this one may have a running loop
+        return np.asarray(thread.submit(asyncio.run, array.async_array.getitem(window)).result())
 
 
 def window_lengths(window: Sequence[slice]) -> list[int]:
@@ -216,6 +235,10 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         If no reader knows the file, a library that reads it is not installed (the error names the extra), or there is
         no such series or level. OSError if the file can't be read.
     """
+    return replace(_opened(path, series, level), path=path)
+
+
+def _opened(path: Path, series: int | None, level: int) -> Slide:
     from zarr_cae.slides.dicoms import is_dicom, open_dicom
 
     suffix = path.suffix.lower()
@@ -227,6 +250,8 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         return open_zarr(path, level=level)
     if not path.is_file():
         raise FileNotFoundError(2, "No such file or directory", str(path))
+    if not path.stat().st_size:
+        raise CAEConfigurationError(f"cae: {path} is empty: it has no bytes")
     if suffix == ".npy":
         return _open_npy(path)
     if suffix in _OPENSLIDE:
@@ -254,7 +279,7 @@ def _open_npy(path: Path) -> Slide:
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, TypeError, TokenError) as error:
-        raise CAEConfigurationError(f"cae: {path} is not a .npy file of numbers: {error}") from error
+        raise CAEConfigurationError(f"cae: {path} is not a .npy file of numbers, or damaged: {error}") from error
     stored, rgb = guessed_axes(array.shape, path)
     return Slide(path.stem, array, stored, rgb)
 

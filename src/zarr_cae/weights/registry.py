@@ -115,6 +115,12 @@ def _name(info: WeightsInfo) -> str:
     return info.name or DEFAULT_NAME
 
 
+def family_name(digest: str) -> str | None:
+    """Return the name of the family of weights; None if they have none, or are not on this machine."""
+    info = find_digest(digest)
+    return _name(info) if info is not None and is_named(info) else None
+
+
 def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     """Return the digest for the `weights` that a codec is made with.
 
