@@ -155,12 +155,12 @@ def test_other_source_or_settings_are_refused(write: Write, tissue: np.ndarray, 
         with pytest.raises(CAEConfigurationError, match="another process"):
             Journal(out, settings)
     other = prepare(slide, Choices((3,), chunks=(64, 64))).settings
-    with pytest.raises(CAEConfigurationError, match=r"qualities was \[2\] and is \[3\].*--restart"):
+    with pytest.raises(CAEConfigurationError, match=r": --quality 3, was 2\. .*--restart"):
         Journal(out, other)
-    with configure(effort=3), pytest.raises(CAEConfigurationError, match="effort was None and is 3"):
+    with configure(effort=3), pytest.raises(CAEConfigurationError, match=": --effort 3, was 0"):
         Journal(out, prepare(slide, Choices((2,), chunks=(64, 64))).settings)
     os.utime(slide, (1, 1))
-    with pytest.raises(CAEConfigurationError, match="modified was"):
+    with pytest.raises(CAEConfigurationError, match="was changed meanwhile"):
         Journal(out, prepare(slide, Choices((2,), chunks=(64, 64))).settings)
     with Journal(out, other, restart=True) as journal:
         assert not journal.resumed
@@ -331,13 +331,13 @@ def test_several_files_go_on_after_an_interruption(
     assert main(command) == 130
     assert not out.exists()
     assert main([*command, "-q", "3"]) == 1
-    assert "qualities" in capsys.readouterr().err
+    assert "--quality 3, was 2" in capsys.readouterr().err
     assert main(["convert", slides[0], str(out), *SMALL]) == 1
     assert "source" in capsys.readouterr().err
     monkeypatch.setattr(Journal, "record", original)
     os.utime(slides[0], (1, 1))  # the first image is complete; it must not be taken for one of the changed file
     assert main(command) == 1
-    assert "modified was" in capsys.readouterr().err
+    assert "was changed meanwhile" in capsys.readouterr().err
     assert main([*command, "--restart"]) == 0
     assert digests(out) == digests(whole)
 
@@ -409,7 +409,7 @@ def test_a_source_that_changes_meanwhile_is_refused(write: Write, tissue: np.nda
         create(conversion, journal.out)
         with pytest.raises(CAEDataError, match="was changed while it was converted"):
             convert_here(conversion, journal, change)
-    with pytest.raises(CAEConfigurationError, match="modified was"):
+    with pytest.raises(CAEConfigurationError, match="was changed meanwhile"):
         Journal(tmp_path / "out", prepare(slide, Choices((2,), chunks=(64, 64), shards=(128, 128))).settings)
 
 
@@ -420,7 +420,7 @@ def test_a_folder_that_was_changed_is_another_source(tissue: np.ndarray, tmp_pat
         journal.out.mkdir()
         (journal.out / "zarr.json").touch()
     array[:100, :100] = 7
-    with pytest.raises(CAEConfigurationError, match="modified was"):
+    with pytest.raises(CAEConfigurationError, match="was changed meanwhile"):
         Journal(tmp_path / "out", prepare(tmp_path / "a.zarr", Choices((2,), chunks=(64, 64))).settings)
 
 

@@ -50,8 +50,12 @@ def test_level_region_and_labels(image: Path) -> None:
     assert label == tuple(patches.positions[3])
     with pytest.raises(CAEConfigurationError, match="labels"):
         slide_patches(image, 2, labels=[0])
-    with pytest.raises(CAEConfigurationError, match="levels 0 to 2"):
-        slide_patches(image, 2, level=3)
+    for level in (3, -1):
+        with pytest.raises(CAEConfigurationError, match=f"no level {level}; its levels are 0: 420 x 300, 1: 210 x 150"):
+            slide_patches(image, 2, level=level)
+    for patch in (-1, 0, 20):
+        with pytest.raises(CAEConfigurationError, match="1 to 19 rows and 1 to 27 columns"):
+            slide_patches(image, patch)
 
 
 def test_glass_is_not_stored(image: Path) -> None:

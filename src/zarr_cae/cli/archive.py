@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from zarr_cae.cli.arguments import (
+    ARRAY_HELP,
     Commands,
     add_effort,
+    add_networks,
     add_values,
-    add_weights,
     channel_axis,
     colour,
     command,
     pair,
     quality,
     refuse,
-    value_range,
     values,
     with_effort,
 )  # fmt: skip
@@ -39,12 +39,11 @@ from zarr_cae.cli.images import (
     refusing_damage,
     save_picture,
 )
-from zarr_cae.cli.replacing import create_npy, replacing, replacing_zarr
+from zarr_cae.cli.replacing import create_npy, refuse_inside, replacing, replacing_zarr
 from zarr_cae.cli.writing import Options, many_chunks_at_once, new_array, pixel_bar, slabs, stored_bytes, write
 from zarr_cae.coder.frame import NO_ERROR
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.layout import Layout, resolve_channel_axis
-from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
 from zarr_cae.weights.registry import family_name, find
 
 if TYPE_CHECKING:
@@ -61,25 +60,27 @@ def add(commands: Commands) -> None:
     """Declare `encode`, `decode` and `info`."""
     parser = command(
         commands, "encode", encode,
-        "Encode images into a Zarr array (one image) or a group of arrays named after the files (several). Images "
-        "are anything Pillow reads, .npy files and .zarr arrays; colour images become RGB, or RGBA if there are "
-        "transparent pixels, 16-bit grey stays uint16, and several frames become a first axis.",
+        "Encode images into a Zarr array (one image) or a group of arrays named after the files (several). Images are "
+        "TIFF files (OME-TIFF, SVS, NDPI and others; extra 'slides'), .npy files, Zarr arrays and OME-Zarr images, and "
+        "all that Pillow reads: PNG, JPEG and others. Colour images become RGB, or RGBA if there are transparent "
+        "pixels. 16-bit images stay uint16. Further frames, planes and channels become further axes.",
     )  # fmt: skip
     parser.add_argument("paths", nargs="+", metavar="PATH", help="IMAGE... OUT.zarr: the images, and last the output")
     parser.add_argument("-q", "--quality", type=quality, default=8, help="1 (smallest) to 8 (best); default 8")
-    parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
-    parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
-    add_weights(parser)
+    add_networks(parser)
     add_fit(parser)
-    parser.add_argument("--chunks", type=pair, default=(256, 256), metavar="ROWS,COLS", help="default 256,256")
-    parser.add_argument("--shards", type=pair, metavar="ROWS,COLS", help="files of many chunks; a multiple of --chunks")
     parser.add_argument(
-        "--channel-axis", type=channel_axis, default="auto", metavar="N|none|auto",
-        help="axis of the colour channels in .npy and .zarr arrays; auto: the last axis, if its length is 3",
+        "--chunks", type=pair, default=(256, 256), metavar="ROWS,COLS",
+        help="size of a chunk, or one number for both; default 256",
     )  # fmt: skip
     parser.add_argument(
-        "--value-range", type=value_range, metavar="LO,HI",
-        help="values of the data, for dtypes other than uint8 (write --value-range=-1,1 for a negative one)",
+        "--shards", type=pair, metavar="ROWS,COLS",
+        help="size of a shard, a file of many chunks; a multiple of --chunks; default: no shards",
+    )  # fmt: skip
+    parser.add_argument(
+        "--channel-axis", type=channel_axis, default="auto", metavar="N|none|auto",
+        help="axis of the colour channels in .npy and .zarr arrays; auto, the default: the last axis if its length is "
+        "3",
     )  # fmt: skip
     add_values(parser)
     add_effort(parser)
@@ -87,21 +88,25 @@ def add(commands: Commands) -> None:
         "--colour", type=colour, metavar="R,G,B",
         help="which channels of more than three are coded together as RGB, such as 0,1,2; the default for RGBA",
     )  # fmt: skip
-    parser.add_argument("--series", type=int, metavar="N", help="which image of a TIFF file that holds several")
-    parser.add_argument("--level", type=int, default=0, metavar="N", help="which level of a pyramid; default 0, whole")
+    parser.add_argument("--series", type=int, metavar="N", help="which image of a TIFF file that holds several, from 0")
+    parser.add_argument(
+        "--level", type=int, default=0, metavar="N", help="which level of a pyramid; default 0, the largest"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.zarr if it exists")
     parser = command(
         commands, "decode", decode,
-        "Decode a Zarr array into an image file. The format is the suffix's: any that Pillow writes, .tif also "
-        "for stacks, .ome.tif, which keeps axes, pixel sizes and channel names, or .npy, which holds arrays of every "
-        "shape and dtype. An existing file is replaced.",
+        "Decode a Zarr array into an image file. The suffix of the file chooses the format: any that Pillow writes; "
+        ".tif, which also holds stacks; .ome.tif, which keeps axes, pixel sizes and channel names; or .npy, which "
+        "holds arrays of every shape and dtype. An existing file is replaced.",
     )  # fmt: skip
-    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
-    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]", help=ARRAY_HELP)
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="the file to write")
     parser = command(
-        commands, "info", info, "Show shape, codec, stored bytes, bits per pixel and ratio of a Zarr array or group."
-    )
-    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
+        commands, "info", info,
+        "Show shape, codec, weights, stored bytes, bits per pixel and compression ratio of a Zarr array, or of all "
+        "arrays of a group.",
+    )  # fmt: skip
+    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]", help=ARRAY_HELP)
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -120,6 +125,7 @@ def encode(arguments: argparse.Namespace) -> None:
         if names.count(name) > 1:
             others = ", ".join(str(other) for other in images if other.stem == name and other != path) or "itself again"
             refuse(f"{path} and {others} would both become array {name!r}; rename one")
+    refuse_inside(out, images)
     chosen = {"series": arguments.series, "level": arguments.level}
     with with_effort(arguments), replacing_zarr(out, overwrite=arguments.overwrite) as partial:
         options = fit_to_images(arguments, options, images)

@@ -10,13 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.weights.file import QUALITIES
+from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Commands = Any
 """The type that `add_subparsers` returns; argparse does not export it."""
+ARRAY_HELP = "the archive, or an array in it, such as slide.ome.zarr/0"
 _Value = TypeVar("_Value")
 
 
@@ -71,7 +72,14 @@ def nodata(text: str) -> float | str:
 
 def add_values(parser: argparse.ArgumentParser) -> None:
     """Declare the options about values of pixels and their loss, which `encode` and `convert` share."""
-    parser.add_argument("--nodata", type=nodata, metavar="VALUE", help="value of pixels without data, or nan; exact")
+    parser.add_argument(
+        "--value-range", type=value_range, metavar="LO,HI",
+        help="lowest and highest value of the pixels, for dtypes other than uint8 (write --value-range=-1,1 for a "
+        "negative one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nodata", type=nodata, metavar="VALUE", help="value of pixels without data, or nan; it comes back exactly"
+    )
     parser.add_argument("--min-psnr", type=float, metavar="DB", help="PSNR that each chunk must reach, such as 38")
     parser.add_argument("--value-transform", choices=("sqrt",), help="sqrt: for photon counts, dark and sparse data")
 
@@ -82,17 +90,32 @@ def values(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that choose the networks, which `encode` and `convert` share."""
+    parser.add_argument(
+        "--metric", choices=METRICS, default="mse", help="the measure that the networks were trained for; default mse"
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, default=DEFAULT_MODEL, help=f"form of the networks; default {DEFAULT_MODEL}"
+    )
+    add_weights(parser)
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Declare `--weights`, which all commands that encode share."""
-    parser.add_argument("--weights", metavar="NAME|DIGEST", help="a name or a digest that `weights list` shows")
+    parser.add_argument(
+        "--weights", metavar="NAME|DIGEST",
+        help="trained weights: a name, such as photographs (the default) or histology, or a digest; `zarr-cae weights "
+        "list` shows them",
+    )  # fmt: skip
 
 
 def add_effort(parser: argparse.ArgumentParser) -> None:
     """Declare `--effort`, which `encode` and `convert` share."""
     parser.add_argument(
         "--effort", type=effort, metavar="N",
-        help="refine latents in N steps, such as 10: fewer bytes at equal PSNR, for much more time; reading is as fast "
-        "as ever; default: the setting cae.effort, which is 0",
+        help="refine the latents in N steps, such as 10: fewer bytes at equal PSNR, but encoding takes many times as "
+        "long; reading is as fast as ever; default: the setting cae.effort, which is 0",
     )  # fmt: skip
 
 

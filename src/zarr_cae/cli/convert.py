@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from zarr_cae.cli.arguments import (
     Commands,
     add_effort,
+    add_networks,
     add_values,
-    add_weights,
     command,
     note,
     pair,
     quality,
     refuse,
     several,
-    value_range,
     values,
     with_effort,
 )  # fmt: skip
@@ -30,7 +29,6 @@ from zarr_cae.cli.interrupts import terminable
 from zarr_cae.cli.replacing import check_parent, refuse_existing, refuse_inside, take_place
 from zarr_cae.cli.writing import pixel_bar
 from zarr_cae.errors import CAEError
-from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -49,34 +47,49 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "paths", nargs="+", metavar="PATH",
-        help="SLIDE... OUT.ome.zarr: the images (TIFF, SVS, NDPI, MRXS, .zarr, .npy, PNG ...), and last the output",
+        help="SLIDE... OUT.ome.zarr: the images, and last the output. Images are TIFF files (SVS, NDPI, OME-TIFF and "
+        "others; extra 'slides'), MRXS and others of OpenSlide (extra 'openslide'), folders of DICOM files (extra "
+        "'dicom'), Zarr arrays and OME-Zarr images, .npy files, and what Pillow reads",
     )  # fmt: skip
     parser.add_argument(
         "-q", "--quality", type=several(quality), default=[8], metavar="Q[,Q...]",
         help="1 (smallest) to 8 (best), default 8; several: of level 0, level 1 and so on, the last one for the rest",
     )  # fmt: skip
-    parser.add_argument("--metric", choices=METRICS, default="mse", help="the measure that the network was trained for")
-    parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="family of networks")
-    add_weights(parser)
+    add_networks(parser)
     add_fit(parser)
-    parser.add_argument("--chunks", type=pair, default=(512, 512), metavar="ROWS,COLS", help="default 512")
     parser.add_argument(
-        "--shards", type=_shards, default=(4096, 4096), metavar="ROWS,COLS|none", help="files of chunks; default 4096"
-    )
+        "--chunks", type=pair, default=(512, 512), metavar="ROWS,COLS",
+        help="size of a chunk, or one number for both; default 512",
+    )  # fmt: skip
     parser.add_argument(
-        "--levels", type=_levels, metavar="N|auto", help="default auto: halve the image until it fits into a chunk"
-    )
-    parser.add_argument("--downsample", choices=("mean", "nearest"), default="mean", help="default mean")
+        "--shards", type=_shards, default=(4096, 4096), metavar="ROWS,COLS|none",
+        help="size of a shard, a file of many chunks: an even number and a multiple of --chunks; none: a file for each "
+        "chunk; default 4096",
+    )  # fmt: skip
     parser.add_argument(
-        "--value-range", type=value_range, metavar="LO,HI", help="lowest and highest value; for dtypes but uint8"
-    )
+        "--levels", type=_levels, metavar="N|auto",
+        help="number of levels; auto, the default: halve the image until it fits into a chunk",
+    )  # fmt: skip
+    parser.add_argument(
+        "--downsample", choices=("mean", "nearest"), default="mean",
+        help="a pixel of a smaller level is the mean of 2 x 2 pixels, or one of them; default mean",
+    )  # fmt: skip
     add_values(parser)
     add_effort(parser)
-    parser.add_argument("--series", type=int, metavar="N", help="which image of a file that holds several")
-    parser.add_argument("--level", type=int, default=0, metavar="N", help="begin at this level of the file's pyramid")
-    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of the dask.distributed cluster that converts")
+    parser.add_argument("--series", type=int, metavar="N", help="which image of a file that holds several, from 0")
+    parser.add_argument(
+        "--level", type=int, default=0, metavar="N",
+        help="begin at this level of the file's pyramid; default 0, the largest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dask", metavar="ADDRESS",
+        help="convert on the workers of a dask.distributed cluster; address of its scheduler, such as tcp://HOST:8786 "
+        "(extra 'dask')",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.ome.zarr if it exists")
-    parser.add_argument("--restart", action="store_true", help="begin an interrupted conversion anew")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an interrupted conversion has done, and begin anew"
+    )
 
 
 def convert(arguments: argparse.Namespace) -> None:

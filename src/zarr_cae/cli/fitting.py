@@ -31,8 +31,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     """Declare `--fit`."""
     parser.add_argument(
         "--fit", type=minutes, metavar="TIME",
-        help="first fit the weights to the images for so long, such as 10min; they are stored in the output, which "
-        "zarr_cae.open and these commands read",
+        help="first fit the weights to the images for this time, such as 10min, 90s or 1h; they are stored in the "
+        "output, where zarr_cae.open and these commands find them",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def terminable() -> Iterator[None]:
         return
     terminated = False
 
-    def terminate(number: int, frame: FrameType | None) -> None:
+    def terminate(_: int, frame: FrameType | None) -> None:
         nonlocal terminated
         terminated = True
         interrupt = signal.getsignal(signal.SIGINT)

@@ -24,7 +24,16 @@ import numpy.typing as npt
 
 from zarr_cae.cli.arguments import refuse
 
-__all__ = ["check_parent", "create_npy", "is_zarr", "refuse_existing", "refuse_inside", "replacing", "replacing_zarr", "take_place"]
+__all__ = [
+    "check_parent",
+    "create_npy",
+    "is_zarr",
+    "refuse_existing",
+    "refuse_inside",
+    "replacing",
+    "replacing_zarr",
+    "take_place",
+]
 
 _METADATA = ("zarr.json", ".zarray", ".zgroup")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zarr_cae.cli.arguments import Commands, command, progress
+from zarr_cae.cli.arguments import ARRAY_HELP, Commands, command, progress
 from zarr_cae.errors import CAEDataError
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ def add(commands: Commands) -> None:
         "Check every stored chunk of a Zarr array or group: checksums, structure and weights. Bad chunks are listed by "
         "their keys, and the exit status is then 1.",
     )  # fmt: skip
-    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]")
-    parser.add_argument("--deep", action="store_true", help="decode all chunks to pixels, and show their range")
+    parser.add_argument("array", type=Path, metavar="OUT.zarr[/ARRAY]", help=ARRAY_HELP)
+    parser.add_argument(
+        "--deep", action="store_true", help="also decode all chunks, and show the lowest and the highest value"
+    )
 
 
 def verify(arguments: argparse.Namespace) -> None:

@@ -117,7 +117,10 @@ class LatentPatches:
         self._axes = cast("list[str]", mapping["axes"])
         sides = [array.shape[self._axes.index(role)] for role in ("rows", "columns")]
         if min(*self.patch, *self.step) < 1 or self.patch[0] > sides[0] or self.patch[1] > sides[1]:
-            raise CAEConfigurationError(f"cae: patches {self.patch} by {self.step} do not fit latents of {sides}")
+            raise CAEConfigurationError(
+                f"cae: a patch has 1 to {sides[0]} rows and 1 to {sides[1]} columns of these latents, and a step is at "
+                f"least 1; got patch {self.patch} and step {self.step}"
+            )
         batch = [length for length, role in zip(array.shape, self._axes, strict=True) if role == "batch"]
         counts = [(n - size) // step + 1 for n, size, step in zip(sides, self.patch, self.step, strict=True)]
         self._grid = (*batch, *counts)

@@ -63,7 +63,9 @@ def _image(path: Path, group: zarr.Group, level: int) -> Slide:
     try:
         datasets = found[0]["datasets"]
         if not 0 <= level < len(datasets):
-            raise CAEConfigurationError(f"cae: {path} has levels 0 to {len(datasets) - 1}; got level {level}")
+            sizes = (_size(group[one["path"]], [axis["name"] for axis in found[0]["axes"]]) for one in datasets)
+            levels = ", ".join(f"{index}: {size[1]} x {size[0]}" for index, size in enumerate(sizes))
+            raise CAEConfigurationError(f"cae: {path} has no level {level}; its levels are {levels}")
         array = group[datasets[level]["path"]]
         axes = [axis["name"] for axis in found[0]["axes"]]
         assert isinstance(array, zarr.Array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import zarr
+import zarr.api.asynchronous
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.background import WritingCodec
@@ -192,7 +194,7 @@ def _edge(choices: Choices) -> tuple[int, int]:
         for shard, chunk in zip(choices.shards, choices.chunks, strict=True):
             if shard % chunk or shard % 2:
                 raise CAEConfigurationError(
-                    f"cae: shards {choices.shards} must be even multiples of the chunks {choices.chunks}"
+                    f"cae: shards {choices.shards} must be even numbers and multiples of the chunks {choices.chunks}"
                 )
         return choices.shards
     rows, columns = (chunk * max(1, _BLOCK // chunk) for chunk in choices.chunks)
@@ -272,9 +274,16 @@ def array_options(conversion: Conversion, level: int) -> dict[str, Any]:
 
 
 def create(conversion: Conversion, out: Path) -> None:
-    """Write the metadata of a pyramid: the group and the array of every level."""
-    group = zarr.create_group(out, attributes=conversion.attributes, overwrite=True)
+    """Write the metadata of a pyramid: the group and the array of every level.
+
+    It has an event loop of its own, so that Ctrl-C stops all work before it returns.
+    """
+    asyncio.run(_create(conversion, out))
+    flush(out.rglob("zarr.json"), out)
+
+
+async def _create(conversion: Conversion, out: Path) -> None:
+    group = await zarr.api.asynchronous.create_group(store=out, attributes=conversion.attributes, overwrite=True)
     for level in range(len(conversion.pyramid.sizes)):
         kept = source_attributes(conversion.metadata, level)
-        group.create_array(str(level), attributes=kept, **array_options(conversion, level))
-    flush(out.rglob("zarr.json"), out)
+        await group.create_array(str(level), attributes=kept, **array_options(conversion, level))

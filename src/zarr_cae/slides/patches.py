@@ -115,7 +115,9 @@ def slide_patches(
     pixels = zarr.open_group(slide, mode="r", **options)
     paths = _paths(pixels)
     if not 0 <= level < len(paths):
-        raise CAEConfigurationError(f"cae: the image has levels 0 to {len(paths) - 1}; got level {level}")
+        sizes = (cast("zarr.Array[Any]", pixels[path]).shape for path in paths)
+        levels = ", ".join(f"{index}: {size[-1]} x {size[-2]}" for index, size in enumerate(sizes))
+        raise CAEConfigurationError(f"cae: {pixels.store_path} has no level {level}; its levels are {levels}")
     array = cast("zarr.Group", latents)[paths[level]]
     if not isinstance(array, zarr.Array) or ATTRIBUTE not in array.attrs:
         raise CAEConfigurationError(f"cae: level {level} is not stored with the codec 'cae', so it has no latents")

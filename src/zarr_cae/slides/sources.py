@@ -140,7 +140,8 @@ class Slide:
         except DAMAGE as error:
             place = ", ".join(f"{axis} {part.start}:{part.stop}" for axis, part in zip(self.axes, window, strict=True))
             raise CAEDataError(
-                f"cae: {self.path or self.name} can't be read at {place}; is it damaged? {type(error).__name__}: {error}"
+                f"cae: {self.path or self.name} can't be read at {place}; is it damaged? {type(error).__name__}: "
+                f"{error}"
             ) from error
         kept = [axis for axis in self.stored if axis != "-"]
         pixels = pixels.reshape([n for n, axis in zip(pixels.shape, self.stored, strict=True) if axis != "-"])
