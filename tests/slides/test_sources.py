@@ -228,11 +228,9 @@ def test_damaged_files_are_refused(tmp_path: Path, tissue: np.ndarray) -> None:
     (tmp_path / "a.tif").write_bytes(b"II*\0" + b"\xff" * 40)
     (tmp_path / "b.png").write_bytes(b"no picture")
     (tmp_path / "c.mrxs").write_bytes(b"no slide")
-    for name in ("a.tif", "c.mrxs"):
+    for name in ("a.tif", "b.png", "c.mrxs"):
         with pytest.raises(CAEConfigurationError, match=name):
             open_slide(tmp_path / name)
-    with pytest.raises(OSError, match="identify"):
-        open_slide(tmp_path / "b.png")
     with pytest.raises(FileNotFoundError):
         open_slide(tmp_path / "none.tif")
 

@@ -177,6 +177,7 @@ def _decode_ome_tiff(array: zarr.Array[Any], path: Path) -> None:
     from zarr_cae.slides.ome_tiff import write_ome_tiff
 
     names, metadata = described_array(array)
+    axes = "".join(map(str, names))
     if not {"y", "x"} <= set(names) <= set("tczyx"):
         refuse(f"{array.store_path} does not name its axes t, c, z, y and x; write it to .tif or .npy")
     channels = _channel_axis(array)
@@ -184,7 +185,7 @@ def _decode_ome_tiff(array: zarr.Array[Any], path: Path) -> None:
     pixels = np.empty(array.shape, array.dtype)
     _read(array, pixels)
     with replacing(path) as partial:
-        write_ome_tiff(partial, pixels, "".join(names), metadata, rgb=rgb)
+        write_ome_tiff(partial, pixels, axes, metadata, rgb=rgb)
 
 
 def _read(array: zarr.Array[Any], target: Pixels) -> None:

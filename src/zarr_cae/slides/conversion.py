@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import zarr
-import zarr.api.asynchronous
 
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.background import WritingCodec
@@ -276,14 +275,16 @@ def array_options(conversion: Conversion, level: int) -> dict[str, Any]:
 def create(conversion: Conversion, out: Path) -> None:
     """Write the metadata of a pyramid: the group and the array of every level.
 
-    It has an event loop of its own, so that Ctrl-C stops all work before it returns.
+    Another thread writes them. After Ctrl-C it ends its work before this function returns, so that the files can be
+    removed.
     """
-    asyncio.run(_create(conversion, out))
-    flush(out.rglob("zarr.json"), out)
+    with ThreadPoolExecutor(1, thread_name_prefix="cae-create") as thread:
+        thread.submit(_create, conversion, out).result()
 
 
-async def _create(conversion: Conversion, out: Path) -> None:
-    group = await zarr.api.asynchronous.create_group(store=out, attributes=conversion.attributes, overwrite=True)
+def _create(conversion: Conversion, out: Path) -> None:
+    group = zarr.create_group(out, attributes=conversion.attributes, overwrite=True)
     for level in range(len(conversion.pyramid.sizes)):
         kept = source_attributes(conversion.metadata, level)
-        await group.create_array(str(level), attributes=kept, **array_options(conversion, level))
+        group.create_array(str(level), attributes=kept, **array_options(conversion, level))
+    flush(out.rglob("zarr.json"), out)
