@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from commands import load, refused, run, save
 from zarr_cae import CAECodec
 from zarr_cae.cli import main
 from zarr_cae.cli.interrupts import TerminatedError, terminable
+from zarr_cae.slides.conversion import Choices
 from zarr_cae.slides.journal import Journal, journal_folder
 
 SMALL = ("-q", "2", "--chunks", "32", "--shards", "64")
@@ -103,6 +105,32 @@ def test_an_interruption_at_the_end_leaves_the_complete_output(picture, monkeypa
     assert "o.ome.zarr is complete" in capsys.readouterr().err
     assert zarr.open_group("o.ome.zarr", mode="r")["0"].shape == (3, 150, 200)
     assert not journal_folder(Path("o.ome.zarr")).exists()
+
+
+def test_fitted_weights_are_kept_before_the_first_shard(picture, stop_after, monkeypatch, capsys) -> None:
+    def fit(arguments: object, choices: Choices, *rest: object) -> Choices:
+        return replace(choices, weights="histology")
+
+    monkeypatch.setattr("zarr_cae.cli.convert.fit_to_slides", fit)
+    stop_after(0, KeyboardInterrupt())
+    assert convert("--fit", "1s") == 130
+    kept = "the fitted weights are kept, but no shard is complete; the same command goes on with them"
+    assert capsys.readouterr().err == f"zarr-cae: interrupted; {kept}\n"
+    monkeypatch.undo()
+    monkeypatch.chdir(picture)
+    stop_after()
+    assert convert("--fit", "1s") == 0  # takes the weights of the journal
+    assert "going on with the weights that this conversion began with" in capsys.readouterr().err
+
+
+def test_an_interruption_before_the_journal_is_open(picture, monkeypatch, capsys) -> None:
+    def prepare(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zarr_cae.slides.conversion.prepare", prepare)
+    assert convert() == 130
+    assert "interrupted; nothing is kept yet; the same command begins anew" in capsys.readouterr().err
+    assert [path.name for path in picture.iterdir()] == ["a.png"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

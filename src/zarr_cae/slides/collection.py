@@ -41,7 +41,8 @@ def image_names(sources: Sequence[Path]) -> list[str]:
             raise CAEConfigurationError(f"cae: {source}: no image in a group can have the name {name!r}; rename it")
         same = [str(other) for other, its_name in zip(sources, names, strict=True) if its_name == name]
         if len(same) > 1:
-            raise CAEConfigurationError(f"cae: {' and '.join(same)} would both become image {name!r}; rename one")
+            what = f"{same[0]} is given twice" if len({*same}) == 1 else f"{' and '.join(same)} have the same name"
+            raise CAEConfigurationError(f"cae: {what}: each would become image {name!r}; leave one out or rename it")
     return names
 
 

@@ -264,7 +264,7 @@ def _opened(path: Path, series: int | None, level: int) -> Slide:
 
         return open_tiff(path, series=series, level=level)
     if level:
-        raise CAEConfigurationError(f"cae: {path} is no pyramid, so it has no level {level}")
+        raise CAEConfigurationError(f"cae: {path} is not a pyramid, so it has no level {level}")
     from zarr_cae.slides.pictures import open_picture
 
     return open_picture(path)
