@@ -82,7 +82,8 @@ def test_complete_shards_are_kept(picture, stop_after, capsys) -> None:
     stop_after(2, OSError(28, "No space left on device", "disk"))
     assert convert() == 1
     kept = "3 complete shards are kept in .o.ome.zarr.converting, and the same command goes on after them"
-    assert capsys.readouterr().err.endswith(f"zarr-cae: disk: No space left on device; {kept}\n")
+    note = "zarr-cae: note: a.png: going on after 1 complete shard\n"
+    assert capsys.readouterr().err == f"{note}zarr-cae: disk: No space left on device; {kept}\n"
     stop_after(2, KeyboardInterrupt())
     assert convert("--restart") == 130
     assert "2 complete shards are kept" in (error := capsys.readouterr().err)
@@ -114,7 +115,7 @@ def test_fitted_weights_are_kept_before_the_first_shard(picture, stop_after, mon
     monkeypatch.setattr("zarr_cae.cli.convert.fit_to_slides", fit)
     stop_after(0, KeyboardInterrupt())
     assert convert("--fit", "1s") == 130
-    kept = "the fitted weights are kept, but no shard is complete; the same command goes on with them"
+    kept = "the fitted weights are kept, but nothing else yet; the same command goes on with them"
     assert capsys.readouterr().err == f"zarr-cae: interrupted; {kept}\n"
     monkeypatch.undo()
     monkeypatch.chdir(picture)

@@ -149,15 +149,19 @@ def _kept(out: Path, arguments: argparse.Namespace) -> str:
     folder = journal_folder(out)
     count = recorded_blocks(folder)
     command = "the same command without --restart" if arguments.restart else "the same command"
-    unit = "block" if arguments.shards is None else "shard"
     if count and not (folder / "out" / "zarr.json").exists():
         return f"{out.name} is complete"
     if count:
-        what = f"{count} complete {unit}{'s are' if count > 1 else ' is'} kept in {folder.name}"
-        return f"{what}, and {command} goes on after {'them' if count > 1 else 'it'}"
+        verb, pronoun = ("are", "them") if count > 1 else ("is", "it")
+        what = f"{_counted(count, arguments.shards)} {verb} kept in {folder.name}"
+        return f"{what}, and {command} goes on after {pronoun}"
     if arguments.fit is not None and (folder / "journal.json").exists():
-        return f"the fitted weights are kept, but no {unit} is complete; {command} goes on with them"
+        return f"the fitted weights are kept, but nothing else yet; {command} goes on with them"
     return "nothing is kept yet; the same command begins anew"
+
+
+def _counted(blocks: int, shards: tuple[int, int] | None) -> str:
+    return f"{blocks} complete {'block' if shards is None else 'shard'}{'s' * (blocks > 1)}"
 
 
 def _convert_one(source: Path, out: Path, choices: Choices, arguments: argparse.Namespace) -> None:
@@ -222,7 +226,7 @@ def _run(conversion: Conversion, journal: Journal, bar: tqdm[NoReturn], dask: st
         create(conversion, journal.out)
     done = [block for block in conversion.pyramid.blocks() if block in journal]
     if done:
-        note(f"{conversion.source}: going on after {len(done)} blocks")
+        note(f"{conversion.source}: going on after {_counted(len(done), conversion.choices.shards)}")
         _skip(bar, sum(conversion.pyramid.pixels(block) for block in done) / 1e6)
     if dask is None:
         convert_here(conversion, journal, bar.update)
