@@ -64,12 +64,10 @@ class Frame:
 def parse_frame(data: bytes) -> Frame:
     r = Reader(data)
     magic, version, flags = r.take(4), r.integer(1), r.integer(1)
-    known = version in {1, 2, 3} and flags < (16 if version == 3 else 2)
-    assert magic == b"ZCAE" and known, "not a frame, or of an unknown version"
+    assert magic == b"ZCAE" and version in {1, 2, 3} and flags < (16 if version == 3 else 2), "not a known frame"
     n, height, width, log_edge = r.varint(), r.varint(), r.varint(), r.integer(1)
     assert min(n, height, width) >= 1 and log_edge <= 10, "bad sizes"
-    row = r.integer(1) if version == 3 else None
-    frame = Frame(version, bool(flags & 1), (n, height, width), 1 << log_edge, row)
+    frame = Frame(version, bool(flags & 1), (n, height, width), 1 << log_edge, r.integer(1) if version == 3 else None)
     count = n * math.ceil(height / 16 / frame.edge) * math.ceil(width / 16 / frame.edge)
     r.take(2 if flags & 8 else 0)  # the measured PSNR
     mask_length = r.varint() if flags & 2 else None
@@ -99,19 +97,18 @@ def parse_frame(data: bytes) -> Frame:
 def read_weights(data: bytes) -> dict:
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    weights = {"qualities": np.array(json.loads(header.pop("__metadata__")["qualities"]))}
+    metadata = {name: json.loads(text) for name, text in header.pop("__metadata__").items() if text[0] in "[{"}
+    weights = {"qualities": np.array(metadata["qualities"]), "margin": metadata["architecture"].get("margin", 0)}
     types = {"F16": "<f2", "F32": "<f4", "I16": "<i2", "I32": "<i4", "U8": "u1", "U16": "<u2"}
-    for name, tensor in header.items():
-        begin, stop = tensor["data_offsets"]
-        weights[name] = np.frombuffer(data[end + begin : end + stop], types[tensor["dtype"]]).reshape(tensor["shape"])
+    for name, t in header.items():
+        weights[name] = np.frombuffer(data[end:][slice(*t["data_offsets"])], types[t["dtype"]]).reshape(t["shape"])
     return weights
 
 
 def zero_frequency(f0: int, positions: int) -> int:
     power, base = 1 << 32, min(f0, TOTAL) << 20
     for bit in reversed(f"{positions:b}"):
-        power = power * base >> 32 if bit == "1" else power
-        base = base * base >> 32
+        power, base = power * base >> 32 if bit == "1" else power, base * base >> 32
     return min(power >> 20, TOTAL - 1)
 
 
@@ -175,8 +172,8 @@ def decode_latents(frame: Frame, weights: dict, quality: int) -> np.ndarray:
     minimum, lengths = weights["tables.minimum"][row].tolist(), weights["tables.length"]
     ends = int(lengths[:row].sum()) + np.cumsum(lengths[row])
     frequency = [weights["tables.frequency"][e - n : e].tolist() for e, n in zip(ends, lengths[row], strict=True)]
-    contexts = {name[9:]: v[row].astype(np.int64) for name, v in weights.items() if name.startswith("contexts.")}
-    tables = {"minimum": minimum, "frequency": frequency, **contexts}
+    tables = {name[9:]: v[row].astype(np.int64) for name, v in weights.items() if name.startswith("contexts.")}
+    tables |= {"minimum": minimum, "frequency": frequency}
     step, offset = (weights[name][row][:, None, None] for name in ("step", "offset"))
     n, height, width = frame.shape
     symbols = np.zeros((n, len(step), math.ceil(height / 16), math.ceil(width / 16)), np.float32)
@@ -195,20 +192,24 @@ def synthesise(x: np.ndarray, weights: dict) -> np.ndarray:
         return y + get[name + ".bias"][:, None, None]
 
     def residual(x: np.ndarray, name: str) -> np.ndarray:
-        y = conv(x, name + ".reduce")
-        return x + conv(np.where(y < 0, 0.01 * y, y), name + ".expand")
+        return x + conv(np.maximum(y := conv(x, name + ".reduce"), 0.01 * y), name + ".expand")
 
-    def igdn(x: np.ndarray, name: str) -> np.ndarray:
-        return x * (get[name + ".beta"][:, None, None] + np.tensordot(get[name + ".gamma"], abs(x), 1))
+    def igdn(x: np.ndarray, name: str, k: int = 1) -> np.ndarray:
+        return x * (get[name + ".beta"][:, None, None] + np.tensordot(get[name + ".gamma"], abs(x) ** k, 1)) ** (1 / k)
 
-    def up(x: np.ndarray, name: str, s: int) -> np.ndarray:
-        weight, (h, w), p = get[name + ".weight"], x.shape[1:], np.pad(x, ((0, 0), (1, 1), (1, 1)), "edge")
+    def up(x: np.ndarray, name: str, s: int, edge: int = 1) -> np.ndarray:
+        weight, (h, w), p = get[name + ".weight"], x.shape[1:], np.pad(x, ((0, 0), (edge, edge), (edge, edge)), "edge")
         y = np.zeros((weight.shape[1], s * (h + 3), s * (w + 3)))
-        for a, b in np.ndindex(2 * s, 2 * s):
-            y[:, a : a + s * (h + 2) : s, b : b + s * (w + 2) : s] += np.tensordot(weight[..., a, b].T, p, 1)
-        cut = s + s // 2
+        for a, b in np.ndindex(weight.shape[2:]):
+            y[:, a : a + s * p.shape[1] : s, b : b + s * p.shape[2] : s] += np.tensordot(weight[..., a, b].T, p, 1)
+        cut = s + edge * (s // 2)
         return y[:, cut : cut + s * h, cut : cut + s * w] + get[name + ".bias"][:, None, None]
 
+    if "0.weight" in get:  # bmshj2018-factorized
+        x = np.pad(x, ((0, 0), (m := weights["margin"], m), (m, m)), "reflect")
+        for layer, gdn in ("01", "23", "45"):
+            x = igdn(up(x, layer, 2, edge=0), gdn, k=2)
+        return up(x, "6", 2, edge=0)[:, 16 * m : -16 * m or None, 16 * m : -16 * m or None]
     x = up(residual(x, "residual3"), "conv3", 2)
     x = up(igdn(residual(x, "residual2"), "gdn2"), "conv2", 2)
     return up(igdn(residual(x, "residual1"), "gdn1"), "conv1", 4) + 0.5
@@ -266,11 +267,10 @@ def decode(frame: Frame, weights: dict, configuration: dict, dtype: np.dtype, im
     (n, height, width), extent, colour = frame.shape, high - low, configuration.get("colour")
     groups = [(p, [0] if frame.grey else [0, 1, 2]) for p in range(n)]  # image and channels of each plane
     if colour is not None:
-        others = [[c] for c in range(n // images + 2) if c not in colour]
+        others = ([c] for c in range(n // images + 2) if c not in colour)
         groups = list(itertools.product(range(images), [colour, *others]))
     value = np.zeros((groups[-1][0] + 1, 1 + max(max(group) for _, group in groups), height, width))
-    latents = decode_latents(frame, weights, configuration["quality"]).astype(np.float64)
-    for plane, (i, group) in zip(latents, groups, strict=True):
+    for plane, (i, group) in zip(decode_latents(frame, weights, configuration["quality"]), groups, strict=True):
         made = synthesise(plane, weights)
         value[i, group] = (made if len(group) == 3 else made.mean(0))[..., :height, :width]
     if configuration.get("value_transform") == "sqrt":

@@ -136,3 +136,37 @@ def test_new_frames(shape: tuple[int, ...], dtype: str, settings: dict) -> None:
         np.testing.assert_array_equal(is_empty(decoded, settings["nodata"]), is_empty(written, settings["nodata"]))
     level = max((high - low) / 255, 1 if np.dtype(dtype).kind in "iu" else 0)
     np.testing.assert_allclose(got.astype(float), expected.astype(float), rtol=0, atol=level)
+
+
+@pytest.mark.parametrize("margin", [0, 1, 2])
+def test_networks_with_a_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, margin: int) -> None:
+    """Networks of CompressAI, whose planes may be continued by reflection, also past the other edge of a small one."""
+    import zarr
+
+    import zarr_cae
+    from zarr_cae.weights import compressai, registry
+    from zarr_cae.weights.file import pack
+
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
+    checkpoint = compressai.convert(FIXTURES / "legacy" / "checkpoint.safetensors", quality=1, metric="mse")
+    with registry.temporary(checkpoint) as plain:
+        info, tensors = plain.info, dict(plain.tensors)
+    content = pack(
+        tensors, model=info.model, metric=info.metric, qualities=info.qualities, provenance={},
+        architecture={**info.architecture, **({"margin": margin} if margin else {})},
+    )  # fmt: skip
+    digest = registry.store(content).digest
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 60), np.uint8)
+    pixels[1, :, :40] //= 4
+    store: dict = {}
+    array = zarr.create_array(
+        store, shape=(2, 20, 60), chunks=(2, 10, 60), dtype="uint8", compressors=None,
+        serializer=zarr_cae.CAECodec(1, model=info.model, weights=digest),
+    )  # fmt: skip
+    array[...] = pixels
+    for number in range(2):  # rows of one latent, which has nothing to reflect, and columns of four
+        frame = parse_frame(store[f"c/0/{number}/0"].to_bytes())
+        got = decode(frame, read_weights(content), {"quality": 1}, np.dtype("uint8"))
+        expected = array[:, 10 * number : 10 * number + 10]
+        assert np.ptp(expected) > 0
+        np.testing.assert_allclose(got.reshape(expected.shape).astype(float), expected.astype(float), rtol=0, atol=1)
