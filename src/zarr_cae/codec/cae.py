@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from types import FrameType
 from typing import Any, Literal, Self, cast
 
 import numpy as np
-import zarr
-from packaging.version import Version
 from zarr.abc.buffer import Buffer, NDBuffer
 from zarr.abc.codec import (
-    ArrayArrayCodec,
     ArrayBytesCodec,
     ArrayBytesCodecPartialDecodeMixin,
     ArrayBytesCodecPartialEncodeMixin,
 )
 from zarr.abc.store import ByteGetter, ByteSetter
-from zarr.codecs import ShardingCodec
 from zarr.storage import StorePath
 
-from zarr_cae._zarr import JSON, ArraySpec, parse_named_configuration
+from zarr_cae._zarr import JSON, ArraySpec, parse_named_configuration, spec_after_filters
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk
 from zarr_cae.codec.parameters import (
     ChannelAxis,
@@ -46,8 +40,6 @@ from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Met
 from zarr_cae.weights.registry import check_digest, default_digest, find, load, resolve
 
 NAME = "cae"
-_EVOLVES_IN_ORDER = Version(zarr.__version__) >= Version("3.2")
-"""Whether zarr passes each codec the spec that the codecs before it leave; older releases pass the array's own."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,7 +191,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         zarr calls this when an array is created or opened. Weights for another model, metric or quality are refused
         here too. Missing weights are refused here for a new array only: an archive whose weights are missing opens.
         """
-        spec = array_spec if _EVOLVES_IN_ORDER else _after_filters(self, array_spec, sys._getframe(1))  # noqa: SLF001
+        spec = spec_after_filters(self, array_spec)
         dtype = spec.dtype.to_native_dtype()
         low, high = resolve_value_range(dtype, self.value_range)
         nodata = resolve_nodata(dtype, self.nodata)
@@ -325,24 +317,3 @@ def _chunk_lengths(chunk_grid: Any, axis: int) -> tuple[int, ...]:
     shape = chunk_grid.chunk_shape if hasattr(chunk_grid, "chunk_shape") else chunk_grid.chunk_shapes
     lengths = shape[axis]
     return (lengths,) if isinstance(lengths, int) else tuple(lengths)
-
-
-def _after_filters(codec: CAECodec, array_spec: ArraySpec, frame: FrameType | None) -> ArraySpec:
-    """Return the spec as it reaches `codec`: zarr < 3.2 passes the array's own spec even after a transpose.
-
-    The chain of codecs stands only in the caller: the metadata's constructor, or the sharding codec.
-    """
-    chain: tuple[object, ...] = ()
-    for _ in range(3):
-        if frame is None or chain:
-            break
-        caller = frame.f_locals.get("self")
-        chain = caller.codecs if isinstance(caller, ShardingCodec) else frame.f_locals.get("codecs_parsed_partial", ())
-        frame = frame.f_back
-    spec = array_spec
-    for other in chain:
-        if other is codec:
-            return spec
-        if isinstance(other, ArrayArrayCodec):
-            spec = other.resolve_metadata(spec)
-    return array_spec
