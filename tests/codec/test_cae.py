@@ -620,6 +620,28 @@ def test_repr_can_be_pasted_and_values_replaced():
         CAECodec(4, "mse")
 
 
+@pytest.mark.parametrize("change", [{"quality": 7}, {"metric": "ms-ssim"}, {"quality": 7, "metric": "ms-ssim"}])
+def test_replaced_values_find_the_weights_of_the_same_family(change):
+    for codec in (CAECodec(4), CAECodec.from_dict(CAECodec(4).to_dict())):
+        assert replace(codec, **change) == CAECodec(**{"quality": 4, **change})
+        assert repr(replace(codec, **change)) == repr(CAECodec(**{"quality": 4, **change}))
+    array = zarr.create_array(
+        {}, shape=(16, 16, 3), dtype="uint8", serializer=replace(CAECodec(4), **change), compressors=None
+    )
+    assert array.metadata.codecs[0].weights == CAECodec(**{"quality": 4, **change}).weights
+
+
+def test_replaced_values_keep_weights_of_a_name():
+    dark = CAECodec(4, weights="microscopy")
+    assert replace(dark, quality=3).weights == dark.weights
+    assert replace(dark, quality=7) == CAECodec(7, weights="microscopy")
+    other = replace(dark, metric="ms-ssim")  # there are none of this family
+    assert other.weights == dark.weights
+    with pytest.raises(CAEConfigurationError, match=r'for a new array give weights="", the name of a family'):
+        zarr.create_array({}, shape=(16, 16), dtype="uint8", serializer=other, compressors=None)
+    assert replace(dark, metric="ms-ssim", weights="") == CAECodec(4, metric="ms-ssim")
+
+
 def test_chunks_that_cut_three_colours_are_refused_in_new_arrays(photograph):
     def make(chunks, axis="auto"):
         return create(photograph[:64, :64], chunks=chunks, codec=CAECodec(4, channel_axis=axis))

@@ -60,7 +60,9 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         "cae-v1", the bundled family, or "bmshj2018-factorized" of CompressAI, once its weights are on this machine.
     weights
         `sha256:...` of a weights file on this machine, or the name of a family of weights; by default the family
-        "photographs". Metadata store the digest.
+        "photographs". Metadata store the digest. The digest of a bundled file stands for its family at qualities that
+        the file does not have, so `dataclasses.replace(codec, quality=...)` works. Else replace `weights` too: "" is
+        the default.
     channel_axis
         The axis of the colour channels in the array, counted from the end (-1 is the last axis) or from the front.
         An axis of length 3 is coded as RGB, any other as independent grey planes; None means that there is no such
@@ -169,6 +171,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
             check_digest(configuration["weights"])  # names may stand for other weights on another machine
         codec = cls(**configuration)
         object.__setattr__(codec, "_origin", "stored")
+        if "weights" in configuration:  # stored chunks need this very file, not another one of its family
+            object.__setattr__(codec, "weights", configuration["weights"])
         return codec
 
     def to_dict(self) -> dict[str, JSON]:

@@ -124,6 +124,9 @@ def family_name(digest: str) -> str | None:
 def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     """Return the digest for the `weights` that a codec is made with.
 
+    A digest gives itself. But that of a bundled file which does not serve the configuration gives the digest of the
+    file of the same family that does, if there is one.
+
     Parameters
     ----------
     weights
@@ -142,7 +145,7 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     if weights is None or weights == DEFAULT_NAME:
         return default_digest(model, quality, metric)
     if not isinstance(weights, str) or not NAME.fullmatch(weights):
-        return check_digest(weights)
+        return _within_family(check_digest(weights), model, quality, metric)
     known = list(available())
     for info in known:
         if (info.name, info.model, info.metric) == (weights, model, metric) and quality in info.qualities:
@@ -160,6 +163,23 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
         f"cae: no weights named {weights!r} for model {model!r}, quality {quality}, metric {metric!r} on this "
         f"machine; known names are {', '.join(names)}: see `zarr-cae weights list`"
     )
+
+
+def _within_family(digest: str, model: str, quality: int, metric: str) -> str:
+    """Return the digest of the bundled file that serves a configuration and is of the same family as a bundled file.
+
+    Return the same digest if that file serves, if none of its family does, or if it is not bundled.
+    """
+    path = bundled_folder() / f"{digest.removeprefix('sha256:')}.safetensors"
+    if not path.is_file():
+        return digest
+    info = read_info(path)
+    if info.model != model or (info.metric == metric and quality in info.qualities):
+        return digest
+    try:
+        return resolve(_name(info), model=model, quality=quality, metric=metric)
+    except WeightsNotFoundError:
+        return digest
 
 
 def find(digest: str, *, model: str, quality: int, metric: str) -> WeightsInfo:
@@ -183,7 +203,8 @@ def find(digest: str, *, model: str, quality: int, metric: str) -> WeightsInfo:
     if (info.model, info.metric) != (model, metric) or quality not in info.qualities:
         raise CAEConfigurationError(
             f"cae: weights {digest} are for model {info.model!r}, metric {info.metric!r}, qualities "
-            f"{list(info.qualities)}, not for model {model!r}, quality {quality}, metric {metric!r}"
+            f"{list(info.qualities)}, not for model {model!r}, quality {quality}, metric {metric!r}; for a new array "
+            'give weights="", the name of a family, or the digest of weights that serve these'
         )
     return info
 
