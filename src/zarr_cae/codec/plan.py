@@ -80,8 +80,8 @@ class Put:
             await store.set(self.frame)
 
 
-Step: TypeAlias = Fetch | Put | Future[Any]
-Plan: TypeAlias = Generator[Step, Any, _Result]
+Wait: TypeAlias = Fetch | Put | Future[Any]
+Plan: TypeAlias = Generator[Wait, Any, _Result]
 
 
 def contiguous(buffer: Buffer) -> memoryview:
@@ -99,10 +99,10 @@ def run(plan: Plan[_Result], store: Any = None) -> _Result:
     store
         zarr's `ByteGetter` or `ByteSetter` for the chunk, if the plan fetches or stores bytes.
     """
-    step, result = _advance(plan, None)
-    while step is not None:
-        answer = step.result() if isinstance(step, Future) else step.now(store)
-        step, result = _advance(plan, answer)
+    wait, result = _advance(plan, None)
+    while wait is not None:
+        answer = wait.result() if isinstance(wait, Future) else wait.now(store)
+        wait, result = _advance(plan, answer)
     return cast("_Result", result)
 
 
@@ -111,26 +111,26 @@ async def run_async(plan: Plan[_Result], store: Any = None) -> _Result:
 
     Cancelling the task withdraws the work that is queued for a network.
     """
-    step, result = await _advance_on_pool(plan, None)
-    while step is not None:
+    wait, result = await _advance_on_pool(plan, None)
+    while wait is not None:
         try:
-            answer = await (asyncio.wrap_future(step) if isinstance(step, Future) else step.later(store))
+            answer = await (asyncio.wrap_future(wait) if isinstance(wait, Future) else wait.later(store))
         finally:
-            step = None  # else a failed future would be held by its own traceback, and stay in memory
-        step, result = await _advance_on_pool(plan, answer)
+            wait = None  # else a failed future would be held by its own traceback, and stay in memory
+        wait, result = await _advance_on_pool(plan, answer)
         answer = None
     return cast("_Result", result)
 
 
-def _advance(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
-    """Return the next step of a plan and None, or None and its result: a future can't carry StopIteration."""
+def _advance(plan: Plan[_Result], answer: Any) -> tuple[Wait | None, _Result | None]:
+    """Return the next operation that a plan waits for and None, or None and its result: a future can't carry StopIteration."""
     try:
         return plan.send(answer), None
     except StopIteration as end:
         return None, end.value
 
 
-async def _advance_on_pool(plan: Plan[_Result], answer: Any) -> tuple[Step | None, _Result | None]:
+async def _advance_on_pool(plan: Plan[_Result], answer: Any) -> tuple[Wait | None, _Result | None]:
     advance = pool().submit(contextvars.copy_context().run, _advance, plan, answer)
     try:
         return await asyncio.wrap_future(advance)
@@ -141,11 +141,11 @@ async def _advance_on_pool(plan: Plan[_Result], answer: Any) -> tuple[Step | Non
         del advance  # for the same reason
 
 
-def _withdraw(advance: Future[tuple[Step | None, Any]]) -> None:
+def _withdraw(advance: Future[tuple[Wait | None, Any]]) -> None:
     """Cancel the network's work that a plan has queued after its task was cancelled."""
     try:
-        step, _ = advance.result()
+        wait, _ = advance.result()
     except (Exception, CancelledError):  # noqa: BLE001 - the plan ended; no caller waits for its error
         return
-    if isinstance(step, Future):
-        step.cancel()
+    if isinstance(wait, Future):
+        wait.cancel()
