@@ -123,7 +123,10 @@ async def run_async(plan: Plan[_Result], store: Any = None) -> _Result:
 
 
 def _advance(plan: Plan[_Result], answer: Any) -> tuple[Wait | None, _Result | None]:
-    """Return the next operation that a plan waits for and None, or None and its result: a future can't carry StopIteration."""
+    """Return the next operation that a plan waits for and None, or None and the plan's result.
+
+    The end is no exception, since a future can't carry StopIteration.
+    """
     try:
         return plan.send(answer), None
     except StopIteration as end:

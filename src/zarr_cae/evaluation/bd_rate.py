@@ -23,7 +23,7 @@ def bd_rate(anchor_rate: ArrayLike, anchor_quality: ArrayLike, rate: ArrayLike, 
 
     Parameters
     ----------
-    anchor_rate, anchor_quality, rate, quality : array_like
+    anchor_rate, anchor_quality, rate, quality
         One-dimensional, two points or more for each curve, in any order. Rates in any unit, the same for both curves;
         qualities in dB (for MS-SSIM see `ms_ssim_decibels`).
 

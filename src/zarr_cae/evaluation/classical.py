@@ -33,17 +33,17 @@ class ClassicalCodec:
 
     Attributes
     ----------
-    name : str
+    name
         Its name on the command line.
-    title : str
+    title
         Its name in texts and plots.
-    limits : (float, float)
+    limits
         The least and the greatest distinct setting.
-    settings : tuple of float
+    settings
         Settings in order of rising rate, about 0.1 to 2 bits per pixel of a photograph, as far as the format reaches.
-    encode : callable
+    encode
         `encode(pixels, setting)` returns the bytes of a file; pixels are (H, W, 3) RGB or (H, W) grey, uint8.
-    decode : callable
+    decode
         `decode(data, grey)` returns the pixels.
     """
 
@@ -187,19 +187,19 @@ def match(codec: ClassicalCodec, pixels: Pixels, by: Literal["bytes", "psnr"], t
 
     Parameters
     ----------
-    codec : ClassicalCodec
+    codec
         Its rate and PSNR are assumed to rise from each setting to the next.
-    pixels : ndarray
+    pixels
         (H, W, 3) RGB or (H, W) grey, uint8.
-    by : {"bytes", "psnr"}
-        The quantity to match.
-    target : float
+    by
+        The quantity to match: "bytes" or "psnr".
+    target
         In bytes, or in dB.
 
     Returns
     -------
-    setting : float
-    coded : Coded
+    tuple
+        The setting, a float, and the image coded with it.
     """
     first, last = codec.settings[0], codec.settings[-1]
     if codec.integers:
@@ -229,11 +229,11 @@ def evaluate_classical(
 
     Parameters
     ----------
-    name : str
+    name
         A key of `CLASSICAL`.
-    images : iterable of (str, ndarray)
+    images
         Names and pixels: (H, W, 3) RGB or (H, W) grey, uint8.
-    settings : sequence of float, optional
+    settings
         By default the codec's own.
 
     Returns

@@ -41,20 +41,21 @@ class Point:
 
     Attributes
     ----------
-    codec : str
-    setting : float
+    codec
+        Its name.
+    setting
         The codec's own quality number.
-    image : str
+    image
         Its name; "mean of N" for means over N images.
-    bpp : float
+    bpp
         Bits per pixel.
-    psnr : float
+    psnr
         In dB.
-    ssim, ms_ssim : float
+    ssim, ms_ssim
         At most 1; `nan` for images that are too small for the measure.
-    delta_e : float
+    delta_e
         Mean CIE76 colour difference.
-    encode_seconds, decode_seconds : float
+    encode_seconds, decode_seconds
         Wall-clock time.
     """
 
@@ -115,9 +116,9 @@ def measure(codec: str, setting: float, image: str, original: NDArray[np.uint8],
     ----------
     codec, setting, image
         As in `Point`.
-    original : ndarray
+    original
         (H, W, 3) or (H, W), uint8.
-    coded : Coded
+    coded
         The result; its pixels have the form of the original.
 
     Returns

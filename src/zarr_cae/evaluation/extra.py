@@ -16,9 +16,9 @@ def import_extra(module: str, purpose: str) -> Any:
 
     Parameters
     ----------
-    module : str
+    module
         Its full name, for instance "skimage.metrics".
-    purpose : str
+    purpose
         The feature that needs it, as the plural subject of the message: "plots", "SSIM and CIE76".
 
     Returns

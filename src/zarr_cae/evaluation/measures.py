@@ -27,9 +27,9 @@ def psnr(a: ArrayLike, b: ArrayLike, peak: float = 255.0) -> float:
 
     Parameters
     ----------
-    a, b : array_like
+    a, b
         Two arrays of one shape, any real dtype.
-    peak : float
+    peak
         The largest possible value: 255 for uint8.
 
     Returns
@@ -55,9 +55,9 @@ def ssim(a: ArrayLike, b: ArrayLike, peak: float = 255.0) -> float:
 
     Parameters
     ----------
-    a, b : array_like
+    a, b
         (H, W) or (H, W, C) of one shape, any real dtype, both sides at least 11 pixels.
-    peak : float
+    peak
         The largest possible value: 255 for uint8.
 
     Returns
@@ -88,9 +88,9 @@ def ms_ssim(a: ArrayLike, b: ArrayLike, peak: float = 255.0) -> float:
 
     Parameters
     ----------
-    a, b : array_like
+    a, b
         (H, W) or (H, W, C) of one shape, any real dtype, both sides at least 161 pixels.
-    peak : float
+    peak
         The largest possible value: 255 for uint8.
 
     Returns
@@ -140,7 +140,7 @@ def cie76(a: ArrayLike, b: ArrayLike) -> float:
 
     Parameters
     ----------
-    a, b : array_like
+    a, b
         (H, W, 3) uint8, or (H, W) uint8, which is taken as R = G = B.
 
     Returns

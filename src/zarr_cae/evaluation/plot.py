@@ -22,11 +22,11 @@ def plot(curves: Iterable[Curve], path: str | Path, title: str = "") -> None:
 
     Parameters
     ----------
-    curves : iterable of Curve
+    curves
         Drawn in this order.
-    path : path
-        PNG, PDF or SVG, by its suffix.
-    title : str
+    path
+        The file to write: PNG, PDF or SVG, by its suffix.
+    title
         A line above the panels.
 
     Raises
