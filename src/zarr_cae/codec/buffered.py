@@ -100,6 +100,11 @@ class BufferedArray:
     ----------
     array, memory, folder
         As for `buffered`.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the array can't be written or holds objects, or `memory` is no number of bytes.
     """
 
     def __init__(
@@ -156,14 +161,49 @@ class BufferedArray:
         self._set(Selection.basic(selection, self.shape), value)
 
     def set_orthogonal_selection(self, selection: Any, value: npt.ArrayLike) -> None:
-        """Write to a selection that is made for each axis by itself, like `zarr.Array.set_orthogonal_selection`."""
+        """Write to a selection that is made for each axis by itself, like `zarr.Array.set_orthogonal_selection`.
+
+        Parameters
+        ----------
+        selection
+            For each axis an integer, a slice of positive step, a list or an array of integers, or a mask of its length.
+        value
+            The pixels, of the shape of the selection or one that broadcasts to it.
+
+        Raises
+        ------
+        IndexError
+            If the selection does not fit the array.
+        ValueError
+            If the value does not fit the selection, or the buffer is closed.
+        CAEDataError
+            If the write completes a chunk whose pixels lie outside the value range.
+        """
         self._set(Selection.orthogonal(selection, self.shape), value)
 
     def __getitem__(self, selection: Any) -> Any:
         return self._get(Selection.basic(selection, self.shape))
 
     def get_orthogonal_selection(self, selection: Any) -> Any:
-        """Read a selection that is made for each axis by itself, like `zarr.Array.get_orthogonal_selection`."""
+        """Read a selection that is made for each axis by itself, like `zarr.Array.get_orthogonal_selection`.
+
+        Parameters
+        ----------
+        selection
+            For each axis an integer, a slice of positive step, a list or an array of integers, or a mask of its length.
+
+        Returns
+        -------
+        ndarray or scalar
+            The pixels, without the axes of which the selection has an integer.
+
+        Raises
+        ------
+        IndexError
+            If the selection does not fit the array.
+        ValueError
+            If the buffer is closed.
+        """
         return self._get(Selection.orthogonal(selection, self.shape))
 
     def flush(self) -> None:

@@ -99,6 +99,12 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         If a parameter is out of its range, or does not fit the array.
     WeightsNotFoundError
         If the weights are not on this machine.
+
+    Examples
+    --------
+    >>> array = zarr.create_array(
+    ...     "photo.zarr", data=pixels, chunks=(256, 256, 3), serializer=CAECodec(quality=4), compressors=None
+    ... )  # doctest: +SKIP
     """
 
     is_fixed_size = False

@@ -55,6 +55,10 @@ def open(  # noqa: A001 - named like `zarr.open`
     ------
     CAEConfigurationError
         If a weights file in the archive is damaged.
+
+    Examples
+    --------
+    >>> pixels = zarr_cae.open("archive.zarr")[:256, :256]  # doctest: +SKIP
     """
     node = zarr.open(store=store, path=path, **{"mode": "r", **zarr_open_kwargs})
     for digest in digests(node):

@@ -50,6 +50,11 @@ def as_torch_dataset(
     ------
     CAEConfigurationError
         If `array` holds no latents, or the sizes or the number of labels do not fit.
+
+    Examples
+    --------
+    >>> patches = zarr_cae.as_torch_dataset(zarr_cae.open_bottleneck("photo.zarr"), 16)  # doctest: +SKIP
+    >>> batches = torch.utils.data.DataLoader(patches, batch_size=64, shuffle=True)  # doctest: +SKIP
     """
     return LatentPatches(array, patch, step=step, labels=labels, missing=missing)
 

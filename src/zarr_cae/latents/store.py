@@ -146,6 +146,10 @@ def open_bottleneck(
     CAEConfigurationError
         If the node is an array of another codec, or its latents can't be served; WeightsNotFoundError if its weights
         are not on this machine.
+
+    Examples
+    --------
+    >>> latents = zarr_cae.open_bottleneck("photo.zarr")[:16, :16]  # doctest: +SKIP
     """
     if zarr_open_kwargs.pop("mode", None) not in (None, "r"):
         refuse_writing()

@@ -31,10 +31,28 @@ class SlidePatches(LatentPatches):
     (array, label). No torch is needed, and the workers of a DataLoader may spawn. zarr's remote stores do not work
     after a fork: give the DataLoader `multiprocessing_context="spawn"` for a URL.
 
+    Parameters
+    ----------
+    array
+        An array of latents of one plane, from `open_bottleneck`.
+    positions
+        First row and column of each patch in pixels of its level, (N, 2) int64, multiples of 16.
+    patch
+        Rows and columns of a patch, in latent positions (one position is 16 x 16 pixels).
+    labels
+        A label for each patch in the order of `positions`, or a function of the first row and column in pixels.
+    missing
+        The value for latents that were never written; by default reading them raises CAEDataError.
+
     Attributes
     ----------
     positions
-        First row and column of each patch in pixels of its level, (N, 2) int64.
+        As given.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If `array` holds no latents or several planes, or the size of a patch or the number of labels does not fit.
     """
 
     def __init__(
@@ -105,10 +123,20 @@ def slide_patches(
     storage_options
         Options for the file system of a URL.
 
+    Returns
+    -------
+    SlidePatches
+        A sequence of patches, by rows of the slide.
+
     Raises
     ------
     CAEConfigurationError
         If there is no such level, its chunks are not multiples of 16 pixels, or the sizes do not fit.
+
+    Examples
+    --------
+    >>> patches = zarr_cae.slide_patches("slide.zarr", 16, level=1)  # doctest: +SKIP
+    >>> batches = torch.utils.data.DataLoader(patches, batch_size=64, shuffle=True)  # doctest: +SKIP
     """
     options: dict[str, Any] = {} if storage_options is None else {"storage_options": storage_options}
     latents = open_bottleneck(slide, **options)

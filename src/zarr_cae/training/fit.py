@@ -182,6 +182,16 @@ def fit(source: npt.NDArray[Any] | Any, minutes: float = 10, **options: Any) -> 
     source, minutes, options
         As for `fit_weights`.
 
+    Returns
+    -------
+    str
+        `sha256:...` of the weights to use.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If the source is not uint8, has another shape, or is too small.
+
     Examples
     --------
     >>> digest = zarr_cae.fit(["slides/"], minutes=10, quality=5)  # doctest: +SKIP
