@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from zarr_cae.training.start import Start
     from zarr_cae.training.trainer import Progress, Recipe
 
-_COLUMNS = ("step", "seconds", "quality", "bpp", "psnr", "ms_ssim")
 _FINE_TUNING_RATE = 4e-4
 """Peak learning rate from weights that are good already; a higher one would first undo them."""
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from zarr.abc.buffer import Buffer
 from zarr.buffer import gpu
 
@@ -37,8 +36,7 @@ from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
 from zarr_cae.coder.tables import Tables
-from zarr_cae.config import Settings
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.config import Settings, process_settings
 from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
@@ -74,10 +72,7 @@ class ChunkCoder:
     @lazy_property
     def settings(self) -> Settings:
         """Read the settings of this process from `zarr.config`."""
-        try:
-            return Settings(**zarr.config.get("cae", {}))
-        except TypeError as error:
-            raise CAEConfigurationError(f"cae: zarr.config key cae.*: {error}") from error
+        return process_settings()
 
     @lazy_property
     def engine(self) -> Engine:
@@ -253,3 +248,11 @@ def on_host(pixels: Any, spec: ArraySpec) -> npt.NDArray[Any]:
     if isinstance(pixels, np.ndarray):
         return pixels
     return np.asarray(spec.prototype.nd_buffer.from_ndarray_like(pixels).as_numpy_array())
+
+
+def is_all_fill(pixels: Any, spec: ArraySpec) -> bool:
+    """Return whether zarr keeps no chunk that has only these pixels: all have the fill value."""
+    if spec.config.write_empty_chunks:
+        return False
+    fill: Any = spec.fill_value
+    return bool((pixels != pixels if fill != fill else pixels == fill).all())  # noqa: PLR0124 - NaN is not NaN

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, on_host
+from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, is_all_fill, on_host
 from zarr_cae.codec.exact import Parts, box_pixels, mask_section, restore, stored_mask, tile_pixels, tile_samples
 from zarr_cae.codec.floor import calmed, is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
@@ -222,10 +222,10 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     planes = [coder.to_planes(pixels, around.layout) for pixels in (after, before)]  # refuses values outside the range
     if _alike(after, before, after[around.inside].size, coder):
         return
-    if _blank(coder, after):
+    if is_all_fill(after, coder.spec):
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
         _put(chunk, selection, value)
-        if _blank(coder, chunk):
+        if is_all_fill(chunk, coder.spec):
             yield Put(None)
             return
     count = len(box.planes)
@@ -343,16 +343,8 @@ def _changed_tiles(decoded: Sequence[tuple[Tile, Symbols]], new: Symbols, reache
 
 def _store(coder: ChunkCoder, chunk: Any) -> Plan[None]:
     """Store a whole chunk, or delete it if zarr would not keep it."""
-    frame = None if _blank(coder, chunk) else (yield from encode_chunk(coder, chunk))
+    frame = None if is_all_fill(chunk, coder.spec) else (yield from encode_chunk(coder, chunk))
     yield Put(frame)
-
-
-def _blank(coder: ChunkCoder, pixels: Any) -> bool:
-    """Return whether zarr keeps no chunk that has only these pixels: all have the fill value."""
-    if coder.spec.config.write_empty_chunks:
-        return False
-    fill: Any = coder.spec.fill_value
-    return bool((pixels != pixels if fill != fill else pixels == fill).all())  # noqa: PLR0124 - NaN is not NaN
 
 
 def _fitted(value: Pixels, shape: tuple[int, ...]) -> Pixels:

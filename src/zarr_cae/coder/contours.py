@@ -9,12 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from zarr_cae.coder.fields import VARINT_END
+from zarr_cae.coder.fields import MAX_VARINT_BYTES, VARINT_END, varints
 from zarr_cae.errors import StreamError
 
 __all__ = ["decode_contours", "encode_contours"]
 
-_BYTES = 5
 _DAMAGED = "the stored chunk is damaged"
 
 
@@ -48,7 +47,7 @@ def encode_contours(rows: NDArray[np.bool_], most: int) -> bytes | None:
         moves = np.diff(block, axis=0).reshape(-1)
         moves = np.where(moves < 0, -2 * moves - 1, 2 * moves)
         numbers += [np.array([length, count]), np.diff(block[0], prepend=0), moves]
-    content = _varints(np.concatenate(numbers))
+    content = varints(np.concatenate(numbers))
     return content if len(content) <= most else None
 
 
@@ -85,23 +84,14 @@ def decode_contours(content: bytes, rows: int, width: int) -> NDArray[np.bool_]:
     return np.bitwise_xor.accumulate(changes, axis=1)
 
 
-def _varints(values: NDArray[np.int64]) -> bytes:
-    """Return numbers as varints."""
-    groups = (values[:, None] >> 7 * np.arange(_BYTES)) & 0x7F
-    places = np.arange(_BYTES)
-    sizes = 1 + np.count_nonzero(values[:, None] >> 7 * places[1:], axis=1)
-    groups |= np.where(places < sizes[:, None] - 1, 0x80, 0)
-    chosen: NDArray[np.int64] = groups[places < sizes[:, None]]
-    return chosen.astype(np.uint8).tobytes()
-
-
 def _numbers(content: bytes) -> NDArray[np.int64]:
     """Return the numbers of varints. Raise StreamError if they are malformed."""
     octets = np.frombuffer(content, np.uint8).astype(np.int64)
     ends = np.flatnonzero(octets < 0x80)
     begins = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
     sizes = ends - begins + 1
-    if not len(ends) or ends[-1] != len(octets) - 1 or sizes.max() > _BYTES or (octets[ends[sizes > 1]] == 0).any():
+    whole = len(ends) > 0 and ends[-1] == len(octets) - 1
+    if not whole or sizes.max() > MAX_VARINT_BYTES or (octets[ends[sizes > 1]] == 0).any():
         raise StreamError(f"cae: mask section has malformed numbers; {_DAMAGED}")
     shifts = 7 * (np.arange(len(octets)) - np.repeat(begins, sizes))
     numbers: NDArray[np.int64] = np.add.reduceat((octets & 0x7F) << shifts, begins)

@@ -5,14 +5,18 @@ The section "Frames" of spec/cae.md defines them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import crc32c
+import numpy as np
+from numpy.typing import NDArray
 
 from zarr_cae.errors import FrameError
 
 CHECKSUM_BYTES = 4
 VARINT_END = 1 << 32
 """Varints are below this."""
-_MAX_VARINT_BYTES = 5
+MAX_VARINT_BYTES = 5
 
 
 def sealed(content: bytes | bytearray | memoryview) -> bytes:
@@ -64,20 +68,20 @@ class Reader:
         return value
 
 
-def varint(value: int) -> bytes:
-    """Return a number as a varint: base 128, low bits first."""
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
+def varints(values: Sequence[int] | NDArray[np.int64]) -> bytes:
+    """Return numbers from 0 to 2^32 - 1 as varints: base 128, low bits first."""
+    groups = np.asarray(values, np.int64)[:, None] >> 7 * np.arange(MAX_VARINT_BYTES)
+    used = groups > 0
+    used[:, 0] = True
+    groups &= 0x7F
+    groups[:, :-1] |= np.where(used[:, 1:], 0x80, 0)
+    return groups[used].astype(np.uint8).tobytes()
 
 
 def _read_varint(view: memoryview, start: int, name: str) -> tuple[int, int]:
     """Return the value and the end of the varint at `start`; an end beyond the view if the view ends within it."""
     value = 0
-    for n, byte in enumerate(view[start : start + _MAX_VARINT_BYTES]):
+    for n, byte in enumerate(view[start : start + MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * n
         if byte < 0x80:
             if n and byte == 0:
@@ -85,6 +89,6 @@ def _read_varint(view: memoryview, start: int, name: str) -> tuple[int, int]:
             if value >= VARINT_END:
                 raise FrameError(f"cae: frame's {name} must be below 2^32; got {value}: the stored chunk is damaged")
             return value, start + n + 1
-    if len(view) - start >= _MAX_VARINT_BYTES:
+    if len(view) - start >= MAX_VARINT_BYTES:
         raise FrameError(f"cae: frame's {name} must have at most 5 bytes: the stored chunk is damaged")
     return 0, len(view) + 1

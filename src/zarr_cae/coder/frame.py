@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from zarr_cae.coder.fields import CHECKSUM_BYTES, VARINT_END, Reader, TooShortError, check_checksum, sealed, varint
+from zarr_cae.coder.fields import CHECKSUM_BYTES, VARINT_END, Reader, TooShortError, check_checksum, sealed, varints
 from zarr_cae.coder.header import MAX_LOG2_TILE, STRIDE, VERSIONS, FrameHeader, Symbols
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
@@ -24,7 +24,7 @@ __all__ = [
 
 NO_ERROR = 65535
 """The PSNR in a frame of a chunk in which no sample differs."""
-_MAGIC = b"ZCAE"
+MAGIC = b"ZCAE"
 _GREY, _MASKED, _EXACT, _MEASURED = 1, 2, 4, 8
 _FLAGS = {1: _GREY, 2: _GREY, 3: _GREY | _MASKED | _EXACT | _MEASURED}
 
@@ -138,25 +138,21 @@ def pack(
     _check_parts(header, streams, mask, exact, psnr)
     flags = (_GREY if header.grey else 0) | (_MASKED if mask is not None else 0) | (_EXACT if exact else 0)
     flags |= 0 if psnr is None else _MEASURED
-    frame = bytearray(_MAGIC)
+    frame = bytearray(MAGIC)
     frame += bytes([header.version, flags])
-    for value in (header.planes, header.height, header.width):
-        frame += varint(value)
+    frame += varints([header.planes, header.height, header.width])
     frame.append(header.tile.bit_length() - 1)
     if header.row is not None:
         frame.append(header.row)
     if psnr is not None:
         frame += psnr.to_bytes(2, "little")
     if mask is not None:
-        frame += varint(len(mask))
+        frame += varints([len(mask)])
     if exact:
         chosen = np.zeros(header.tile_count, np.bool_)
         chosen[list(exact)] = True
         frame += np.packbits(chosen, bitorder="little").tobytes()
-    for stream in streams:
-        frame += varint(len(stream))
-    for tile in sorted(exact):
-        frame += varint(len(exact[tile]))
+    frame += varints([len(stream) for stream in streams] + [len(exact[tile]) for tile in sorted(exact)])
     if header.version == 1:
         return sealed(frame + b"".join(streams))
     stored = [sealed(b"".join([stream, exact.get(tile, b"")])) for tile, stream in enumerate(streams)]
@@ -218,7 +214,7 @@ def parse_frame(frame: bytes | memoryview, expected: FrameHeader) -> Frame:
     """
     view = memoryview(frame).cast("B")
     _check_magic(view)
-    smallest = len(_MAGIC) + 1 + CHECKSUM_BYTES
+    smallest = len(MAGIC) + 1 + CHECKSUM_BYTES
     if len(view) < smallest:
         raise FrameError(f"cae: frame needs at least {smallest} bytes; got {len(view)}: the stored chunk is truncated")
     if view[4] not in VERSIONS[1:]:
@@ -275,8 +271,8 @@ def parse_index(head: bytes | memoryview, expected: FrameHeader) -> FrameIndex |
 
 
 def _parse(reader: Reader, expected: FrameHeader) -> FrameIndex:
-    reader.need(len(_MAGIC) + 7)  # version, flags, three varints, the size of a tile and the length of one tile
-    version, flags = reader.take(len(_MAGIC) + 2, 0)[4:]
+    reader.need(len(MAGIC) + 7)  # version, flags, three varints, the size of a tile and the length of one tile
+    version, flags = reader.take(len(MAGIC) + 2, 0)[4:]
     dimensions = [reader.varint(name, 4 - n) for n, name in enumerate(("plane count", "height", "width"))]
     _check_expected(dimensions, version, bool(flags & _GREY), expected)
     (log2_tile,) = reader.take(1, 1)
@@ -329,9 +325,9 @@ def _checked_section(length: int, name: str) -> int:
 
 
 def _check_magic(view: memoryview) -> None:
-    if len(view) == 0 or view[: len(_MAGIC)] != _MAGIC[: len(view)]:
+    if len(view) == 0 or view[: len(MAGIC)] != MAGIC[: len(view)]:
         raise FrameError(
-            f"cae: frame must begin with {_MAGIC!r}; got {bytes(view[: len(_MAGIC)])!r}: not a cae frame; "
+            f"cae: frame must begin with {MAGIC!r}; got {bytes(view[: len(MAGIC)])!r}: not a cae frame; "
             "was the chunk written with other codecs?"
         )
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from zarr_cae.coder.tables import PRECISION, escape_bytes
+from zarr_cae.coder.tables import TOTAL, escape_bytes
 from zarr_cae.errors import CAEConfigurationError
 
 __all__ = ["frequencies", "trimmed_frequencies"]
-
-_TOTAL = 1 << PRECISION
 
 
 def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
@@ -34,14 +32,14 @@ def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
     CAEConfigurationError
         If `probability` has another shape, or values that are negative, not finite or all zero.
     """
-    p = _probabilities(probability, 2, _TOTAL)
-    frequency = np.maximum(np.rint(p * (_TOTAL / p.sum())), 1.0)
+    p = _probabilities(probability, 2, TOTAL)
+    frequency = np.maximum(np.rint(p * (TOTAL / p.sum())), 1.0)
     while True:
         gain = p * np.log2((frequency + 1) / frequency)
         with np.errstate(divide="ignore", invalid="ignore"):
             loss = np.where(frequency > 1, p * np.log2(frequency / (frequency - 1)), np.inf)
         best, least = int(gain.argmax()), int(loss.argmin())
-        missing = _TOTAL - int(frequency.sum())
+        missing = TOTAL - int(frequency.sum())
         if missing == 0 and gain[best] <= loss[least]:
             return np.asarray(frequency, np.uint32)
         if missing >= 0:
@@ -81,7 +79,7 @@ def trimmed_frequencies(probability: NDArray[np.float64], first: int) -> tuple[i
     p = p / max(p.sum(), 1.0)
     low = high = int(p.argmax())
     order = [low]
-    while len(order) < min(p.size, _TOTAL - 1):
+    while len(order) < min(p.size, TOTAL - 1):
         down = p[low - 1] if low > 0 else -1.0
         up = p[high + 1] if high + 1 < p.size else -1.0
         if up >= down:
@@ -94,7 +92,7 @@ def trimmed_frequencies(probability: NDArray[np.float64], first: int) -> tuple[i
     escape = np.maximum(1.0 - grown.cumsum(), 0.0)
     escape_bits = 8.0 * escape_bytes(np.arange(p.size) + first)
     outside = 24.0 * max(1.0 - p.sum(), 0.0) + (p * escape_bits).sum() - (grown * escape_bits[order]).cumsum()
-    slots, escape_slots = np.maximum(grown * _TOTAL, 1.0), np.maximum(escape * _TOTAL, 1.0)
+    slots, escape_slots = np.maximum(grown * TOTAL, 1.0), np.maximum(escape * TOTAL, 1.0)
     inside = -(grown * np.log2(slots)).cumsum() - escape * np.log2(escape_slots)
     bits = inside + np.log2(slots.cumsum() + escape_slots) + outside
     size = int(bits.argmin()) + 1

@@ -19,6 +19,9 @@ STRIDE = 16
 Symbols = NDArray[np.int16]
 """Quantised latents: int16 (..., M, rows, columns) with M latent channels."""
 
+LARGEST_SYMBOL = 32767
+"""Analysis clips symbols to this, and to its negative."""
+
 VERSIONS = (1, 2, 3)
 MAX_LOG2_TILE = 10
 MAX_ROW = 255

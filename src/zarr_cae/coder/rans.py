@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from zarr_cae.coder.compile import decoders, encoders
 from zarr_cae.coder.contexts import Contexts, to_differences
+from zarr_cae.coder.fields import varints
 from zarr_cae.coder.frame import Symbols
 from zarr_cae.coder.kernels import START_STATE
-from zarr_cae.coder.tables import Tables, escape_bytes
+from zarr_cae.coder.tables import Tables
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
 __all__ = ["decode", "encode"]
@@ -98,7 +99,9 @@ def encode(symbols: Symbols, tables: Tables, version: int) -> bytes:
         )
         better = _lanes(2 * (words.size - free)) if retry else lanes
     head = bytes([lanes.bit_length() - 1]) + state.astype("<u4").tobytes()
-    return head + words[free:].astype("<u2").tobytes() + _varints(escapes[:count][::-1])
+    values = escapes[:count][::-1].astype(np.int64)
+    zigzag = (values << 1) ^ (values >> 63)
+    return head + words[free:].astype("<u2").tobytes() + varints(zigzag)
 
 
 class _Scratch(NamedTuple):
@@ -229,10 +232,3 @@ def _put_escapes(
     if ((zigzag > 0xFFFF) | ((value >= tables.minimum[row]) & (value <= tables.largest[row]))).any():
         raise StreamError(f"cae: stream's escapes must be of int16 and outside their channel's alphabet; {_DAMAGED}")
     symbols[place] = value
-
-
-def _varints(values: Symbols) -> bytes:
-    wide = values.astype(np.int64)[:, None]
-    zigzag, size = (wide << 1) ^ (wide >> 63), escape_bytes(wide)
-    more, used = np.arange(1, 4) < size, np.arange(3) < size
-    return bytes((zigzag >> [0, 7, 14] & 0x7F | more << 7)[used].astype(np.uint8))

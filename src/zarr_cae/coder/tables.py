@@ -16,13 +16,13 @@ from zarr_cae.coder.contexts import LARGEST_ACTIVITY, Contexts, around, to_diffe
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.threads import lazy_property
 
-__all__ = ["BUCKETS", "PRECISION", "Tables", "escape_bytes", "ideal_bits", "rows_of"]
+__all__ = ["BUCKETS", "PRECISION", "TOTAL", "Tables", "escape_bytes", "ideal_bits", "rows_of"]
 
 PRECISION = 12  # frequencies of a row sum to 2^PRECISION; anything from 8 to 16 works
 BUCKETS = 8  # log2 of the number of buckets of a row in `lookup`
 
-_TOTAL = 1 << PRECISION
-_LEAST_ZERO_FLAG = _TOTAL // 16 * 15
+TOTAL = 1 << PRECISION
+_LEAST_ZERO_FLAG = TOTAL // 16 * 15
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -69,7 +69,7 @@ class Tables:
                 f"cae: tables of {self.contexts.predicted.size} channels in {self.contexts.classes} classes need as "
                 f"many rows; got {minimum.size}"
             )
-        _check_channels((length < 2) | (length > _TOTAL), length, f"a length in [2, {_TOTAL}]")
+        _check_channels((length < 2) | (length > TOTAL), length, f"a length in [2, {TOTAL}]")
         if int(length.sum()) != frequency.size:
             raise CAEConfigurationError(
                 f"cae: tables need sum(length) = {int(length.sum())} frequencies; got {frequency.size}"
@@ -78,11 +78,11 @@ class Tables:
         _check_channels(minimum + length > 1 << 15, minimum + length - 2, "a largest symbol of at most 32766")
         starts = np.cumsum(length) - length
         # Bounded entries come first: the sums below can't overflow.
-        outside = (frequency < 1) | (frequency > _TOTAL)
+        outside = (frequency < 1) | (frequency > TOTAL)
         extreme = np.maximum.reduceat(np.where(outside, np.abs(frequency - 1) + 1, 0), starts)
-        _check_channels(np.logical_or.reduceat(outside, starts), extreme, f"frequencies in [1, {_TOTAL}]")
+        _check_channels(np.logical_or.reduceat(outside, starts), extreme, f"frequencies in [1, {TOTAL}]")
         total = np.add.reduceat(frequency, starts)
-        _check_channels(total != _TOTAL, total, f"frequencies that sum to {_TOTAL}")
+        _check_channels(total != TOTAL, total, f"frequencies that sum to {TOTAL}")
         for name, kind in (("minimum", np.int32), ("length", np.int32), ("frequency", np.uint32)):
             object.__setattr__(self, name, _frozen(wide[name].astype(kind)))
 
@@ -110,7 +110,7 @@ class Tables:
     def interval(self) -> NDArray[np.uint32]:
         """uint32 (sum(length),): each entry's frequency << 16 | start."""
         before = np.cumsum(self.frequency, dtype=np.uint64) - self.frequency
-        return _frozen((self.frequency << np.uint32(16)) | (before % _TOTAL).astype(np.uint32))
+        return _frozen((self.frequency << np.uint32(16)) | (before % TOTAL).astype(np.uint32))
 
     @lazy_property
     def reciprocal(self) -> NDArray[np.uint64]:
@@ -131,7 +131,7 @@ class Tables:
         all channels did not fit into the cache, and decoding took three times as long.
         """
         rows = np.arange(len(self.length))[:, None]
-        slots = (rows << PRECISION) + np.arange(0, _TOTAL, 1 << PRECISION - BUCKETS)
+        slots = (rows << PRECISION) + np.arange(0, TOTAL, 1 << PRECISION - BUCKETS)
         firsts = np.searchsorted(np.cumsum(self.frequency, dtype=np.int64), slots, side="right") - self.offset[:, None]
         return _frozen(np.minimum(firsts, 255).astype(np.uint8).reshape(-1))
 
@@ -143,7 +143,7 @@ class Tables:
         """
         owner = np.repeat(np.arange(len(self.length)), self.length)
         entry = np.arange(self.frequency.size) - self.offset[owner]
-        found = np.flatnonzero((self.frequency >= _TOTAL // 2) & (entry < self.length[owner] - 1))
+        found = np.flatnonzero((self.frequency >= TOTAL // 2) & (entry < self.length[owner] - 1))
         interval, symbol = np.zeros(len(self.length), np.uint32), np.zeros(len(self.length), np.int16)
         interval[owner[found]], symbol[owner[found]] = self.interval[found], self.minimum[owner[found]] + entry[found]
         return _frozen(interval), _frozen(symbol)
@@ -151,7 +151,7 @@ class Tables:
     @lazy_property
     def entropy(self) -> NDArray[np.float32]:
         """float32 (R,): expected bits per symbol. Only the first guess of the number of lanes uses it."""
-        bits = self.frequency * (PRECISION - np.log2(self.frequency)) / _TOTAL
+        bits = self.frequency * (PRECISION - np.log2(self.frequency)) / TOTAL
         return _frozen(np.add.reduceat(bits, self.offset.astype(np.intp)).astype(np.float32))
 
     @lazy_property
@@ -183,18 +183,18 @@ class Tables:
             has_zero = (entry >= 0) & (entry < self.length - 1)
             f0 = np.where(has_zero, self.frequency[np.where(has_zero, self.offset + entry, 0)], 0)
         else:
-            f0 = np.minimum(self.contexts.zero, _TOTAL)
+            f0 = np.minimum(self.contexts.zero, TOTAL)
         to_fixed, half = np.uint64(32 - PRECISION), np.uint64(32)
-        always = f0 == _TOTAL  # 2^32 squared would overflow
+        always = f0 == TOTAL  # 2^32 squared would overflow
         base = np.where(always, 0, f0).astype(np.uint64) << to_fixed
         power, n = np.full(self.channels, 1 << 32, np.uint64), positions
         while n:
             if n & 1:
                 power = power * base >> half
             base, n = base * base >> half, n >> 1
-        flag = np.minimum(power >> to_fixed, _TOTAL - 1).astype(np.uint32)
+        flag = np.minimum(power >> to_fixed, TOTAL - 1).astype(np.uint32)
         if version >= 3:
-            flag = np.where(always, _TOTAL - 1, flag)
+            flag = np.where(always, TOTAL - 1, flag)
         flag = _frozen(np.where(flag >= _LEAST_ZERO_FLAG, flag, 0).astype(np.uint32))
         if len(self._flags) >= 64:  # enough: a chunk's tiles have at most four sizes
             self._flags.clear()

@@ -17,10 +17,10 @@ from zarr_cae.latents.metadata import rewrite
 from zarr_cae.pixels.layout import RGB
 from zarr_cae.weights.file import ZOO_MODEL
 
-__all__ = ["has_compressor", "is_metadata", "make", "sources"]
+__all__ = ["DIMENSIONS_ATTRIBUTE", "has_compressor", "is_metadata", "make", "sources"]
 
 _ARRAY, _ATTRIBUTES, _CONSOLIDATED = ".zarray", ".zattrs", ".zmetadata"
-_NAMES = "_ARRAY_DIMENSIONS"
+DIMENSIONS_ATTRIBUTE = "_ARRAY_DIMENSIONS"
 """The attribute in which xarray keeps the names of axes in zarr v2."""
 
 Document = Mapping[str, Any]
@@ -112,7 +112,7 @@ def _rewrite(array: Document, attributes: Document) -> tuple[Document, Document]
             "model": ZOO_MODEL, "quality": compressor["quality"], "metric": compressor["metric"], "channel_axis": 2,
             **{name: compressor[name] for name in ("weights",) if compressor.get(name)},
         }  # fmt: skip
-        names = attributes.get(_NAMES)
+        names = attributes.get(DIMENSIONS_ATTRIBUTE)
         changed = rewrite(
             {
                 "zarr_format": 3, "node_type": "array", "shape": shape, "data_type": "uint8",
@@ -133,5 +133,5 @@ def _rewrite(array: Document, attributes: Document) -> tuple[Document, Document]
         "order": "C",
         "compressor": {**compressor, "id": LATENTS_NAME},
     }
-    new_names = {} if names is None else {_NAMES: changed["dimension_names"]}
+    new_names = {} if names is None else {DIMENSIONS_ATTRIBUTE: changed["dimension_names"]}
     return {**array, **own}, {**changed["attributes"], **new_names}

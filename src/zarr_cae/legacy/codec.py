@@ -10,13 +10,12 @@ from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from numcodecs.abc import Codec
 from numcodecs.compat import ensure_contiguous_ndarray, ndarray_copy
 
 from zarr_cae.coder import tiles
-from zarr_cae.coder.frame import STRIDE, FrameHeader, Symbols
-from zarr_cae.config import Settings
+from zarr_cae.coder.frame import MAGIC, STRIDE, FrameHeader, Symbols
+from zarr_cae.config import process_settings
 from zarr_cae.errors import CAEConfigurationError, CAEDataError, FrameError
 from zarr_cae.legacy import chunk as caecodec
 from zarr_cae.legacy import weights as legacy_weights
@@ -27,7 +26,6 @@ from zarr_cae.weights.file import METRICS, QUALITIES, Weights
 
 __all__ = ["ConvolutionalAutoencoder"]
 
-_MAGIC = b"ZCAE"
 _LARGEST_VARINT = 5
 
 
@@ -159,7 +157,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
             raise CAEDataError("cae: the codec of zarr v2 takes chunks in C order; create the array with order='C'")
         from zarr_cae.networks.engine import engine_for
 
-        weights, settings = self.loaded(), _settings()
+        weights, settings = self.loaded(), process_settings()
         layout = Layout(pixels.shape, 2)
         planes = to_planes(pixels, layout, (0, 255))
         symbols = engine_for(weights, settings).analyse(planes, self.quality, settings).result()
@@ -189,8 +187,8 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         return values if out is None else ndarray_copy(values, out)
 
     def _pixels(self, view: memoryview) -> npt.NDArray[np.uint8]:
-        weights, settings = self.loaded(), _settings()
-        if view[: len(_MAGIC)] != _MAGIC:
+        weights, settings = self.loaded(), process_settings()
+        if view[: len(MAGIC)] != MAGIC:
             header, symbols = caecodec.symbols(view, legacy_weights.cumulative_tables(weights))
             return caecodec.synthesise(header, symbols, weights, self.quality, self.patch_size, settings)
         from zarr_cae.networks.engine import engine_for
@@ -219,7 +217,7 @@ class ConvolutionalAutoencoder(Codec):  # type: ignore[misc]
         FrameError, StreamError
             If the chunk is malformed.
         """
-        if view[: len(_MAGIC)] == _MAGIC:
+        if view[: len(MAGIC)] == MAGIC:
             return self._own_symbols(view, weights)
         header, symbols = caecodec.symbols(view, legacy_weights.cumulative_tables(weights))
         rows, columns = -(-header.height // STRIDE), -(-header.width // STRIDE)
@@ -249,13 +247,6 @@ _DEFAULTS: dict[str, Any] = {
     "quality": 8, "metric": "mse", "patch_size": 256, "partial_decompress": False, "gpu": True,
     "bottleneck_channels": None, "downsampling_factor": STRIDE, "weights": None,
 }  # fmt: skip
-
-
-def _settings() -> Settings:
-    try:
-        return Settings(**zarr.config.get("cae", {}))
-    except TypeError as error:
-        raise CAEConfigurationError(f"cae: zarr.config key cae.*: {error}") from error
 
 
 def _dimensions(frame: memoryview) -> tuple[int, int]:

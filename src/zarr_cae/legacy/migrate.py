@@ -29,6 +29,7 @@ from zarr_cae.codec.cae import CAECodec
 from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, unpack
 from zarr_cae.errors import CAEConfigurationError, CAEDataError
+from zarr_cae.latents.metadata_v2 import DIMENSIONS_ATTRIBUTE
 from zarr_cae.legacy.codec import ConvolutionalAutoencoder
 from zarr_cae.legacy.weights import with_margin
 from zarr_cae.pixels.layout import RGB
@@ -38,7 +39,6 @@ from zarr_cae.weights.file import ZOO_MODEL, Weights
 
 __all__ = ["Migrated", "migrate"]
 
-_NAMES = "_ARRAY_DIMENSIONS"
 _METADATA = "zarr.json"
 
 Advance = Callable[[int], object]
@@ -264,9 +264,9 @@ def _planned_cae(path: str, name: str, array: zarr.Array[Any], keys: tuple[str, 
 def _named(document: dict[str, Any]) -> dict[str, Any]:
     """Turn xarray's attribute with the names of axes into those of zarr v3."""
     attributes = dict(document.get("attributes") or {})
-    names = attributes.get(_NAMES)
+    names = attributes.get(DIMENSIONS_ATTRIBUTE)
     if isinstance(names, list) and len(names) == len(document["shape"]):
-        del attributes[_NAMES]
+        del attributes[DIMENSIONS_ATTRIBUTE]
         return {**document, "attributes": attributes, "dimension_names": names}
     return document
 

@@ -39,7 +39,7 @@ from zarr_cae.threads import lazy_property
 
 __all__ = ["CumulativeTables", "decode"]
 
-_TOTAL = 1 << 16
+_SLOTS = 1 << 16
 _START_STATE = 1 << 31
 _END_STATE = 1 << 63
 _ROUNDING_BITS = 1e-4  # one step may use this much less than -log2(frequency / T) bits, as states are rounded down
@@ -48,7 +48,7 @@ _DAMAGED = "the stored chunk is damaged, or of other weights"
 # uint64 constants: numba makes float64 of int64 with uint64.
 _U = np.uint64
 _ONE, _FOUR, _SIXTEEN, _THIRTY_TWO = _U(1), _U(4), _U(16), _U(32)
-_SLOT_MASK, _DIGIT_MASK, _LEAST = _U(_TOTAL - 1), _U(15), _U(_START_STATE)
+_SLOT_MASK, _DIGIT_MASK, _LEAST = _U(_SLOTS - 1), _U(15), _U(_START_STATE)
 _MOST_DIGITS = 8
 _GOOD, _SHORT, _LONG, _WRONG_END, _WRONG_ESCAPE = range(5)
 _FAULTS = {
@@ -97,8 +97,8 @@ class CumulativeTables:
         used = np.arange(cumulative.shape[1]) < length[:, None]
         ascending = np.where(used[:, 1:], np.diff(cumulative.astype(np.int64), axis=1) > 0, True)
         last = np.take_along_axis(cumulative, length[:, None].astype(np.int64) - 1, axis=1)
-        if not ascending.all() or cumulative[:, 0].any() or (last != _TOTAL).any():
-            _refuse(f"rows that ascend strictly from 0 to {_TOTAL}", cumulative)
+        if not ascending.all() or cumulative[:, 0].any() or (last != _SLOTS).any():
+            _refuse(f"rows that ascend strictly from 0 to {_SLOTS}", cumulative)
         for name, kind in (("cumulative", np.uint32), ("length", np.int32), ("offset", np.int32)):
             array = np.where(used, cumulative, 0).astype(kind) if name == "cumulative" else given[name].astype(kind)
             array.setflags(write=False)
@@ -113,7 +113,7 @@ class CumulativeTables:
     def least_bits(self) -> float:
         """Return the fewest bits that one position can take, with one symbol of each channel."""
         frequency = np.diff(self.cumulative.astype(np.int64), axis=1).max(axis=1)
-        return float(np.maximum(np.log2(_TOTAL / frequency) - _ROUNDING_BITS, 0).sum())
+        return float(np.maximum(np.log2(_SLOTS / frequency) - _ROUNDING_BITS, 0).sum())
 
 
 def _refuse(expected: str, came: NDArray[Any]) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zarr_cae.coder.frame import STRIDE, Symbols
+from zarr_cae.coder.header import LARGEST_SYMBOL
 from zarr_cae.coder.tiles import Patch
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
@@ -36,7 +37,6 @@ from zarr_cae.pixels.layout import PixelFormat, Planes
 from zarr_cae.threads import call_in_child, hold_across_fork
 from zarr_cae.weights.file import DEFAULT_MODEL, Weights
 
-_LARGEST_SYMBOL = 32767
 _GPU_LANES = 2
 """Batches on a GPU at a time: one that computes, one that is copied."""
 
@@ -286,7 +286,7 @@ class Engine:
     def _to_tensor(self, array: Any) -> Tensor:
         return on_device.to_tensor(array, self.device)
 
-    def gain(self, name: str, quality: int) -> Tensor:
+    def row_value(self, name: str, quality: int) -> Tensor:
         """Return "gain", "shift", "step" or "offset" of a quality, (1, M, 1, 1) on the device."""
         row = self.weights.row(quality)
         return self._gains[name][row : row + 1]
@@ -295,9 +295,10 @@ class Engine:
         """Apply the network and the gains of the quality, and round or dequantise."""
         if key.direction == "analyse":
             pixels = source.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-            latents: Tensor = self._analysis(pixels) * self.gain("gain", key.quality) - self.gain("shift", key.quality)
-            return latents.round_().clamp_(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).to(torch.int16)
-        latents = source.float() * self.gain("step", key.quality) + self.gain("offset", key.quality)
+            gain, shift = (self.row_value(name, key.quality) for name in ("gain", "shift"))
+            latents: Tensor = self._analysis(pixels) * gain - shift
+            return latents.round_().clamp_(-LARGEST_SYMBOL, LARGEST_SYMBOL).to(torch.int16)
+        latents = source.float() * self.row_value("step", key.quality) + self.row_value("offset", key.quality)
         planes: Tensor = self._synthesis(latents.contiguous(memory_format=torch.channels_last))
         return planes if key.components == 3 else planes.mean(1, keepdim=True)
 

@@ -229,7 +229,7 @@ def take_step(engine: Engine, key: StepKey, pieces: Sequence[Piece]) -> list[Mov
 
 
 def _decode(engine: Engine, symbols: Tensor, key: StepKey) -> Tensor:
-    received = symbols * engine.gain("step", key.quality) + engine.gain("offset", key.quality)
+    received = symbols * engine.row_value("step", key.quality) + engine.row_value("offset", key.quality)
     planes: Tensor = engine.plain_synthesis(received.contiguous(memory_format=torch.channels_last))
     return planes if key.shape[0] == 3 else planes.mean(1, keepdim=True)
 

@@ -16,6 +16,7 @@ from zarr.abc.buffer import Buffer
 from zarr.buffer import default_buffer_prototype
 
 from zarr_cae.codec import CAECodec
+from zarr_cae.codec.chunk import is_all_fill
 
 __all__ = ["WritingCodec", "begin"]
 
@@ -85,7 +86,7 @@ class WritingCodec(CAECodec):
         if not _whole(chunk_array, chunk_spec):
             await super()._encode_partial_single(byte_setter, chunk_array, selection, chunk_spec)
             _count(chunk_spec)
-        elif _is_fill(chunk_array, chunk_spec):
+        elif is_all_fill(chunk_array.as_numpy_array(), chunk_spec):
             await byte_setter.delete()
         else:
             await byte_setter.set(await self._encode_single(chunk_array, chunk_spec))
@@ -94,7 +95,7 @@ class WritingCodec(CAECodec):
         if not _whole(chunk_array, chunk_spec):
             super()._encode_partial_sync(byte_setter, chunk_array, selection, chunk_spec)
             _count(chunk_spec)
-        elif _is_fill(chunk_array, chunk_spec):
+        elif is_all_fill(chunk_array.as_numpy_array(), chunk_spec):
             byte_setter.delete_sync()
         else:
             byte_setter.set_sync(self._encode_sync(chunk_array, chunk_spec))
@@ -126,14 +127,6 @@ def _keep(key: tuple[Any, ...] | None, content: Buffer) -> Buffer:
 
 def _whole(chunk_array: Any, spec: Any) -> bool:
     return tuple(chunk_array.shape) == tuple(spec.shape)
-
-
-def _is_fill(chunk_array: Any, spec: Any) -> bool:
-    """Return whether zarr stores no chunk of these pixels: all have the fill value."""
-    if spec.config.write_empty_chunks:
-        return False
-    pixels, fill = chunk_array.as_numpy_array(), spec.fill_value
-    return bool((pixels != pixels if fill != fill else pixels == fill).all())  # noqa: PLR0124 - NaN is not NaN
 
 
 def _count(spec: Any) -> None:

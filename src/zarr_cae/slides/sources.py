@@ -308,8 +308,3 @@ def with_unit(sizes: dict[str, tuple[float, str]], axis: str, size: object, unit
         return
     if name is not None and math.isfinite(number) and number > 0:
         sizes[axis] = number, name
-
-
-def renamed(slide: Slide, name: str) -> Slide:
-    """Return the slide under another name."""
-    return replace(slide, name=name)

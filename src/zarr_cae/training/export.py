@@ -11,12 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from zarr_cae.coder.header import LARGEST_SYMBOL
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.training.fitting import fit
 from zarr_cae.training.model import GainedAutoencoder
 from zarr_cae.weights.file import DEFAULT_MODEL, Metric, Weights, pack
-
-_LARGEST_SYMBOL = 32767
 
 
 @torch.no_grad()
@@ -46,7 +45,7 @@ def export(
     predicted = model.density.predicted.bool().numpy()
     fitted = []
     for row, mix in zip(gain[:, :, None, None], model.density.mix, strict=True):
-        rounded = [(values * row).round().clamp(-_LARGEST_SYMBOL, _LARGEST_SYMBOL).short() for values in latents]
+        rounded = [(values * row).round().clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).short() for values in latents]
         fitted.append(fit([tile.numpy() for tile in rounded], predicted, mix.numpy()))
     for kind in ("minimum", "length"):
         tensors[f"tables.{kind}"] = np.stack([getattr(own, kind) for own in fitted])

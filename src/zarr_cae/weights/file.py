@@ -73,7 +73,7 @@ _KINDS = {
 """NumPy's names of the number types in safetensors files. NumPy has no bfloat16."""
 _FLOATS = ("float16", "float32")
 _COMPRESSAI = ("compressai.cumulative", "compressai.length", "compressai.offset")
-_Outline = Mapping[str, tuple[str, Shape]]
+_TensorTypes = Mapping[str, tuple[str, Shape]]
 """The kind and the shape of each tensor of a file."""
 
 
@@ -179,14 +179,14 @@ def _refuse(path: Path, fault: str) -> NoReturn:
 
 def _checked_info(file: Any, path: Path) -> WeightsInfo:
     info = _info(file.metadata() or {}, path)
-    outline: dict[str, tuple[str, Shape]] = {}
+    tensor_types: dict[str, tuple[str, Shape]] = {}
     for name in file.keys():  # noqa: SIM118 - safetensors is no mapping
         tensor = file.get_slice(name)
         kind = tensor.get_dtype()
         if kind not in _KINDS:
             _refuse(path, f"{name} has numbers of kind {kind}, expected one of {', '.join(_KINDS)}")
-        outline[name] = (_KINDS[kind], tuple(tensor.get_shape()))
-    _check_outline(info, outline)
+        tensor_types[name] = (_KINDS[kind], tuple(tensor.get_shape()))
+    _check_tensors(info, tensor_types)
     return info
 
 
@@ -218,13 +218,13 @@ def _info(metadata: Mapping[str, str], path: Path) -> WeightsInfo:
     return WeightsInfo(f"sha256:{path.stem}", path, model, metric, qualities, architecture, provenance, name)
 
 
-def _check_outline(info: WeightsInfo, outline: _Outline) -> None:
+def _check_tensors(info: WeightsInfo, tensor_types: _TensorTypes) -> None:
     """Check kinds and shapes of all tensors against the architecture and each other."""
 
     def expect(name: str, shape: Iterable[int | None], *kinds: str) -> Shape:
         """Check one tensor; None stands for any length. Returns its shape."""
         wanted = tuple(shape)
-        kind, found = outline.get(name, ("nothing", ()))
+        kind, found = tensor_types.get(name, ("nothing", ()))
         fits = len(found) == len(wanted) and all(b is None or a == b for a, b in zip(found, wanted, strict=True))
         if kind not in kinds or not fits:
             sides = ", ".join("any" if side is None else str(side) for side in wanted)
@@ -238,7 +238,7 @@ def _check_outline(info: WeightsInfo, outline: _Outline) -> None:
     for name in ("shift", "step", "offset"):
         expect(name, (count, channels), "float32")
     classes = 1
-    if any(name.startswith("contexts.") for name in outline):
+    if any(name.startswith("contexts.") for name in tensor_types):
         classes += expect("contexts.threshold", (count, channels, None), "uint16")[2]
         if classes > _LARGEST_CLASSES:
             _refuse(info.path, f"expected at most {_LARGEST_CLASSES} classes a channel, got {classes}")
@@ -249,15 +249,15 @@ def _check_outline(info: WeightsInfo, outline: _Outline) -> None:
     for name in ("tables.minimum", "tables.length"):
         expect(name, (count, channels * classes), "int32")
     expect("tables.frequency", (None,), "uint16")
-    if any(name.startswith("compressai.") for name in outline):
+    if any(name.startswith("compressai.") for name in tensor_types):
         for name, shape in zip(_COMPRESSAI, ((channels, None), (channels,), (channels,)), strict=True):
             expect(name, shape, "int32")
-    _check_networks(info, outline, channels, expect)
+    _check_networks(info, tensor_types, channels, expect)
 
 
-def _check_networks(info: WeightsInfo, outline: _Outline, channels: int, expect: Any) -> None:
+def _check_networks(info: WeightsInfo, tensor_types: _TensorTypes, channels: int, expect: Any) -> None:
     """Check that parameters are those of the architecture, all of them and no others."""
-    networks = {name for name in outline if name.startswith(("analysis.", "synthesis."))}
+    networks = {name for name in tensor_types if name.startswith(("analysis.", "synthesis."))}
     if not info.architecture and not networks:
         return
     try:
