@@ -35,16 +35,16 @@ from zarr_cae.training.trainer import Trainer
 from zarr_cae.weights.registry import CACHE_VARIABLE
 
 
-def part(file: Path) -> sampling.Part:
+def part(file: Path) -> sampling.ImageSource:
     """Return an image as a part of a collection, which is read when the fit samples it."""
 
-    def opened() -> sampling.Picture:
+    def opened() -> sampling.ImageStack:
         picture = read(file)
         value_range = None if picture.pixels.dtype == np.uint8 else (0, picture.peak)
-        return sampling.Picture(picture.pixels, None if picture.pixels.ndim == 2 else 2, value_range)
+        return sampling.ImageStack(picture.pixels, None if picture.pixels.ndim == 2 else 2, value_range)
 
     with Image.open(file) as image:
-        return sampling.Part(image.width * image.height, opened)
+        return sampling.ImageSource(image.width * image.height, opened)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Everything else comes from `zarr.abc`, `zarr.buffer`, `zarr.codecs`, `zarr.regis
 """
 
 import sys
+from types import FrameType
 
 import zarr
 from packaging.version import Version
@@ -40,7 +41,7 @@ def spec_after_filters(codec: Codec, array_spec: ArraySpec) -> ArraySpec:
         return array_spec
     # zarr < 3.2 passes the array's own spec even to a codec behind a transpose. The chain of codecs is only in the
     # frame of the caller's caller: the constructor of the metadata, or a method of the sharding codec.
-    frame = sys._getframe(2)  # noqa: SLF001
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
     chain: tuple[object, ...] = ()
     for _ in range(3):
         if frame is None or chain:

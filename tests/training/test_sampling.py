@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from zarr_cae import CAEConfigurationError
-from zarr_cae.training.sampling import Part, Picture, sample_windows
+from zarr_cae.training.sampling import ImageSource, ImageStack, sample_windows
 
 
 def part(array, axis=2, value_range=None, **options):
-    return Part(array.shape[0] * array.shape[1], lambda: Picture(array, axis, value_range, **options))
+    return ImageSource(array.shape[0] * array.shape[1], lambda: ImageStack(array, axis, value_range, **options))
 
 
 def noise(*shape, seed=0):

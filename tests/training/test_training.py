@@ -24,13 +24,13 @@ from zarr_cae.coder.tables import Tables, ideal_bits
 from zarr_cae.training.data import Crops
 from zarr_cae.training.density import Density
 from zarr_cae.training.export import export, restore
-from zarr_cae.training.fitting import _learned_sources, fit
 from zarr_cae.training.loss import border_bias, mean_squared_error, multiscale_dissimilarity, rate_distortion
-from zarr_cae.training.model import Coded, GainedAutoencoder, default_lambdas
+from zarr_cae.training.model import GainedAutoencoder, Pass, default_lambdas
 from zarr_cae.training.patterns import draw_pattern
 from zarr_cae.training.run import train_network
 from zarr_cae.training.schedule import FIT_PHASES, PHASES, learning_rate, phase_at
 from zarr_cae.training.soap import Soap
+from zarr_cae.training.tables import _learned_sources, fit_tables
 from zarr_cae.training.trainer import Progress, Recipe, Trainer, read_checkpoint
 from zarr_cae.weights import registry
 
@@ -347,7 +347,7 @@ def test_a_channel_takes_the_sources_that_make_it_shorter() -> None:
     blind[2, 1] = learned[2, 0] = 1
     bits = []
     for mix in (blind, learned):
-        fitted = fit(symbols, np.zeros(3, bool), mix)
+        fitted = fit_tables(symbols, np.zeros(3, bool), mix)
         weight = dict(zip(fitted.contexts.source[2].tolist(), fitted.contexts.weight[2].tolist(), strict=True))
         assert weight[0] > 2 * weight.get(1, 0)
         tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
@@ -362,7 +362,7 @@ def test_fitted_contexts_beat_tables_without() -> None:
     symbols[:, 0] = np.cumsum(rng.integers(-1, 2, (60, 32, 32)), axis=2)
     predicted = np.arange(12) == 0
     mix = np.tril(np.ones((12, 12), np.float32), -1)
-    fitted, plain = fit(symbols[:40], predicted, mix), fit(symbols[:40], np.zeros(12, bool), mix)
+    fitted, plain = fit_tables(symbols[:40], predicted, mix), fit_tables(symbols[:40], np.zeros(12, bool), mix)
     tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
     length = sum(8 * len(rans.encode(tile, tables, 3)) for tile in symbols[40:])
     entropy = 0.0
@@ -378,7 +378,7 @@ def test_fitted_contexts_beat_tables_without() -> None:
 def test_channels_that_are_always_zero_can_be_fitted() -> None:
     tiles = np.zeros((3, 4, 8, 8), np.int16)
     tiles[:, 2, 0, 0] = 1
-    fitted = fit(tiles, np.zeros(4, bool), np.ones((4, 4), np.float32))
+    fitted = fit_tables(tiles, np.zeros(4, bool), np.ones((4, 4), np.float32))
     tables = Tables(fitted.minimum, fitted.length, fitted.frequency, fitted.contexts)
     wild = np.full((4, 8, 8), 999, np.int16)
     assert np.array_equal(rans.decode(rans.encode(wild, tables, 3), (8, 8), tables, 3), wild)
@@ -389,7 +389,7 @@ def test_loss_is_rate_plus_weighed_distortion() -> None:
     pixels = torch.zeros(2, 1, 3, 16, 16)
     error = torch.zeros_like(pixels)
     error[..., 4:12, 4:12] = 0.1  # nothing at the borders
-    coded = Coded(pixels + error, torch.tensor([[0.5], [1.0]]))
+    coded = Pass(pixels + error, torch.tensor([[0.5], [1.0]]))
     loss = rate_distortion(coded, pixels, "mse", (0.0035, 0.0067))
     weight = np.array([0.0035, 0.0067]) ** -0.5
     each = np.array([0.0035, 0.0067]) * 255**2 * 0.01 / 4 + [0.5, 1.0]

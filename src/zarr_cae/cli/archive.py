@@ -29,7 +29,6 @@ from zarr_cae.cli.fitting import add_fit, fit_to_images, store_weights
 from zarr_cae.cli.images import (
     PAGES,
     RGBA,
-    Pixels,
     arrays_at,
     megapixels,
     open_array,
@@ -43,7 +42,7 @@ from zarr_cae.cli.replacing import create_npy, refuse_inside, replacing, replaci
 from zarr_cae.cli.writing import Options, many_chunks_at_once, new_array, pixel_bar, slabs, stored_bytes, write
 from zarr_cae.coder.frame import NO_ERROR
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
-from zarr_cae.pixels.layout import Layout, resolve_channel_axis
+from zarr_cae.pixels.layout import Layout, Pixels, resolve_channel_axis
 from zarr_cae.weights.registry import family_name, find
 
 if TYPE_CHECKING:

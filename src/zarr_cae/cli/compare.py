@@ -15,10 +15,11 @@ import numpy as np
 
 from zarr_cae.cli.arguments import Commands, add_weights, command, progress, quality, refuse, several
 from zarr_cae.cli.evaluate import check_libraries, code, one_of
-from zarr_cae.cli.images import Pixels, read_image
+from zarr_cae.cli.images import read_image
 from zarr_cae.cli.replacing import replacing
 from zarr_cae.evaluation.classical import CLASSICAL, match
 from zarr_cae.evaluation.curves import Coded, Point, measure
+from zarr_cae.pixels.layout import Pixels
 from zarr_cae.weights.file import METRICS
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zarr_cae.cli.arguments import Commands, command, progress, table
-from zarr_cae.cli.images import Pixels, Source, read_image, save_picture
+from zarr_cae.cli.images import Source, read_image, save_picture
 from zarr_cae.cli.replacing import replacing_zarr
 from zarr_cae.cli.writing import Options, new_array, stored_bytes, write
+from zarr_cae.pixels.layout import Pixels
 
 if TYPE_CHECKING:
     from PIL import Image

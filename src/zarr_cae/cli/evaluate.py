@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zarr_cae.cli.arguments import Commands, command, note, progress, quality, refuse, several, table
-from zarr_cae.cli.images import Pixels, read_image
+from zarr_cae.cli.images import read_image
 from zarr_cae.cli.replacing import replacing
 from zarr_cae.cli.writing import stored_bytes
 from zarr_cae.errors import CAEConfigurationError
@@ -33,6 +33,7 @@ from zarr_cae.evaluation.curves import (
 from zarr_cae.evaluation.extra import import_extra
 from zarr_cae.evaluation.measures import SMALLEST_MS_SSIM
 from zarr_cae.evaluation.plot import plot
+from zarr_cae.pixels.layout import Pixels
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES
 from zarr_cae.weights.registry import available, check_digest
 

@@ -22,7 +22,7 @@ from zarr_cae.weights.file import DEFAULT_MODEL
 if TYPE_CHECKING:
     from zarr_cae.slides.conversion import Choices, Conversion
     from zarr_cae.training.fit import Fit, FitProgress
-    from zarr_cae.training.sampling import Part, Picture
+    from zarr_cae.training.sampling import ImageSource, ImageStack
 
 _SECONDS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
 
@@ -58,17 +58,17 @@ def fit_to_images(arguments: argparse.Namespace, options: Options, images: Seque
     """
     if arguments.fit is None:
         return options
-    from zarr_cae.training.sampling import Part, Picture
+    from zarr_cae.training.sampling import ImageSource, ImageStack
 
     chosen = {"series": arguments.series, "level": arguments.level}
 
-    def opened(path: Path) -> Picture:
+    def opened(path: Path) -> ImageStack:
         item = new_array(open_source(path, **chosen), options)
-        return Picture(
+        return ImageStack(
             item.source.array, cast("int | None", item.codec.channel_axis), item.codec.value_range, item.source.close
         )
 
-    parts = [Part(megapixels(path, **chosen), partial(opened, path)) for path in images]
+    parts = [ImageSource(megapixels(path, **chosen), partial(opened, path)) for path in images]
     return replace(options, weights=_fit(arguments, options.quality, parts))
 
 
@@ -92,7 +92,7 @@ def fit_to_slides(arguments: argparse.Namespace, choices: Choices, sources: Sequ
         return choices
     from zarr_cae.slides.conversion import prepare
     from zarr_cae.training.model import RANGES
-    from zarr_cae.training.sampling import Part
+    from zarr_cae.training.sampling import ImageSource
 
     if arguments.dask is not None:
         refuse("--fit keeps its weights on this machine; with --dask, fit first (zarr_cae.fit), import the weights on "
@@ -106,8 +106,8 @@ def fit_to_slides(arguments: argparse.Namespace, choices: Choices, sources: Sequ
         note(f"going on with the weights that this conversion began with: {known or 'the bundled ones'}")
         return replace(choices, weights=known)
 
-    def part(conversion: Conversion) -> Part:
-        return Part(math.prod(conversion.shape) / conversion.channels, partial(_slide_picture, conversion))
+    def part(conversion: Conversion) -> ImageSource:
+        return ImageSource(math.prod(conversion.shape) / conversion.channels, partial(_slide_picture, conversion))
 
     parts = [part(prepare(source, choices)) for source in sources]
     return replace(choices, weights=_fit(arguments, choices.qualities[0], parts))
@@ -133,7 +133,7 @@ def store_weights(out: Path, arguments: argparse.Namespace) -> None:
     embed_weights(out)
 
 
-def _fit(arguments: argparse.Namespace, quality: int, parts: list[Part]) -> str:
+def _fit(arguments: argparse.Namespace, quality: int, parts: list[ImageSource]) -> str:
     if arguments.weights is not None:
         refuse("--fit chooses the weights; leave --weights out")
     if arguments.model != DEFAULT_MODEL:
@@ -171,11 +171,11 @@ class _SlideArray:
         return self._read(window)
 
 
-def _slide_picture(conversion: Conversion) -> Picture:
+def _slide_picture(conversion: Conversion) -> ImageStack:
     from zarr_cae.slides.sources import open_slide
-    from zarr_cae.training.sampling import Picture
+    from zarr_cae.training.sampling import ImageStack
 
     choices = conversion.choices
     slide = open_slide(conversion.source, series=choices.series, level=choices.level)
     axis = conversion.axes.index("c") if conversion.rgb else None
-    return Picture(_SlideArray(slide.read, slide.shape, slide.dtype), axis, conversion.value_range, slide.close)
+    return ImageStack(_SlideArray(slide.read, slide.shape, slide.dtype), axis, conversion.value_range, slide.close)

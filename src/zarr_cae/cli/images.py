@@ -15,11 +15,11 @@ from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from zarr_cae.cli.arguments import refuse
 from zarr_cae.cli.replacing import is_zarr, replacing
 from zarr_cae.errors import CAEError
+from zarr_cae.pixels.layout import Pixels
 from zarr_cae.pixels.pillow import opened_picture
 from zarr_cae.slides.metadata import SlideMetadata
 from zarr_cae.slides.ome import source_attributes
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import zarr
     from PIL import Image
 
-Pixels = npt.NDArray[Any]
 _FRAMES_MATTER = {"TIFF", "GIF", "WEBP", "PNG", "AVIF"}
 """Formats whose further frames are images of their own; those of a JPEG are previews and depth maps."""
 _TRANSPARENT = {"PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "TGA"}

@@ -138,10 +138,10 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> WeightsInfo:
-    from zarr_cae.training.run import choose_device, export_checkpoint, load_crops
+    from zarr_cae.training.run import export_checkpoint, load_crops, prepare_process
     from zarr_cae.training.trainer import Recipe, read_checkpoint
 
-    choose_device(arguments.device, arguments.threads)
+    prepare_process(arguments.device, arguments.threads)
     recipe = Recipe(**read_checkpoint(arguments.out / "checkpoint.pt")["recipe"])
     return export_checkpoint(arguments.out, load_crops(arguments.paths, recipe), arguments.name)
 

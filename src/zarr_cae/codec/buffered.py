@@ -22,9 +22,10 @@ import zarr
 from zarr.buffer import cpu
 
 from zarr_cae._zarr import sync
-from zarr_cae.codec.pending import Bits, Pending, Pixels, Spill
+from zarr_cae.codec.pending import Bits, Pending, Spill
 from zarr_cae.codec.selection import Grid, Part, Region, Selection, boxes
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.pixels.layout import Pixels
 
 Key: TypeAlias = tuple[int, ...]
 _UNITS = {"": 1, "k": 10**3, "ki": 2**10, "m": 10**6, "mi": 2**20, "g": 10**9, "gi": 2**30, "t": 10**12, "ti": 2**40}

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from zarr_cae.codec.floor import poor_tiles, reaches
 from zarr_cae.coder.frame import Symbols
 from zarr_cae.pixels.convert import to_planes
-from zarr_cae.pixels.mask import Mask
+from zarr_cae.pixels.layout import Mask
 
 if TYPE_CHECKING:
     from zarr_cae.codec.chunk import ChunkCoder

@@ -14,8 +14,8 @@ from zarr_cae.coder.frame import STRIDE, Frame, FrameHeader
 from zarr_cae.coder.lossless import decode_mask, decode_pixels, encode_mask
 from zarr_cae.coder.tiles import Patch, Tile, tiles
 from zarr_cae.errors import FrameError
-from zarr_cae.pixels.layout import Layout
-from zarr_cae.pixels.mask import Mask, apply_mask
+from zarr_cae.pixels.layout import Layout, Mask
+from zarr_cae.pixels.mask import apply_mask
 
 if TYPE_CHECKING:
     from zarr_cae.codec.chunk import ChunkCoder

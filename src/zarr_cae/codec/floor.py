@@ -21,7 +21,7 @@ from zarr_cae.coder.frame import NO_ERROR, FrameHeader, Symbols
 from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Tile, tiles
 from zarr_cae.networks.pieces import HALO
-from zarr_cae.pixels.mask import Mask
+from zarr_cae.pixels.layout import Mask
 from zarr_cae.pixels.smooth import smoothed
 from zarr_cae.threads import over_cores
 

@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, is_all_fill, on_host
 from zarr_cae.codec.exact import Parts, box_pixels, mask_section, restore, stored_mask, tile_pixels, tile_samples
@@ -31,10 +30,10 @@ from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Patch, Tile, decode_streams, decode_tile, encode_streams, encode_tile, tiles
 from zarr_cae.errors import FrameError
 from zarr_cae.networks.pieces import HALO
-from zarr_cae.pixels.mask import Mask, find_mask
+from zarr_cae.pixels.layout import Mask, Pixels
+from zarr_cae.pixels.mask import find_mask
 from zarr_cae.threads import over_cores
 
-Pixels: TypeAlias = npt.NDArray[Any]
 _FIXED_BYTES = 20
 _LENGTH_BYTES = 3
 """Bytes of the first request, for the header and for the length of each tile: fewer than the smallest frame has."""

@@ -23,10 +23,11 @@ import zarr
 from zarr.buffer import cpu
 from zarr.codecs import BloscCodec
 
-Pixels: TypeAlias = npt.NDArray[Any]
+from zarr_cae.pixels.layout import Pixels
+
 Bits: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-Index: TypeAlias = tuple[Any, ...]
+ChunkIndex: TypeAlias = tuple[Any, ...]
 """Selects pixels of a chunk: a NumPy index of slices, or of arrays as `numpy.ix_` makes them."""
 _OVERHEAD = 500
 """Bytes of Python objects that a piece needs besides its pixels, about."""
@@ -128,7 +129,7 @@ class _Place:
 class _Piece:
     """Pixels that came together, or a merged piece."""
 
-    index: Index | None
+    index: ChunkIndex | None
     """Where the pixels lie in the chunk; None if `content` begins with a bit for each pixel of the chunk."""
     content: Pixels | _Place
     """The pixels in the shape of the index, or the bytes of a merged piece, or the place of such bytes on disk."""
@@ -191,7 +192,7 @@ class Pending:
         """Bytes that `assemble` allocates."""
         return self.size * (self.dtype.itemsize + 1)
 
-    def add(self, index: Index, values: Pixels, size: int) -> None:
+    def add(self, index: ChunkIndex, values: Pixels, size: int) -> None:
         """Add pixels.
 
         Parameters

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-Index: TypeAlias = slice | npt.NDArray[np.intp]
+AxisIndex: TypeAlias = slice | npt.NDArray[np.intp]
 Region: TypeAlias = tuple[slice, ...]
 
 
@@ -22,7 +22,7 @@ Region: TypeAlias = tuple[slice, ...]
 class Selection:
     """Pixels of an array: the product of some indices along each of its axes."""
 
-    index: tuple[Index, ...]
+    index: tuple[AxisIndex, ...]
     """For each axis a slice, without negative numbers, or an array of indices."""
     lengths: tuple[int, ...]
     """The number of indices along each axis."""
@@ -118,7 +118,7 @@ def _basic(part: Any, axis: int, length: int) -> slice:
     return slice(start, max(start, stop), step)
 
 
-def _any(part: Any, axis: int, length: int) -> Index:
+def _any(part: Any, axis: int, length: int) -> AxisIndex:
     """Return a part of an orthogonal selection without negative numbers."""
     if _is_integer(part) or isinstance(part, slice):
         return _basic(part, axis, length)
@@ -207,12 +207,12 @@ class _Cut:
 
     number: int
     length: int
-    inside: Index
-    outside: Index
+    inside: AxisIndex
+    outside: AxisIndex
     count: int
 
 
-def _cuts(index: Index, edges: Sequence[int], length: int) -> Iterator[_Cut]:
+def _cuts(index: AxisIndex, edges: Sequence[int], length: int) -> Iterator[_Cut]:
     wanted: Any = range(length)[index] if isinstance(index, slice) else np.unique(index)
     at = 0
     while at < len(wanted):
@@ -220,8 +220,8 @@ def _cuts(index: Index, edges: Sequence[int], length: int) -> Iterator[_Cut]:
         begin, end = edges[number], min(edges[number + 1], length)
         stop = bisect_left(wanted, end)
         if isinstance(index, slice):
-            inside: Index = slice(wanted[at] - begin, wanted[stop - 1] - begin + 1, wanted.step)
-            outside: Index = slice(at, stop)
+            inside: AxisIndex = slice(wanted[at] - begin, wanted[stop - 1] - begin + 1, wanted.step)
+            outside: AxisIndex = slice(at, stop)
         else:
             outside = np.flatnonzero((index >= begin) & (index < end))
             inside = index[outside] - begin
@@ -229,7 +229,7 @@ def _cuts(index: Index, edges: Sequence[int], length: int) -> Iterator[_Cut]:
         at = stop
 
 
-def _together(indices: list[Index]) -> tuple[Any, ...]:
+def _together(indices: list[AxisIndex]) -> tuple[Any, ...]:
     """Return one NumPy index for all axes, which selects along each axis by itself."""
     if all(isinstance(one, slice) for one in indices):
         return tuple(indices)

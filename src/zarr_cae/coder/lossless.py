@@ -16,10 +16,7 @@ from numpy.typing import NDArray
 from zarr_cae.coder.contours import decode_contours, encode_contours
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
-__all__ = ["Mask", "decode_mask", "decode_pixels", "encode_mask", "encode_pixels"]
-
-Mask = NDArray[np.bool_]
-"""True for masked samples: bool (N, C, H, W)."""
+__all__ = ["decode_mask", "decode_pixels", "encode_mask", "encode_pixels"]
 
 _LEVEL, _BEST = 6, 9
 _CONTOURS = 1
@@ -28,7 +25,7 @@ _PREDICTORS = (0, 1, 2)
 _DAMAGED = "the stored chunk is damaged"
 
 
-def encode_mask(mask: Mask) -> bytes:
+def encode_mask(mask: NDArray[np.bool_]) -> bytes:
     """Return the mask section of a frame.
 
     Parameters
@@ -58,7 +55,7 @@ def encode_mask(mask: Mask) -> bytes:
     return min(sections, key=len)
 
 
-def decode_mask(section: bytes | memoryview, shape: tuple[int, int, int, int]) -> Mask:
+def decode_mask(section: bytes | memoryview, shape: tuple[int, int, int, int]) -> NDArray[np.bool_]:
     """Return the mask of a mask section.
 
     Parameters

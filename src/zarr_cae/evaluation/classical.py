@@ -22,7 +22,7 @@ from zarr_cae.evaluation.curves import Coded, Point, measure
 from zarr_cae.evaluation.extra import import_extra
 from zarr_cae.evaluation.measures import psnr
 
-Pixels: TypeAlias = NDArray[np.uint8]
+Uint8Pixels: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ClassicalCodec:
     title: str
     limits: tuple[float, float]
     settings: tuple[float, ...]
-    encode: Callable[[Pixels, float], bytes]
-    decode: Callable[[bytes, bool], Pixels]
+    encode: Callable[[Uint8Pixels, float], bytes]
+    decode: Callable[[bytes, bool], Uint8Pixels]
 
     @property
     def integers(self) -> bool:
@@ -60,7 +60,7 @@ class ClassicalCodec:
         return all(setting == int(setting) for setting in self.settings)
 
 
-def _encode_pillow(pixels: Pixels, file_format: str, **options: object) -> bytes:
+def _encode_pillow(pixels: Uint8Pixels, file_format: str, **options: object) -> bytes:
     from PIL import Image
 
     with io.BytesIO() as file:
@@ -68,7 +68,7 @@ def _encode_pillow(pixels: Pixels, file_format: str, **options: object) -> bytes
         return file.getvalue()
 
 
-def _decode_pillow(data: bytes, grey: bool = False) -> Pixels:
+def _decode_pillow(data: bytes, grey: bool = False) -> Uint8Pixels:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
@@ -79,12 +79,12 @@ def _imagecodecs() -> Any:
     return import_extra("imagecodecs", "AVIF and JPEG XL")
 
 
-def _encode_jpeg(pixels: Pixels, setting: float) -> bytes:
+def _encode_jpeg(pixels: Uint8Pixels, setting: float) -> bytes:
     """Encode as baseline JPEG by libjpeg-turbo: 4:4:4, optimised Huffman tables; the setting is its quality."""
     return _encode_pillow(pixels, "JPEG", quality=round(setting), subsampling=0, optimize=True)
 
 
-def _encode_webp(pixels: Pixels, setting: float) -> bytes:
+def _encode_webp(pixels: Uint8Pixels, setting: float) -> bytes:
     """Encode as lossy WebP by libwebp with its slowest search (method 6); the setting is its quality.
 
     The format is always 4:2:0, stores grey images as colours, and does not reach the lowest rates.
@@ -92,7 +92,7 @@ def _encode_webp(pixels: Pixels, setting: float) -> bytes:
     return _encode_pillow(pixels, "WEBP", quality=round(setting), method=6)
 
 
-def _encode_avif(pixels: Pixels, setting: float) -> bytes:
+def _encode_avif(pixels: Uint8Pixels, setting: float) -> bytes:
     """Encode as AVIF by libaom: 4:4:4 YCbCr (BT.601), speed 6; the setting is libavif's quality (100 is lossless).
 
     Grey images become equal colours: imagecodecs codes two-dimensional arrays without loss at every level, and
@@ -105,12 +105,12 @@ def _encode_avif(pixels: Pixels, setting: float) -> bytes:
     return bytes(data)
 
 
-def _decode_avif(data: bytes, grey: bool = False) -> Pixels:
+def _decode_avif(data: bytes, grey: bool = False) -> Uint8Pixels:
     pixels = np.asarray(_imagecodecs().avif_decode(data, numthreads=1), np.uint8)
     return pixels[..., 1] if grey else pixels
 
 
-def _encode_jpegxl(pixels: Pixels, setting: float, effort: int = 7) -> bytes:
+def _encode_jpegxl(pixels: Uint8Pixels, setting: float, effort: int = 7) -> bytes:
     """Encode as JPEG XL by libjxl: XYB, 4:4:4; the setting is the Butteraugli distance, 25 (coarse) to 0.1.
 
     Effort 7 is libjxl's default and must be named: imagecodecs' own default is 5.
@@ -118,12 +118,12 @@ def _encode_jpegxl(pixels: Pixels, setting: float, effort: int = 7) -> bytes:
     return bytes(_imagecodecs().jpegxl_encode(pixels, distance=float(setting), effort=effort, numthreads=1))
 
 
-def _decode_jpegxl(data: bytes, grey: bool = False) -> Pixels:
+def _decode_jpegxl(data: bytes, grey: bool = False) -> Uint8Pixels:
     pixels = np.asarray(_imagecodecs().jpegxl_decode(data, numthreads=1), np.uint8)
     return pixels[..., 0] if grey and pixels.ndim == 3 else pixels
 
 
-def _encode_jpeg2000(pixels: Pixels, setting: float) -> bytes:
+def _encode_jpeg2000(pixels: Uint8Pixels, setting: float) -> bytes:
     """Encode as JPEG 2000 by OpenJPEG: irreversible 9/7 wavelet and colour transform, one tile, bare codestream.
 
     The setting is the target in bits per pixel, as in published JPEG 2000 curves. Hence Pillow: imagecodecs aims at a
@@ -166,7 +166,7 @@ def spread(settings: Sequence[float], count: int | None) -> tuple[float, ...]:
     return tuple(settings[i] for i in np.rint(np.linspace(0, len(settings) - 1, count)).astype(int))
 
 
-def code_classical(codec: ClassicalCodec, pixels: Pixels, setting: float) -> Coded:
+def code_classical(codec: ClassicalCodec, pixels: Uint8Pixels, setting: float) -> Coded:
     """Encode and decode an image, (H, W, 3) RGB or (H, W) grey, uint8. Raise CAEConfigurationError for others."""
     grey = pixels.ndim == 2
     if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 3 and pixels.shape[2] == 3)):
@@ -182,7 +182,9 @@ def code_classical(codec: ClassicalCodec, pixels: Pixels, setting: float) -> Cod
     return Coded(decoded, len(data), encoded - start, time.perf_counter() - encoded)
 
 
-def match(codec: ClassicalCodec, pixels: Pixels, by: Literal["bytes", "psnr"], target: float) -> tuple[float, Coded]:
+def match(
+    codec: ClassicalCodec, pixels: Uint8Pixels, by: Literal["bytes", "psnr"], target: float
+) -> tuple[float, Coded]:
     """Find the setting at which a codec comes nearest to a number of bytes or to a PSNR.
 
     Parameters
@@ -223,7 +225,7 @@ def match(codec: ClassicalCodec, pixels: Pixels, by: Literal["bytes", "psnr"], t
 
 
 def evaluate_classical(
-    name: str, images: Iterable[tuple[str, Pixels]], settings: Sequence[float] | None = None
+    name: str, images: Iterable[tuple[str, Uint8Pixels]], settings: Sequence[float] | None = None
 ) -> list[Point]:
     """Code every image at every setting and measure the results.
 

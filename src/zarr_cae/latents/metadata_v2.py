@@ -17,16 +17,17 @@ from zarr_cae.latents.metadata import rewrite
 from zarr_cae.pixels.layout import RGB
 from zarr_cae.weights.file import ZOO_MODEL
 
-__all__ = ["DIMENSIONS_ATTRIBUTE", "has_compressor", "is_metadata", "make", "sources"]
+__all__ = ["DIMENSIONS_ATTRIBUTE", "has_compressor", "is_v2_metadata", "make", "sources"]
 
 _ARRAY, _ATTRIBUTES, _CONSOLIDATED = ".zarray", ".zattrs", ".zmetadata"
 DIMENSIONS_ATTRIBUTE = "_ARRAY_DIMENSIONS"
 """The attribute in which xarray keeps the names of axes in zarr v2."""
 
-Document = Mapping[str, Any]
+V2Document = Mapping[str, Any]
+"""The content of `.zarray` or `.zattrs`."""
 
 
-def is_metadata(key: str) -> bool:
+def is_v2_metadata(key: str) -> bool:
     """Return whether a key belongs to a document of zarr v2 that may need rewriting."""
     return key.rpartition("/")[2] in (_ARRAY, _ATTRIBUTES, _CONSOLIDATED)
 
@@ -43,7 +44,7 @@ def make(key: str, stored: Sequence[bytes | None]) -> bytes | None:
     Parameters
     ----------
     key
-        A key for which `is_metadata` is true.
+        A key for which `is_v2_metadata` is true.
     stored
         The values of its `sources`; None for those that do not exist.
 
@@ -69,7 +70,7 @@ def make(key: str, stored: Sequence[bytes | None]) -> bytes | None:
     return json.dumps(changed[0] if name == _ARRAY else changed[1]).encode()
 
 
-def has_compressor(array: Document, name: str) -> bool:
+def has_compressor(array: V2Document, name: str) -> bool:
     """Return whether an array of zarr v2 has this compressor."""
     compressor = array.get("compressor")
     return isinstance(compressor, dict) and compressor.get("id") == name
@@ -99,7 +100,7 @@ def _consolidated(content: bytes | None) -> bytes | None:
     return json.dumps({**document, "metadata": changed}).encode()
 
 
-def _rewrite(array: Document, attributes: Document) -> tuple[Document, Document]:
+def _rewrite(array: V2Document, attributes: V2Document) -> tuple[V2Document, V2Document]:
     """Return an array's metadata and attributes as the view shows them."""
     try:
         shape, chunks, compressor = list(array["shape"]), list(array["chunks"]), array["compressor"]

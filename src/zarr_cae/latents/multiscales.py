@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from zarr_cae.coder.frame import STRIDE
-from zarr_cae.latents.metadata import ATTRIBUTE
+from zarr_cae.latents.metadata import ATTRIBUTE, Document
 
 __all__ = ["level_keys", "level_paths", "rewrite_multiscales"]
 
-Document = dict[str, Any]
 _SPATIAL = ("rows", "columns")
 
 

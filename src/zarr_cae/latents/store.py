@@ -62,10 +62,10 @@ class BottleneckStore(StoreView):
 
     async def makes(self, key: str) -> bool:
         """Return whether the key names metadata: `zarr.json`, or a document of Zarr version 2."""
-        return is_metadata(key) or metadata_v2.is_metadata(key)
+        return is_metadata(key) or metadata_v2.is_v2_metadata(key)
 
     async def _value(self, key: str) -> bytes | None:
-        if metadata_v2.is_metadata(key):
+        if metadata_v2.is_v2_metadata(key):
             contents = await asyncio.gather(*(self._read_once(name) for name in metadata_v2.sources(key)))
             return await asyncio.to_thread(metadata_v2.make, key, contents)
         stored = await self._store.get(key, default_buffer_prototype())
@@ -92,7 +92,7 @@ class BottleneckStore(StoreView):
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the same as `get`, without an event loop. Raise TypeError if the store beneath can't do so."""
-        if metadata_v2.is_metadata(key):
+        if metadata_v2.is_v2_metadata(key):
             values = [read_sync(self._store, name, prototype) for name in metadata_v2.sources(key)]
             made = metadata_v2.make(key, [None if value is None else value.to_bytes() for value in values])
             return None if made is None else buffer_of(made, prototype or default_buffer_prototype(), byte_range)

@@ -41,7 +41,7 @@ __all__ = ["Migrated", "migrate"]
 
 _METADATA = "zarr.json"
 
-Advance = Callable[[int], object]
+AdvanceChunks = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _CAEArray(_Array):
 
 
 def migrate(
-    old: StoreLike, new: StoreLike, *, verify: bool = False, start: Callable[[int], Advance] | None = None
+    old: StoreLike, new: StoreLike, *, verify: bool = False, start: Callable[[int], AdvanceChunks] | None = None
 ) -> Migrated:
     """Move an archive of zarr v2 to zarr v3.
 
@@ -175,7 +175,7 @@ def migrate(
     target_root = sync(_target(new))
     move = _Move(source, prefix, target_root.store, target_root.path, verify)
     steps = sum(len(plan.keys) for plan in plans)
-    advance: Advance = (lambda _: None) if start is None else start(2 * steps)
+    advance: AdvanceChunks = (lambda _: None) if start is None else start(2 * steps)
     documents = {**groups, **{plan.path: plan.document for plan in plans}}
     sync(move.write_metadata(documents))
     sync(move.each(plans, move.one, advance))
@@ -298,7 +298,7 @@ class _Move:
         for key, document in missing.items():
             await self._target.set(key, prototype.buffer.from_bytes(json.dumps(document, indent=2).encode()))
 
-    async def each(self, plans: list[_Array], work: Callable[[_Array, str], Any], advance: Advance) -> list[Any]:
+    async def each(self, plans: list[_Array], work: Callable[[_Array, str], Any], advance: AdvanceChunks) -> list[Any]:
         """Do `work` for all chunks of all arrays, some at a time, and return its results."""
         results: list[Any] = []
 

@@ -22,6 +22,9 @@ RGB = 3
 _IMAGE_ASPECT = 4
 """An axis that is so many times shorter than its neighbours may hold channels."""
 
+Pixels = npt.NDArray[Any]
+"""Pixels of an image, or of any part of an array."""
+Mask = npt.NDArray[np.bool_]
 Chunk = npt.NDArray[Any]
 Planes = npt.NDArray[np.float32]
 ValueRange = tuple[float, float]

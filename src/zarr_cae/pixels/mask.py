@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.pixels.layout import Chunk, Planes, ValueRange
+from zarr_cae.pixels.layout import Chunk, Mask, Planes, ValueRange
 from zarr_cae.pixels.smooth import enlarged
-
-Mask = npt.NDArray[np.bool_]
 
 
 def find_mask(chunk: Chunk, nodata: float) -> Mask:

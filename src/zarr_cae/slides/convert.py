@@ -16,11 +16,11 @@ from threading import Lock
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
 from zarr_cae.errors import CAEDataError
+from zarr_cae.pixels.layout import Pixels
 from zarr_cae.slides.background import begin
 from zarr_cae.slides.conversion import Conversion, array_options, source_state
 from zarr_cae.slides.journal import Journal, flush, read_reduced, remove_reduced, write_reduced
@@ -29,7 +29,6 @@ from zarr_cae.slides.sources import Slide, open_slide
 
 __all__ = ["Advance", "close_slide", "convert_block", "convert_here"]
 
-Pixels = npt.NDArray[Any]
 Advance = Callable[[float], object]
 """Called with the megapixels that were coded since the last call."""
 _CONCURRENCY = 64

@@ -18,7 +18,7 @@ from zarr_cae.latents.store import open_bottleneck
 
 __all__ = ["SlidePatches", "slide_patches", "tissue_mask"]
 
-Region = tuple[slice, slice]
+RowsAndColumns = tuple[slice, slice]
 Labels = Sequence[Any] | npt.NDArray[Any] | Callable[[int, int], Any]
 _THRESHOLD = 0.1
 _LEAST_PIXELS = 4
@@ -92,7 +92,7 @@ def slide_patches(
     patch: int | tuple[int, int] = 16,
     *,
     level: int = 0,
-    region: Region | None = None,
+    region: RowsAndColumns | None = None,
     tissue: bool | float = True,
     step: int | tuple[int, int] | None = None,
     labels: Labels | None = None,
@@ -191,7 +191,9 @@ def _paths(group: zarr.Group) -> list[str]:
         raise CAEConfigurationError(f"cae: {group.store_path} is no OME-Zarr 0.5 image") from error
 
 
-def _inside(grid: npt.NDArray[np.int64], extent: npt.NDArray[np.int64], region: Region) -> npt.NDArray[np.int64]:
+def _inside(
+    grid: npt.NDArray[np.int64], extent: npt.NDArray[np.int64], region: RowsAndColumns
+) -> npt.NDArray[np.int64]:
     kept = np.ones(len(grid), bool)
     for axis, part in enumerate(region):
         if part.step not in (None, 1):

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from zarr_cae.pixels.layout import ValueRange
+from zarr_cae.pixels.layout import Pixels, ValueRange
 from zarr_cae.pixels.mask import apply_mask, find_mask
 
 __all__ = ["Block", "Downsample", "Pyramid", "level_sizes", "reduced", "reduced_data"]
 
 Downsample = Literal["mean", "nearest"]
-Pixels = npt.NDArray[Any]
 
 
 class Block(NamedTuple):

@@ -27,14 +27,13 @@ from tokenize import TokenError
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from zarr_cae.errors import CAEConfigurationError, CAEDataError, CAEError
+from zarr_cae.pixels.layout import Pixels
 from zarr_cae.slides.metadata import SlideMetadata, unit_name
 
 __all__ = ["DAMAGE", "CachedRows", "Sliceable", "Slide", "open_slide"]
 
-Pixels = npt.NDArray[Any]
 _ORDER = "tczyx"
 _TIFF_MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 _OPENSLIDE = {".mrxs", ".vms", ".vmu", ".vsi", ".czi", ".svslide", ".zvi"}

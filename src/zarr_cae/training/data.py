@@ -8,14 +8,14 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from torch import Tensor, from_numpy
 
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.pixels.layout import Pixels
 from zarr_cae.pixels.pillow import IMAGE_DAMAGE, no_size_limit
 from zarr_cae.training.patterns import draw_pattern
 from zarr_cae.training.unlike import draw_unlike
@@ -23,8 +23,6 @@ from zarr_cae.training.unlike import draw_unlike
 if TYPE_CHECKING:
     from zarr_cae.training.trainer import Recipe
 
-Pixels = npt.NDArray[Any]
-"""An image in memory, (H, W, 3): uint8, or float32 from 0 to 255."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
 _TAR_DAMAGE = (tarfile.TarError, OSError, EOFError, KeyError, ValueError, zlib.error, lzma.LZMAError)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from zarr_cae.coder.header import LARGEST_SYMBOL
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.training.fitting import fit
 from zarr_cae.training.model import GainedAutoencoder
+from zarr_cae.training.tables import fit_tables
 from zarr_cae.weights.file import DEFAULT_MODEL, Metric, Weights, pack
 
 
@@ -46,7 +46,7 @@ def export(
     fitted = []
     for row, mix in zip(gain[:, :, None, None], model.density.mix, strict=True):
         rounded = [(values * row).round().clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).short() for values in latents]
-        fitted.append(fit([tile.numpy() for tile in rounded], predicted, mix.numpy()))
+        fitted.append(fit_tables([tile.numpy() for tile in rounded], predicted, mix.numpy()))
     for kind in ("minimum", "length"):
         tensors[f"tables.{kind}"] = np.stack([getattr(own, kind) for own in fitted])
     tensors["tables.frequency"] = np.concatenate([own.frequency for own in fitted])

@@ -23,7 +23,7 @@ from zarr_cae.training.data import Crops, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.loss import SMALLEST_CROP, multiscale_dissimilarity
 from zarr_cae.training.model import RANGES, GainedAutoencoder
-from zarr_cae.training.sampling import EDGE, Part, Picture, Window, large_enough, sample_windows
+from zarr_cae.training.sampling import EDGE, ImageSource, ImageStack, Window, large_enough, sample_windows
 from zarr_cae.training.start import Start
 from zarr_cae.training.trainer import Points, Recipe, Trainer, measure
 from zarr_cae.training.unlike import draw_unlike, pictures_to_check
@@ -49,7 +49,7 @@ _CHECK_COST = 20
 _NEAREST_WINDOWS = 8
 _CROPS = (128, 96, 64, 32)
 
-Curve = tuple[Sequence[float], Sequence[float]]
+RateCurve = tuple[Sequence[float], Sequence[float]]
 """Logarithm of the bytes, and quality of the pixels in dB, by ascending quality of the codec, of one picture."""
 
 
@@ -105,7 +105,7 @@ def fit_weights(
     ----------
     source
         An array of uint8 pixels, (H, W, 3) or (N, H, W, 3), of NumPy or zarr; a list of image files, folders and tar
-        files; or a list of `Part` for anything else.
+        files; or a list of `ImageSource` for anything else.
     minutes
         How long to train. Reading the sample and the comparisons take up to a minute more.
     quality
@@ -199,10 +199,10 @@ def fit(source: npt.NDArray[Any] | Any, minutes: float = 10, **options: Any) -> 
     return fit_weights(source, minutes, **options).digest
 
 
-def _parts(source: Any) -> list[Part]:
+def _parts(source: Any) -> list[ImageSource]:
     """Return the parts of what a fit gets."""
     if isinstance(source, list | tuple):
-        if all(isinstance(one, Part) for one in source):
+        if all(isinstance(one, ImageSource) for one in source):
             return list(source)
         images = read_images([Path(one) for one in source])
         return [_part(image) for image in images]
@@ -214,8 +214,8 @@ def _parts(source: Any) -> list[Part]:
     return [_part(source)]
 
 
-def _part(array: Any) -> Part:
-    return Part(math.prod(array.shape), lambda: Picture(array, array.ndim - 1))
+def _part(array: Any) -> ImageSource:
+    return ImageSource(math.prod(array.shape), lambda: ImageStack(array, array.ndim - 1))
 
 
 def _crop(windows: Sequence[Window], largest: int, metric: Metric) -> int:
@@ -246,7 +246,7 @@ def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]
     held_out = list(crops.held_out(8, 128).to(trainer.device))
     metric = trainer.recipe.metric
 
-    def measured() -> tuple[list[Curve], float]:
+    def measured() -> tuple[list[RateCurve], float]:
         begin = trainer.clock()
         curves = estimated_curves(measure(trainer.averaged(), held_out, metric))
         return curves, trainer.clock() - begin
@@ -261,7 +261,7 @@ def _train(trainer: Trainer, crops: Crops, report: Callable[[FitProgress], None]
         report(FitProgress(step.fraction, step.step, saved))
 
 
-def estimated_curves(points: Points) -> list[Curve]:
+def estimated_curves(points: Points) -> list[RateCurve]:
     """Return the curve of each picture by the network's density."""
     bits = points.bits_per_pixel.clamp(min=1e-6).log()
     distortion = points.error if points.dissimilarity is None else points.dissimilarity
@@ -302,11 +302,11 @@ def _tensors(windows: Sequence[Window]) -> Iterator[Tensor]:
         yield from_numpy(np.array(window)).permute(2, 0, 1)[None].float().div(255)
 
 
-def coded_curves(weights: Weights, windows: Sequence[Window]) -> list[Curve]:
+def coded_curves(weights: Weights, windows: Sequence[Window]) -> list[RateCurve]:
     """Return the curve of real bytes of each window."""
     settings = process_settings()
     engine = Engine(weights, choose_device(settings.device))
-    found: list[Curve] = []
+    found: list[RateCurve] = []
     for window in windows:
         sizes, levels = [], []
         grey = window.strides[2] == 0
@@ -330,7 +330,7 @@ def _distortion(planes: npt.NDArray[Any], decoded: npt.NDArray[Any], metric: Met
     return float(multiscale_dissimilarity(*squares))
 
 
-def archive_saved(old: Sequence[Curve], new: Sequence[Curve]) -> float:
+def archive_saved(old: Sequence[RateCurve], new: Sequence[RateCurve]) -> float:
     """Return the share of the bytes of an archive that new weights save, at equal quality of each picture.
 
     A picture counts by its bytes, so that savings on many small ones do not hide a loss on few large ones.
@@ -339,7 +339,7 @@ def archive_saved(old: Sequence[Curve], new: Sequence[Curve]) -> float:
     return float(np.average([bytes_saved(*pair) for pair in zip(old, new, strict=True)], weights=sizes))
 
 
-def bytes_saved(old: Curve, new: Curve) -> float:
+def bytes_saved(old: RateCurve, new: RateCurve) -> float:
     """Return the share of bytes that the second curve saves over the first at equal quality of the pixels.
 
     The logarithms are interpolated over the decibels where both curves have some; if they have none in common the

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, from_numpy, nn
 
-from zarr_cae.training.model import Coded
+from zarr_cae.training.model import Pass
 from zarr_cae.weights.file import Metric
 
 _SEAMS = 0.25
@@ -77,7 +77,7 @@ def _blur(length: int) -> Tensor:
     return from_numpy(matrix)
 
 
-def rate_distortion(coded: Coded, pixels: Tensor, metric: Metric, weights: tuple[float, ...]) -> Tensor:
+def rate_distortion(coded: Pass, pixels: Tensor, metric: Metric, weights: tuple[float, ...]) -> Tensor:
     """Return the loss, averaged over crops; pixels are (Q, n, 3, H, W), `weights` holds the lambda of each quality.
 
     The Lagrangian of each quality is multiplied by lambda^-1/2; otherwise the highest rates would have nearly all of

@@ -25,7 +25,7 @@ def default_lambdas(metric: Metric, rates: Range) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Coded:
+class Pass:
     """What one pass through the network gives, for crops grouped by quality."""
 
     pixels: Tensor
@@ -92,7 +92,7 @@ class GainedAutoencoder(nn.Module):
         pixels: Tensor = flat.unflatten(0, latents.shape[:2])  # type: ignore[no-untyped-call]
         return pixels
 
-    def forward(self, pixels: Tensor, *, noisy: bool, straight_through: bool, tune_decoder: bool) -> Coded:
+    def forward(self, pixels: Tensor, *, noisy: bool, straight_through: bool, tune_decoder: bool) -> Pass:
         """Code and decode crops (Q n, 3, H, W), with rounding or with uniform noise in its place."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not tune_decoder):
             latents = self.scaled(pixels)
@@ -100,7 +100,7 @@ class GainedAutoencoder(nn.Module):
         noise = torch.rand_like(latents) - 0.5
         bits = self.density.bits(latents + noise if noisy else rounded, rounded)
         decoded = self.reconstruct(rounded if straight_through else latents + noise)
-        return Coded(decoded, bits / (pixels.shape[-1] * pixels.shape[-2]))
+        return Pass(decoded, bits / (pixels.shape[-1] * pixels.shape[-2]))
 
     def project(self) -> None:
         """Put every constrained parameter back into its range."""

@@ -13,7 +13,8 @@ from typing import cast
 import torch
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.training.data import Crops, Pixels, read_images
+from zarr_cae.pixels.layout import Pixels
+from zarr_cae.training.data import Crops, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.model import GainedAutoencoder
 from zarr_cae.training.start import Start
@@ -83,7 +84,7 @@ def train_network(
     """
     folder = Path(out)
     checkpoint = folder / "checkpoint.pt"
-    device = choose_device(device, threads)
+    device = prepare_process(device, threads)
     begin = start if start is None or isinstance(start, Start) else Start.find(start)
 
     # The data, and a network that begins as a KLT of them, as the weights given, or as the checkpoint left it.
@@ -144,7 +145,7 @@ def export_checkpoint(folder: Path, crops: Crops, name: str | None = None) -> We
     return registry.store(export(model, recipe.metric, provenance, crops.tiles(), name), folder)
 
 
-def choose_device(device: str, threads: int | None) -> str:
+def prepare_process(device: str, threads: int | None) -> str:
     """Set this process up for training and return the device, with "auto" resolved.
 
     Raises

@@ -33,7 +33,7 @@ _MOST_HELD_OUT = 16
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageStack:
     """An array of pictures: which axis holds colours, and which values its samples have."""
 
     array: Any
@@ -43,12 +43,12 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Part:
+class ImageSource:
     """A part of a collection, such as an image file, that is opened when windows of it are read."""
 
     size: float
     """Its pixels, in any unit that is the same for all parts."""
-    open: Callable[[], Picture]
+    open: Callable[[], ImageStack]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Cell:
     columns: slice
 
 
-def sample_windows(parts: Sequence[Part], seed: int) -> Sample:
+def sample_windows(parts: Sequence[ImageSource], seed: int) -> Sample:
     """Return windows from all over a collection.
 
     Few of them are flat, such as the glass around tissue.
@@ -130,7 +130,7 @@ def large_enough(sample: Sample, least: int) -> Sample:
     return Sample(windows, held_out)
 
 
-def _windows(part: Part, edge: int, count: int, random: np.random.Generator) -> list[Window]:
+def _windows(part: ImageSource, edge: int, count: int, random: np.random.Generator) -> list[Window]:
     """Return up to `count` windows of a part in random order, few of which are flat."""
     picture = part.open()
     try:
@@ -146,7 +146,7 @@ def _windows(part: Part, edge: int, count: int, random: np.random.Generator) -> 
     return [kept[index] for index in random.permutation(len(kept))]
 
 
-def _cells(picture: Picture, edge: int, random: np.random.Generator, count: int) -> Iterator[_Cell]:
+def _cells(picture: ImageStack, edge: int, random: np.random.Generator, count: int) -> Iterator[_Cell]:
     """Yield up to `count` random cells, sorted by place, so that files are read from their beginning to their end."""
     shape = picture.array.shape
     layout = Layout(shape, picture.channel_axis)
@@ -165,7 +165,7 @@ def _cells(picture: Picture, edge: int, random: np.random.Generator, count: int)
         yield _Cell(tuple(plane), slice(top, top + height), slice(left, left + width))
 
 
-def _read(picture: Picture, cell: _Cell) -> Window:
+def _read(picture: ImageStack, cell: _Cell) -> Window:
     """Return a window; of several channels that are not colours, one after the other by its place."""
     layout = Layout(picture.array.shape, picture.channel_axis)
     window: list[slice] = [slice(place, place + 1) for place in cell.plane]

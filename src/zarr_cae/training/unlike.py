@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-Pixels = npt.NDArray[np.uint8]
+Uint8Pixels = npt.NDArray[np.uint8]
 _LEAVES = 500
 _SMALLEST, _LARGEST = 2.0, 0.4
 """Radii of the leaves: pixels, and a share of the edge."""
 _CHECK_SEED, _CHECK_PICTURES, _CHECK_EDGE = 2**31 - 1, 3, 256
 
 
-def draw_unlike(edge: int, random: np.random.Generator) -> Pixels:
+def draw_unlike(edge: int, random: np.random.Generator) -> Uint8Pixels:
     """Return dead leaves with a texture: uint8 (edge, edge, 3)."""
     large = 2 * edge  # drawn at twice the size, so that edges are smooth
     picture = Image.new("RGB", (large, large), _colour(random))
@@ -53,7 +53,7 @@ def _texture(edge: int, random: np.random.Generator) -> npt.NDArray[Any]:
     return np.asarray((noise / noise.std())[..., None])
 
 
-def pictures_to_check() -> list[Pixels]:
+def pictures_to_check() -> list[Uint8Pixels]:
     """Return the pictures that no fit trains on: the four quarters of the package's photograph, and dead leaves."""
     with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as path, Image.open(path) as image:
         photograph = np.asarray(image.convert("RGB"))

@@ -38,7 +38,7 @@ class Fitted(NamedTuple):
     frequency: npt.NDArray[np.uint16]
 
 
-def fit(tiles: Sequence[Symbols], predicted: npt.NDArray[np.bool_], mix: npt.NDArray[np.float32]) -> Fitted:
+def fit_tables(tiles: Sequence[Symbols], predicted: npt.NDArray[np.bool_], mix: npt.NDArray[np.float32]) -> Fitted:
     """Contexts and tables for symbols like those of the tiles.
 
     Parameters
