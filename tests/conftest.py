@@ -30,6 +30,25 @@ def photograph() -> np.ndarray:
     return pixels
 
 
+@pytest.fixture
+def move_weights(tmp_path, monkeypatch):
+    """Return a function that takes a folder of `tmp_path` for imported weights, and forgets all other added folders."""
+    from zarr_cae.weights import registry
+
+    def move(name):
+        monkeypatch.setenv(registry.CACHE_VARIABLE, str(tmp_path / name))
+        monkeypatch.setattr(registry, "_added_folders", [])
+
+    return move
+
+
+@pytest.fixture
+def cache(tmp_path, move_weights):
+    """Return the folder of imported weights, which does not exist yet."""
+    move_weights("cache")
+    return tmp_path / "cache"
+
+
 @pytest.fixture(autouse=True)
 def warn_again():
     """Warn of wear in each test by itself, whatever other tests of this process have written."""

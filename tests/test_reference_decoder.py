@@ -138,8 +138,9 @@ def test_new_frames(shape: tuple[int, ...], dtype: str, settings: dict) -> None:
     np.testing.assert_allclose(got.astype(float), expected.astype(float), rtol=0, atol=level)
 
 
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("margin", [0, 1, 2])
-def test_networks_with_a_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, margin: int) -> None:
+def test_networks_with_a_margin(margin: int) -> None:
     """Networks of CompressAI, whose planes may be continued by reflection, also past the other edge of a small one."""
     import zarr
 
@@ -147,7 +148,6 @@ def test_networks_with_a_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     from zarr_cae.weights import compressai, registry
     from zarr_cae.weights.file import pack
 
-    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
     checkpoint = compressai.convert(FIXTURES / "legacy" / "checkpoint.safetensors", quality=1, metric="mse")
     with registry.temporary(checkpoint) as plain:
         info, tensors = plain.info, dict(plain.tensors)

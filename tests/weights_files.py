@@ -2,10 +2,17 @@
 
 import numpy as np
 
+from zarr_cae.weights import registry
 from zarr_cae.weights.architecture import parameter_shapes
 from zarr_cae.weights.file import pack
 
 WIDTHS = {"quarter": 4, "quarter_hidden": 2, "eighth": 5, "eighth_hidden": 2, "latent": 3, "latent_hidden": 2}
+
+
+def bundled(quality, metric="mse"):
+    """Return the bundled weights for photographs."""
+    digest = registry.default_digest("cae-v1", quality, metric)
+    return registry.load(registry.find(digest, model="cae-v1", quality=quality, metric=metric).path)
 
 
 def tiny(**changes) -> bytes:

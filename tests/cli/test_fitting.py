@@ -19,11 +19,10 @@ from zarr_cae.weights import registry
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, photograph):
+def folder(tmp_path, monkeypatch, move_weights, photograph):
     """Work in a folder with two pictures, and with weights of its own."""
-    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "weights"))
+    move_weights("weights")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_added_folders", [])
     Image.fromarray(photograph[:64, :96]).save("a.png")
     Image.fromarray(photograph[200:264, 200:296, 0]).save("b.png")
     return tmp_path

@@ -22,6 +22,7 @@ from zarr.storage import LocalStore, MemoryStore
 from zarr_cae import CAECodec, CAEConfigurationError, CAEDataError, buffered
 from zarr_cae.codec import buffered as module
 from zarr_cae.codec import pending
+from zarr_cae.evaluation.measures import psnr
 
 
 class LoggingStore(MemoryStore):
@@ -50,10 +51,6 @@ class LoggingStore(MemoryStore):
 def create(shape, chunks, dtype="uint8", store=None, **keywords):
     options = {"compressors": None, "fill_value": 0, "store": LoggingStore() if store is None else store, **keywords}
     return zarr.create_array(shape=shape, chunks=chunks, dtype=dtype, **options)
-
-
-def psnr(array, pixels):
-    return 10 * np.log10(255**2 / np.mean((array[...].astype(float) - pixels) ** 2))
 
 
 @pytest.fixture

@@ -24,15 +24,10 @@ from zarr.core.array_spec import ArrayConfig, ArraySpec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, ZipStore
 
 from zarr_cae import CAECodec, CAEConfigurationError, CAEDataError, CAEError, WeightsNotFoundError
-from zarr_cae.evaluation.measures import ms_ssim
+from zarr_cae.evaluation.measures import ms_ssim, psnr
 
 MISSING = "sha256:" + "0" * 64
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
-
-
-def psnr(a, b, peak=255.0):
-    error = np.square(a.astype(float) - b.astype(float)).mean()
-    return 10 * np.log10(peak**2 / max(error, 1e-9))
 
 
 def create(data, *, codec=None, chunks=None, store=None, **keywords):
@@ -718,14 +713,13 @@ def _networks_of_a_worker():
     """Return (process, torch's threads, cores for networks, cores for coding, whether no more run, networks)."""
     from zarr_cae.networks import engine
     from zarr_cae.threads import cores as cores_for_coding
-    from zarr_cae.threads import pool
 
     cores = zarr.config.get("cae.threads")
     running = [len(one.batcher._workers) for one in engine._engines.values()]
     with ThreadPoolExecutor(1) as fresh:  # a thread whose number of torch threads is not set
         threads = fresh.submit(torch.get_num_threads).result()
     with mock.patch.object(os, "sched_getaffinity", return_value=range(64), create=True):  # as on a larger machine
-        for_coding = cores_for_coding(), pool()._max_workers
+        for_coding = cores_for_coding()
     return os.getpid(), threads, cores, for_coding, max(running) <= cores, len(running)
 
 

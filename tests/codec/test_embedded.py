@@ -18,16 +18,10 @@ from zarr_cae.weights import registry
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(move_weights):
     """Act as another machine, without the weights that were stored before."""
-
-    def move(name):
-        monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / name))
-        registry._added_folders.clear()
-
-    move("first")
-    yield move
-    registry._added_folders.clear()
+    move_weights("first")
+    return move_weights
 
 
 def archive(store):

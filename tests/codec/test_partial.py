@@ -16,6 +16,7 @@ from zarr_cae import CAECodec, CAEDataError, FrameError, open_bottleneck
 from zarr_cae.codec.cae import loaded
 from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, parse_index, unpack
+from zarr_cae.evaluation.measures import psnr
 from zarr_cae.networks.pieces import HALO
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
@@ -522,10 +523,6 @@ def test_without_them_the_whole_chunk_wears_down(photograph, quarter, pipeline):
     late = array[far:]
     assert difference(early, pixels[far:]) > 1
     assert psnr(late, quarter[far:]) < psnr(early, quarter[far:]) < psnr(pixels[far:], quarter[far:])
-
-
-def psnr(a, b):
-    return 10 * np.log10(255**2 / np.square(a.astype(float) - b.astype(float)).mean())
 
 
 def test_writing_back_unchanged_pixels_changes_nothing(photograph, pipeline):

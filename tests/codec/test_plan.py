@@ -5,20 +5,18 @@ import contextvars
 import gc
 import os
 import threading
-import time
 import weakref
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import zarr
+from waiting import TIMEOUT, wait_until
 
 from zarr_cae import CAECodec, CAEConfigurationError, configure
 from zarr_cae.codec.plan import Put, run, run_async
 from zarr_cae.networks import engine
 from zarr_cae.pixels import convert
-
-TIMEOUT = 30.0
 
 
 class Network:
@@ -40,13 +38,6 @@ class Store:
 
 def start(plan, store=None):
     return asyncio.create_task(asyncio.wait_for(run_async(plan, store), TIMEOUT))
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def queued(step):

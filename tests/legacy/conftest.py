@@ -21,12 +21,11 @@ def converted():
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Use an empty folder for imported weights."""
-    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "weights"))
+def cache(cache):
+    """Use an empty folder for imported weights, and caecodec's names for its codecs."""
     numcodecs.register_codec(ConvolutionalAutoencoder)
     numcodecs.register_codec(LegacyLatents)
-    return tmp_path / "weights"
+    return cache
 
 
 @pytest.fixture

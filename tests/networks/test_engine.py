@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from weights_files import bundled
 
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
@@ -16,17 +17,11 @@ from zarr_cae.networks.engine import Engine, engine_for
 from zarr_cae.networks.pieces import HALO, LEAST_COLUMNS
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry
 from zarr_cae.weights.file import Weights
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 RARE = {"cpu": 1e-4, "cuda": 5e-3}
 """Share of symbols that may round to the other side in other sizes: a GPU may sum convolutions in another order."""
-
-
-def bundled(quality, metric="mse"):
-    digest = registry.default_digest("cae-v1", quality, metric)
-    return registry.load(registry.find(digest, model="cae-v1", quality=quality, metric=metric).path)
 
 
 @pytest.fixture(scope="module")

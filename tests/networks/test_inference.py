@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from weights_files import bundled
 
 from zarr_cae import CAECodec
 from zarr_cae.config import Settings
@@ -13,14 +14,8 @@ from zarr_cae.networks.inference import SubpixelConv, SubpixelConv5, bfloat16_is
 from zarr_cae.networks.transforms import GDN, FactorizedSynthesis, SquareGDN, Upsampling
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry
 
 CPU = torch.device("cpu")
-
-
-def bundled(quality):
-    digest = registry.default_digest("cae-v1", quality, "mse")
-    return registry.load(registry.find(digest, model="cae-v1", quality=quality, metric="mse").path)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "stride"), [(5, 3, 4), (4, 7, 2), (1, 1, 8)])

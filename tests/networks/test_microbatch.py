@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -22,13 +21,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import TIMEOUT, wait_until
 
 from zarr_cae.errors import CAEConfigurationError, CAEError
 from zarr_cae.networks import microbatch
 from zarr_cae.networks.microbatch import BatchStatistics, Limit, MicroBatcher
-
-TIMEOUT = 30.0
-"""Seconds of every wait: a bug fails its test and does not hang the suite."""
 
 
 class Engine:
@@ -82,14 +79,6 @@ def results(futures: list[Future[Any]]) -> list[Any]:
 async def awaited(batcher: MicroBatcher[Any, Any], key: Hashable, request: Any, weight: int = 1) -> Any:
     """Return the result of a request of a coroutine."""
     return await asyncio.wrap_future(batcher.submit(key, request, weight))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for a state that no event announces, such as another thread asleep in `submit`."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 # Batches

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from weights_files import bundled
 
 from zarr_cae.coder.tables import ideal_bits
 from zarr_cae.config import Settings
@@ -20,14 +21,8 @@ from zarr_cae.networks.engine import Engine, engine_for
 from zarr_cae.networks.refine import refine, trade_off
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
-from zarr_cae.weights import registry
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
-
-
-def bundled(quality, metric="mse"):
-    digest = registry.default_digest("cae-v1", quality, metric)
-    return registry.load(registry.find(digest, model="cae-v1", quality=quality, metric=metric).path)
 
 
 @pytest.fixture(scope="module")

@@ -62,9 +62,9 @@ def state_dict(seed=0):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "cache"))
-    return tmp_path
+def folder(cache):
+    """Return a folder for checkpoints, beside that of imported weights."""
+    return cache.parent
 
 
 def converted(state, folder, quality=3, metric="ms-ssim"):
@@ -73,15 +73,15 @@ def converted(state, folder, quality=3, metric="ms-ssim"):
     return registry.load(info.path)
 
 
-def test_the_same_file_from_the_same_checkpoint(cache):
-    first = converted(state_dict(), cache)
-    assert converted(state_dict(), cache).info == first.info
+def test_the_same_file_from_the_same_checkpoint(folder):
+    first = converted(state_dict(), folder)
+    assert converted(state_dict(), folder).info == first.info
     assert first.info.architecture == {"hidden": N, "latent": M}
     assert first.info.qualities == (3,)
-    assert converted(state_dict(seed=1), cache).info.digest != first.info.digest
+    assert converted(state_dict(seed=1), folder).info.digest != first.info.digest
 
 
-def test_names_of_older_and_newer_compressai(cache):
+def test_names_of_older_and_newer_compressai(folder):
     new = state_dict()
     plural = {"matrix": "matrices", "bias": "biases", "factor": "factors"}
 
@@ -90,13 +90,13 @@ def test_names_of_older_and_newer_compressai(cache):
 
     older = {f"module.{rename('_', key)}": value for key, value in new.items()}
     newer = {rename("", key): value for key, value in new.items()}
-    expected = converted(new, cache).tensors
+    expected = converted(new, folder).tensors
     for renamed in (older, newer):
-        tensors = converted(renamed, cache).tensors
+        tensors = converted(renamed, folder).tensors
         assert all((tensors[name] == value).all() for name, value in expected.items())
 
 
-def test_against_compressai_itself(cache):
+def test_against_compressai_itself(folder):
     """The symbols are equal, pixels agree within one grey level, and the density predicts the payload."""
     try:
         with warnings.catch_warnings():
@@ -122,7 +122,7 @@ def test_against_compressai_itself(cache):
         symbols = network.entropy_bottleneck.quantize(latents, "symbols", medians)
         strings = network.compress(images)
         decoded = network.decompress(**strings)["x_hat"]
-    loaded = converted(network.state_dict(), cache)
+    loaded = converted(network.state_dict(), folder)
     settings = Settings(device="cpu")
     engine = Engine(loaded, torch.device("cpu"))
     ours = engine.analyse(images.numpy(), 3, settings).result()
@@ -135,8 +135,8 @@ def test_against_compressai_itself(cache):
     assert payload < theirs * 1.1 + 16
 
 
-def test_through_zarr(cache):
-    loaded = converted(state_dict(), cache)
+def test_through_zarr(folder):
+    loaded = converted(state_dict(), folder)
     codec = CAECodec(quality=3, metric="ms-ssim", model="bmshj2018-factorized")
     assert codec.weights == loaded.info.digest
     array = zarr.create_array({}, shape=(40, 50, 3), dtype="uint8", serializer=codec, compressors=None)
@@ -144,10 +144,10 @@ def test_through_zarr(cache):
     assert array[:].shape == (40, 50, 3)
 
 
-def test_tables_follow_the_density_when_the_checkpoint_has_none(cache):
+def test_tables_follow_the_density_when_the_checkpoint_has_none(folder):
     """Return Ballé's density, computed independently with torch."""
     state = state_dict()
-    loaded = converted(state, cache)
+    loaded = converted(state, folder)
     for channel in range(M):
         start, length = loaded.tensors["tables.length"][0, :channel].sum(), loaded.tensors["tables.length"][0, channel]
         row = loaded.tables[0].frequency[start : start + length].astype(float)
@@ -164,16 +164,16 @@ def test_tables_follow_the_density_when_the_checkpoint_has_none(cache):
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 not really"])
-def test_files_that_are_no_checkpoints(cache, content):
-    (cache / "x.pth.tar").write_bytes(content)
+def test_files_that_are_no_checkpoints(folder, content):
+    (folder / "x.pth.tar").write_bytes(content)
     with pytest.raises(CAEConfigurationError, match="not a checkpoint"):
-        compressai.convert(cache / "x.pth.tar", quality=1, metric="mse")
+        compressai.convert(folder / "x.pth.tar", quality=1, metric="mse")
 
 
-def test_checkpoints_of_something_else(cache):
-    torch.save({"fc.weight": torch.zeros(3, 3)}, cache / "x.pth.tar")
+def test_checkpoints_of_something_else(folder):
+    torch.save({"fc.weight": torch.zeros(3, 3)}, folder / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match="not a bmshj2018-factorized state dict"):
-        compressai.convert(cache / "x.pth.tar", quality=1, metric="mse")
+        compressai.convert(folder / "x.pth.tar", quality=1, metric="mse")
 
 
 class Evil:
@@ -181,10 +181,10 @@ class Evil:
         return (print, ("owned",))
 
 
-def test_nothing_is_unpickled(cache, capsys):
-    torch.save({"g_a.0.weight": Evil()}, cache / "x.pth.tar")
+def test_nothing_is_unpickled(folder, capsys):
+    torch.save({"g_a.0.weight": Evil()}, folder / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match="only tensors"):
-        compressai.convert(cache / "x.pth.tar", quality=1, metric="mse")
+        compressai.convert(folder / "x.pth.tar", quality=1, metric="mse")
     assert "owned" not in capsys.readouterr().out
 
 
@@ -203,18 +203,18 @@ def with_tables(**changed):
     return {**state_dict(), **{f"entropy_bottleneck.{name}": value for name, value in stored.items()}}
 
 
-def test_tables_of_the_checkpoint_are_kept(cache):
-    table = converted(with_tables(), cache).tables[0]
+def test_tables_of_the_checkpoint_are_kept(folder):
+    table = converted(with_tables(), folder).tables[0]
     assert set(table.minimum) == {-3}
     expected = np.diff([0, 100, 800, 20000, 40000, 60000, 65000, 65500, 65520]) / 16
     np.testing.assert_allclose(table.frequency[: table.length[0] - 1], expected[: table.length[0] - 1], atol=2)
 
 
 @pytest.mark.parametrize("name", sorted(key for key in without("pedestal", "_offset", "_cdf")))
-def test_a_missing_tensor_is_named(cache, name):
-    torch.save(without(name), cache / "x.pth.tar")
+def test_a_missing_tensor_is_named(folder, name):
+    torch.save(without(name), folder / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=rf"x\.pth\.tar is not a bmshj.* it has no {re.escape(name)}$"):
-        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(folder / "x.pth.tar", quality=3, metric="mse")
 
 
 ODD = {
@@ -238,11 +238,11 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_checkpoints_are_refused_by_the_key(cache, case):
+def test_odd_checkpoints_are_refused_by_the_key(folder, case):
     changed, named = ODD[case]
-    torch.save({**state_dict(), **changed}, cache / "x.pth.tar")
+    torch.save({**state_dict(), **changed}, folder / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=f"not a bmshj2018-factorized state dict: .*{re.escape(named)}"):
-        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(folder / "x.pth.tar", quality=3, metric="mse")
 
 
 @pytest.mark.parametrize(
@@ -253,13 +253,13 @@ def test_odd_checkpoints_are_refused_by_the_key(cache, case):
      ("_quantized_cdf", torch.ones(M, 12)), ("_quantized_cdf", torch.ones(M, 12, dtype=torch.int32)),
      ("_quantized_cdf", torch.arange(12 * M, 0, -1).reshape(M, 12)), ("_offset", torch.full((M,), 40000))],
 )  # fmt: skip
-def test_odd_tables_are_refused_by_the_key(cache, name, value):
+def test_odd_tables_are_refused_by_the_key(folder, name, value):
     state = with_tables(**({} if value is None else {name: value}))
     if value is None:
         del state[f"entropy_bottleneck.{name}"]
-    torch.save(state, cache / "x.pth.tar")
+    torch.save(state, folder / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=rf"state dict: .*entropy_bottleneck\.({name}|\* give no tables)"):
-        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(folder / "x.pth.tar", quality=3, metric="mse")
 
 
 @pytest.mark.parametrize(
@@ -267,41 +267,43 @@ def test_odd_tables_are_refused_by_the_key(cache, name, value):
     [{"state_dict": [torch.zeros(3)]}, [torch.zeros(3)], {1: torch.zeros(3)}, torch.zeros(3), {},
      {"g_a.0.weight": torch.zeros(8, 3, 5, 5, dtype=torch.bfloat16)}],
 )  # fmt: skip
-def test_checkpoints_that_are_not_a_dict_of_tensors(cache, state):
-    torch.save(state, cache / "x.pth.tar")
+def test_checkpoints_that_are_not_a_dict_of_tensors(folder, state):
+    torch.save(state, folder / "x.pth.tar")
     with pytest.raises(CAEConfigurationError, match=r"x\.pth\.tar is not a"):
-        compressai.convert(cache / "x.pth.tar", quality=3, metric="mse")
+        compressai.convert(folder / "x.pth.tar", quality=3, metric="mse")
 
 
-def test_safetensors_and_parameters_give_the_same_network(cache):
+def test_safetensors_and_parameters_give_the_same_network(folder):
     from safetensors.torch import save_file
 
-    expected = converted(state_dict(), cache).tensors
-    tensors = converted({key: torch.nn.Parameter(value) for key, value in state_dict().items() if value.numel()}, cache)
-    save_file(state_dict(), cache / "x.safetensors")
-    info = registry.store(compressai.convert(cache / "x.safetensors", quality=3, metric="mse"))
+    expected = converted(state_dict(), folder).tensors
+    tensors = converted(
+        {key: torch.nn.Parameter(value) for key, value in state_dict().items() if value.numel()}, folder
+    )
+    save_file(state_dict(), folder / "x.safetensors")
+    info = registry.store(compressai.convert(folder / "x.safetensors", quality=3, metric="mse"))
     for found in (tensors.tensors, registry.load(info.path).tensors):
         assert all((found[name] == value).all() for name, value in expected.items())
-    (cache / "x.safetensors").write_bytes(b"junk of more than eight bytes")
+    (folder / "x.safetensors").write_bytes(b"junk of more than eight bytes")
     with pytest.raises(CAEConfigurationError, match=r"x\.safetensors is not a checkpoint"):
-        compressai.convert(cache / "x.safetensors", quality=3, metric="mse")
+        compressai.convert(folder / "x.safetensors", quality=3, metric="mse")
 
 
 @pytest.fixture
-def zoo_of_files(cache, monkeypatch):
+def zoo_of_files(folder, monkeypatch):
     """Make a table of addresses of local files; the file of quality 2 does not match the digits in its name."""
-    torch.save(state_dict(), cache / "x.pth.tar")
-    content = (cache / "x.pth.tar").read_bytes()
+    torch.save(state_dict(), folder / "x.pth.tar")
+    content = (folder / "x.pth.tar").read_bytes()
     urls = {}
     for quality, digest in {1: hashlib.sha256(content).hexdigest()[:8], 2: "deadbeef"}.items():
-        path = cache / f"bmshj2018-factorized-prior-{quality}-{digest}.pth.tar"
+        path = folder / f"bmshj2018-factorized-prior-{quality}-{digest}.pth.tar"
         path.write_bytes(content)
         urls[quality] = path.as_uri()
-    urls[3] = (cache / "bmshj2018-factorized-prior-3-00000000.pth.tar").as_uri()
+    urls[3] = (folder / "bmshj2018-factorized-prior-3-00000000.pth.tar").as_uri()
     for name in ("compressai", "compressai.zoo", "compressai.zoo.image"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["compressai.zoo.image"].model_urls = {ZOO_MODEL: {"mse": urls}}
-    return cache
+    return folder
 
 
 def test_fetch(zoo_of_files, monkeypatch, capfd):

@@ -13,12 +13,6 @@ from zarr_cae.weights import registry
 from zarr_cae.weights.architecture import parameter_shapes
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def with_metadata(metadata):
     """Return a file whose header has a `__metadata__` of another type."""
     header = json.dumps({"__metadata__": metadata, "a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()

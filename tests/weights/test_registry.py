@@ -28,12 +28,6 @@ def test_a_damaged_file_does_not_hide_the_others(cache, caplog):
     assert "0000" in caplog.text
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_all_sixteen_configurations_are_bundled_once():
     found = [
         (info.metric, quality)
@@ -148,8 +142,7 @@ def test_a_name_stands_for_the_digest(cache):
             registry.resolve(wrong, model="cae-v1", quality=2, metric="mse")
 
 
-def test_files_of_added_folders_are_found(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_added_folders", [])
+def test_files_of_added_folders_are_found(cache, tmp_path):
     info = registry.store(tiny(), tmp_path / "other")
     assert registry.find_digest(info.digest) is None
     registry.add_folder(tmp_path / "other")
