@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -108,6 +109,26 @@ def spied(engine):
     return seen
 
 
+@contextmanager
+def together(engine, planes, settings):
+    """Let no worker take a request of this block before all are queued: another request fills the lanes."""
+    entered, queued = threading.Event(), threading.Event()
+
+    def hold(*_):
+        entered.set()
+        assert queued.wait(60)
+
+    hook = engine._analysis.register_forward_pre_hook(hold)
+    first = engine.analyse(planes[:, :, :16, :16], 1, settings)
+    assert entered.wait(60)
+    hook.remove()
+    try:
+        yield
+    finally:
+        queued.set()
+    first.result(60)
+
+
 def test_a_lone_request_has_all_threads(planes):
     """Torch's own number of threads does not change."""
     before = torch.get_num_threads()
@@ -131,9 +152,9 @@ def test_requests_run_on_a_thread_each(planes):
         seen.append(torch.get_num_threads())
         both.wait()
 
-    engine._analysis.register_forward_pre_hook(meet)
     crops = [planes[:, :, :n, :64] for n in (64, 80)]
-    with engine.batcher._lock:  # no worker takes the first before the second is queued
+    with together(engine, planes, settings):
+        engine._analysis.register_forward_pre_hook(meet)
         futures = [engine.analyse(crop, 1, settings) for crop in crops]
     symbols = [future.result(60) for future in futures]
     assert sorted(seen) in ([1, 1], [1, 2])
@@ -144,8 +165,8 @@ def test_requests_run_on_a_thread_each(planes):
 
 def test_pieces_of_a_large_request_are_spread_over_the_threads(planes):
     engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", threads=2, tile=128)
-    seen = spied(engine)
-    with engine.batcher._lock:
+    with together(engine, planes, settings):
+        seen = spied(engine)
         future = engine.analyse(planes, 1, settings)
     assert future.result(60).shape == (1, engine.weights.latent_channels, 25, 21)
     assert len(seen) == 4
@@ -155,8 +176,8 @@ def test_pieces_of_a_large_request_are_spread_over_the_threads(planes):
 
 def test_a_large_request_is_withdrawn_or_fails_as_a_whole(planes):
     engine, settings = Engine(bundled(1), torch.device("cpu")), Settings(device="cpu", tile=128)
-    seen = spied(engine)
-    with engine.batcher._lock:
+    with together(engine, planes, settings):
+        seen = spied(engine)
         future = engine.analyse(planes, 1, settings)
         assert future.cancel()
     wait_for = engine.analyse(planes[:, :, :64, :64], 1, settings).result()

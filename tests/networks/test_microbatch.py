@@ -45,6 +45,11 @@ class Engine:
         )
 
     def run(self, key: Hashable, requests: list[Any], lanes: int = 1) -> list[Any]:
+        if key == "together":
+            entered, queued = requests[0]
+            entered.set()
+            assert queued.wait(TIMEOUT)
+            return [None]
         self.batches.append((key, list(requests)))
         self.lanes.append(lanes)
         self.threads.add(threading.get_ident())
@@ -58,6 +63,18 @@ class Engine:
         future = self.batcher.submit("hold", 0)
         assert self.entered.acquire(timeout=TIMEOUT)
         return future
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let no worker take a request of this block before all are queued: another request fills the lanes."""
+        entered, queued = threading.Event(), threading.Event()
+        first = self.batcher.submit("together", (entered, queued))
+        assert entered.wait(TIMEOUT)
+        try:
+            yield
+        finally:
+            queued.set()
+        first.result(TIMEOUT)
 
     def requests_after_hold(self) -> list[list[Any]]:
         assert self.batches[0] == ("hold", [0])
@@ -589,8 +606,8 @@ def test_batches_run_side_by_side_and_do_not_wait_for_each_other(three: Engine) 
             assert gates[key].wait(TIMEOUT)
         return [(request, lanes) for request in requests]
 
-    three.batcher._run = stuck
-    with three.batcher._lock:  # no worker takes the first before the second is queued
+    with three.together():
+        three.batcher._run = stuck
         blocked = [three.batcher.submit(key, key) for key in range(2)]
         third = three.batcher.submit("free", 2)
     entered(three, 2)
@@ -617,9 +634,8 @@ def test_free_lanes_share_queued_requests(three: Engine) -> None:
 def test_few_requests_have_several_lanes_each() -> None:
     engine = Engine(lanes=8)
     engine.hold()
-    with engine.batcher._lock:
-        futures = [engine.batcher.submit("key", request) for request in range(3)]
-        engine.gate.set()
+    futures = [engine.batcher.submit("key", request) for request in range(3)]
+    engine.gate.set()
     results(futures)
     assert engine.lanes[0] == 8
     assert min(engine.lanes[1:]) == 2  # the first of three requests for which eight lanes wait
@@ -675,7 +691,7 @@ def test_requests_cancelled_on_several_lanes_never_run(three: Engine) -> None:
 
 def test_close_waits_for_every_lane(three: Engine) -> None:
     three.gate.clear()
-    with three.batcher._lock:
+    with three.together():
         running = [three.batcher.submit(key, key) for key in range(3)]
     entered(three, 3)
     queued = three.batcher.submit("key", 9)
@@ -693,7 +709,7 @@ def test_close_waits_for_every_lane(three: Engine) -> None:
 def test_all_workers_end_when_idle(three: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(microbatch, "IDLE_SECONDS", 0.01)
     three.gate.clear()
-    with three.batcher._lock:
+    with three.together():
         running = [three.batcher.submit(key, key) for key in range(3)]
     entered(three, 3)
     assert len(three.batcher._workers) == 3

@@ -161,13 +161,9 @@ def fit_weights(
     assert start.exported is not None
     old = registry.load(start.exported.path)
     with registry.temporary(content) as fitted:
-        saved = archive_saved(coded_curves(old, sample.held_out), coded_curves(fitted, sample.held_out))
-        lost = -archive_saved(coded_curves(old, unlike), coded_curves(fitted, unlike))
-    if saved < _LEAST_GAIN:
-        change = f"{saved:.1%} fewer" if saved > 0 else f"{-saved:.1%} more"
-        return Fit(start.name, 0.0, start.name, f"held-out crops need {change} bytes with the fitted weights")
-    if lost > _LARGEST_LOSS:
-        return Fit(start.name, 0.0, start.name, f"other pictures need {lost:.0%} more bytes with the fitted weights")
+        saved, reason = _compared(old, fitted, sample.held_out, unlike)
+    if reason:
+        return Fit(start.name, 0.0, start.name, reason)
     return Fit(registry.store(content).digest, saved, start.name, file_bytes=len(content))
 
 
@@ -287,6 +283,18 @@ def _that_remembers(
         if bool((points.error < floor).all()) and archive_saved(old, estimated_curves(points)) >= -_LARGEST_LOSS:
             return model
     return None
+
+
+def _compared(old: Weights, fitted: Weights, held_out: Sequence[Window], unlike: Sequence[Window]) -> tuple[float, str]:
+    """Return the share of bytes that fitted weights save on held-out windows, and why not to use them, or ""."""
+    saved = archive_saved(coded_curves(old, held_out), coded_curves(fitted, held_out))
+    lost = -archive_saved(coded_curves(old, unlike), coded_curves(fitted, unlike))
+    if saved < _LEAST_GAIN:
+        change = f"{saved:.1%} fewer" if saved > 0 else f"{-saved:.1%} more"
+        return saved, f"held-out crops need {change} bytes with the fitted weights"
+    if lost > _LARGEST_LOSS:
+        return saved, f"other pictures need {lost:.0%} more bytes with the fitted weights"
+    return saved, ""
 
 
 def _for_tables(windows: Sequence[Window], seed: int) -> list[Window]:

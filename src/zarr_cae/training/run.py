@@ -83,7 +83,6 @@ def train_network(
     >>> info = train_network(["photos.tar"], "run", Recipe("low", minutes=60))  # doctest: +SKIP
     """
     folder = Path(out)
-    checkpoint = folder / "checkpoint.pt"
     device = prepare_process(device, threads)
     begin = start if start is None or isinstance(start, Start) else Start.find(start)
 
@@ -92,7 +91,7 @@ def train_network(
     trainer = Trainer(recipe, crops, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
-        trainer.load(checkpoint)
+        trainer.load(folder / "checkpoint.pt")
     else:
         if begin is not None:
             begin.put_into(trainer)
@@ -103,14 +102,21 @@ def train_network(
         }  # fmt: skip
         (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", "utf-8")
 
-    # The loop: a step, now and then a validation, now and then a checkpoint.
-    tell = report or (lambda _: None)
+    _train(trainer, folder, report or (lambda _: None))
+
+    # The averaged network in half precision, with contexts and tables fitted to the images.
+    return export_checkpoint(folder, crops, name)
+
+
+def _train(trainer: Trainer, folder: Path, report: Callable[[Progress], None]) -> None:
+    """Train to the end: a step, now and then a validation, now and then a checkpoint."""
+    checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
     saved = time.monotonic()
     try:
         while trainer.fraction < 1:
-            tell(trainer.train_step())
+            report(trainer.train_step())
             if trainer.step % _VALIDATION_STEPS == 0:
-                tell(_logged(trainer.validate(), folder / "log.csv"))
+                report(_logged(trainer.validate(), log))
             if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 trainer.save(checkpoint)
                 saved = time.monotonic()
@@ -118,10 +124,7 @@ def train_network(
         trainer.save(checkpoint)
         raise
     trainer.save(checkpoint)
-    tell(_logged(trainer.validate(), folder / "log.csv"))
-
-    # The averaged network in half precision, with contexts and tables fitted to the images.
-    return export_checkpoint(folder, crops, name)
+    report(_logged(trainer.validate(), log))
 
 
 def load_crops(images: Sequence[str | Path] | Sequence[Pixels], recipe: Recipe) -> Crops:
