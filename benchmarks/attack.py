@@ -34,13 +34,13 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import numpy as np
+from measuring import memory_now
+from mutants import PIXELS, damaged, frames, mutant_frame, mutated, own_header, pixel_shape
 
 HANG = 30.0
 START = 900.0
@@ -159,190 +159,7 @@ def attacker(target: str, seed: int, first: int, last: int, seconds: float, stat
 
 def limit_memory() -> None:
     """Let this process allocate no more than `MEMORY` bytes from here on."""
-    with Path("/proc/self/statm").open() as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, resource.RLIM_INFINITY))
-
-
-def mutated(random: np.random.Generator, content: bytes) -> bytes:
-    """Return the bytes with damage at one to four places: flipped, cut off, inserted, doubled or overwritten."""
-    result = bytearray(content)
-    for _ in range(random.integers(1, 5)):
-        place = int(random.integers(0, len(result) + 1))
-        size = int(random.integers(1, 9))
-        match random.integers(0, 7):
-            case 0 | 1:
-                if place < len(result):
-                    result[place] ^= 1 << int(random.integers(0, 8))
-            case 2:
-                result[place : place + size] = random.bytes(size)
-            case 3:
-                result[place : place + size] = bytes([random.choice([0, 0x7F, 0x80, 0xFF])]) * size
-            case 4:
-                del result[place : place + size]
-            case 5:
-                result[place:place] = random.bytes(size)
-            case 6:
-                if random.random() < 0.3:
-                    del result[place:]
-                else:
-                    result[place:place] = result[place : place + 4 * size]
-    return bytes(result)
-
-
-@cache
-def frames() -> list[tuple[Any, Any, bytes]]:
-    """Return header, tables and bytes of good frames of every version and kind."""
-    from dataclasses import replace
-
-    from zarr_cae.coder import tiles
-    from zarr_cae.coder.frame import FrameHeader, pack
-    from zarr_cae.coder.lossless import encode_mask, encode_pixels
-    from zarr_cae.weights import registry
-    from zarr_cae.weights.file import DEFAULT_MODEL
-
-    random, made = np.random.default_rng(0), []
-    for quality, metric in ((1, "mse"), (8, "mse"), (4, "ms-ssim")):
-        digest = registry.default_digest(DEFAULT_MODEL, quality, metric)
-        info = registry.find(digest, model=DEFAULT_MODEL, quality=quality, metric=metric)
-        weights = registry.load(info.path)
-        tables = first_channels(weights.tables[weights.row(quality)], 8)
-        for planes, height, width, grey, tile in ((1, 40, 56, False, 2), (2, 17, 30, True, 32), (1, 96, 96, False, 4)):
-            for spread in (0, 1, 40):
-                for some in (tables, without_contexts(tables)):
-                    header = FrameHeader(planes, height, width, grey, tile, some.frame_version)
-                    shape = (planes, some.channels, *header.latent_shape)
-                    symbols = np.rint(random.standard_cauchy(shape) * spread).clip(-32768, 32767).astype(np.int16)
-                    made.append((header, some, tiles.encode(symbols, header, some)))
-                third = replace(header, version=3, row=0)
-                mask = np.zeros((planes, third.components, height, width), np.bool_)
-                mask[..., : random.integers(1, height), random.integers(0, width) :] = True
-                mask ^= random.random(mask.shape) < (0, 0.01, 0.4)[random.integers(0, 3)]
-                exact = {
-                    one.number: encode_pixels(random.integers(0, 300, pixel_shape(third, one)).astype(PIXELS))
-                    for one in tiles.tiles(third)[::2]
-                }
-                streams = tiles.encode_streams(symbols, third, tables)
-                made.append((third, tables, pack(third, streams, mask=encode_mask(mask), exact=exact, psnr=4000)))
-    return made
-
-
-PIXELS = np.dtype("<u2")
-"""The data type of exact tiles in `frames`."""
-
-
-def pixel_shape(header: Any, tile: Any) -> tuple[int, int, int]:
-    """Return components, rows and columns of the pixels of a tile."""
-    rows, columns = tile.patch.scaled(16)
-    return (
-        header.components,
-        min(rows.stop, header.height) - rows.start,
-        min(columns.stop, header.width) - columns.start,
-    )
-
-
-def without_contexts(tables: Any) -> Any:
-    """Return tables for frames of version 1."""
-    from zarr_cae.coder.tables import Tables
-
-    rows = tables.channels
-    used = int(tables.length[:rows].sum())
-    return Tables(tables.minimum[:rows], tables.length[:rows], tables.frequency[:used])
-
-
-def first_channels(tables: Any, count: int) -> Any:
-    """Return the tables of the first channels, so that many mutants a second can be tried."""
-    from zarr_cae.coder.contexts import Contexts
-    from zarr_cae.coder.tables import Tables
-
-    rows = count * tables.classes
-    old = tables.contexts
-    contexts = None
-    if old is not None:
-        source = np.where(old.source[:count] < count, old.source[:count], -1)
-        contexts = Contexts(
-            source, *(getattr(old, name)[:count] for name in ("weight", "threshold", "predicted", "zero"))
-        )
-    used = int(tables.length[:rows].sum())
-    return Tables(tables.minimum[:rows], tables.length[:rows], tables.frequency[:used], contexts)
-
-
-def with_checksum(content: bytes) -> bytes:
-    return content + crc32c.crc32c(content).to_bytes(4, "little")
-
-
-def mutant_frame(random: np.random.Generator) -> tuple[Any, Any, bytes]:
-    """Return header, tables and bytes of a damaged frame."""
-    header, tables, frame = frames()[random.integers(0, len(frames()))]
-    kind = random.integers(0, 10)
-    if kind < 6:
-        return header, tables, damaged(random, frame, header)
-    if kind < 8:
-        return header, tables, with_damaged_head(random, frame, header)
-    if kind == 8:  # parts of another frame
-        _, _, other = frames()[random.integers(0, len(frames()))]
-        return header, tables, damaged(random, frame, header, other)
-    return header, tables, mutated(random, frame)
-
-
-def damaged(random: np.random.Generator, frame: bytes, header: Any, other: bytes | None = None) -> bytes:
-    """Return a frame with damage in a stream or section, or with the streams and sections of another frame."""
-    from dataclasses import replace
-
-    from zarr_cae.coder.frame import pack, parse_frame
-
-    parsed = parse_frame(frame, header)
-    streams = [bytes(stream) for stream in parsed.streams]
-    exact = {tile: bytes(section) for tile, section in parsed.exact.items()}
-    mask = None if parsed.mask is None else bytes(parsed.mask)
-    if other is not None:
-        source = parse_frame(other, own_header(other))
-        streams = [bytes(source.streams[n % len(source.streams)]) for n in range(header.tile_count)]
-        if header.version == 3 and source.mask is not None:
-            mask = bytes(source.mask)
-            sections = list(source.exact.values())
-            exact = {tile: bytes(sections[n % len(sections)]) for n, tile in enumerate(exact)} if sections else exact
-        return pack(parsed.header, streams, mask=mask, exact=exact)
-    part = random.integers(0, 3)
-    if part == 0 and mask is not None:
-        mask = damaged_section(random, mask, 1 if mask[0] == 1 else 0)
-    elif part == 1 and exact:
-        tile = random.choice(list(exact))
-        exact[tile] = damaged_section(random, exact[tile], 1)
-    else:
-        for _ in range(random.integers(1, 3)):
-            number = int(random.integers(0, len(streams)))
-            streams[number] = mutated(random, streams[number])
-        if random.random() < 0.1:
-            streams = [streams[number] for number in random.permutation(len(streams))]
-    row = None if parsed.header.row is None or random.random() < 0.9 else int(random.integers(0, 256))
-    return pack(replace(parsed.header, row=parsed.header.row if row is None else row), streams, mask=mask, exact=exact)
-
-
-def damaged_section(random: np.random.Generator, section: bytes, begin: int) -> bytes:
-    """Return a section with damage to its bytes, or to what its zlib stream holds."""
-    if random.random() < 0.3:
-        return mutated(random, section) or b"\0"
-    return section[:begin] + zlib.compress(mutated(random, zlib.decompress(section[begin:])))
-
-
-def own_header(frame: bytes) -> Any:
-    """Return the header of a good frame whose numbers are below 128."""
-    from zarr_cae.coder.frame import FrameHeader
-
-    return FrameHeader(*frame[6:9], grey=bool(frame[5] & 1), version=frame[4])
-
-
-def with_damaged_head(random: np.random.Generator, frame: bytes, header: Any) -> bytes:
-    """Return a frame whose head is damaged but whose checksums match."""
-    from zarr_cae.coder.frame import FrameIndex, parse_index
-
-    index = parse_index(frame, header)
-    assert isinstance(index, FrameIndex)
-    body = (index.mask or index.offsets)[0]
-    if header.version == 1:
-        return with_checksum(mutated(random, frame[:body]) + frame[body:-4])
-    return with_checksum(mutated(random, frame[: body - 4])) + frame[body:]
+    resource.setrlimit(resource.RLIMIT_AS, (memory_now().virtual + MEMORY, resource.RLIM_INFINITY))
 
 
 def attack_frame(random: np.random.Generator, *, harmless: bool = False) -> str:

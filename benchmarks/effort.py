@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from domains import Picture
 from domains import read as read_picture
-from images import image_files
+from images import image_files, middle
 from PIL import Image
 
 import zarr_cae
@@ -43,8 +43,7 @@ def read(file: Path, arguments: argparse.Namespace) -> Picture:
     if arguments.grey and pixels.dtype == np.uint8:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if arguments.crop is not None:
-        rows, columns = (max(0, side - arguments.crop) // 2 for side in pixels.shape[:2])
-        pixels = pixels[rows : rows + arguments.crop, columns : columns + arguments.crop]
+        pixels = middle(pixels, arguments.crop)
     return Picture(np.ascontiguousarray(pixels), picture.peak)
 
 

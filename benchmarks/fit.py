@@ -1,6 +1,7 @@
 """Bytes that fitted weights save over the minutes of a fit, on images of the collection that were held out.
 
     python benchmarks/fit.py FOLDER [--held-out FOLDER] [--minutes 1,2,5,10] [--quality 4] [--every 10] [--most 16]
+        [--pattern '*'] [--held-out-pattern '*'] [--unlike FOLDER] [--clock wall]
 
 For each time, weights are fitted to the images in FOLDER from the bundled ones (`zarr_cae.training.fit`). Those of
 --held-out, or else every tenth by name, take no part. They are coded in chunks of 256 through zarr in memory, at all
@@ -8,7 +9,7 @@ qualities of the range, by the weights of the start and by the fitted ones. The 
 more (+) or less (-) at equal PSNR, of means over the images, for the weights that the fit returns: if it does not take
 the fitted ones, those of the start, and the last column says why. `own check` is the change on windows that the fit
 itself held out. `unlike` is for images unlike the collection: those in --unlike FOLDER, or else the photograph in the
-package.
+package. --pattern and --held-out-pattern take only the files whose names match, such as 'naip*'.
 
 A fit runs by the clock. Where other work shares the machine, `--clock cpu` counts the processor time of this process
 instead; with OMP_NUM_THREADS=1 these are minutes of one core.

@@ -25,19 +25,13 @@ from typing import Any
 
 import zarr
 from images import image_files, mosaic
-from measuring import timed
+from measuring import memory_now, timed
 
 from zarr_cae import CAECodec
 
 CHUNKED = [(256, 256), (1024, 256), (4096, 256), (16384, 256), (16384, 512)]
 WHOLE = [(1024, 1024), (2048, 2048), (4096, 4096), (10240, 10240)]
 MISSING = [(2048, 64), (6400, 64), (20224, 64)]
-
-
-def resident() -> int:
-    """Return the bytes of this process that are in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak() -> int:
@@ -59,7 +53,7 @@ def one(edge: int, chunk: int, quality: int, files: list[Path], missing: str | N
         warm[...] = mosaic(files, 256)
         _ = warm[...]
         array = create(f"{folder}/array", edge, chunk, codec)
-        before = resident()
+        before = memory_now().resident
         if missing:
             absent = array if missing == "cae" else create(f"{folder}/plain", edge, chunk, None)
             return {"read": timed(lambda: absent[...])[0], "memory": peak() - before - absent.nbytes}

@@ -32,6 +32,12 @@ def read_rgb(file: Path) -> Pixels:
         return np.asarray(image.convert("RGB"))
 
 
+def middle(pixels: NDArray[Any], edge: int) -> NDArray[Any]:
+    """Return the square of `edge` pixels in the middle of (H, W) or (H, W, C), less where an axis is shorter."""
+    rows, columns = (slice(start, start + edge) for start in (max(0, (n - edge) // 2) for n in pixels.shape[:2]))
+    return np.ascontiguousarray(pixels[rows, columns])
+
+
 def cut(pixels: Pixels, edge: int) -> Iterator[Pixels]:
     """Yield the squares of `edge` pixels, row after row; those at the far borders are cut off."""
     for top in range(0, pixels.shape[0], edge):

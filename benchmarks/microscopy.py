@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from domains import Picture, read
-from images import image_files
+from images import image_files, middle
 
 from zarr_cae import CAECodec
 from zarr_cae.cli.arguments import several, table
@@ -31,13 +31,6 @@ from zarr_cae.cli.evaluate import code
 from zarr_cae.evaluation.classical import CLASSICAL, match
 
 TRANSFORMS = (None, "sqrt")
-
-
-def middle(picture: Picture, edge: int) -> Picture:
-    """Return the square of `edge` pixels in the middle of an image."""
-    starts = [max(0, (side - edge) // 2) for side in picture.pixels.shape]
-    rows, columns = (slice(start, start + edge) for start in starts)
-    return Picture(np.ascontiguousarray(picture.pixels[rows, columns]), picture.peak)
 
 
 def at_the_same_bytes(picture: Picture, name: str, nbytes: int) -> float:
@@ -60,7 +53,8 @@ def main() -> None:
     parser.add_argument("--against", choices=[*CLASSICAL, "none"], default="jpegxl")
     arguments = parser.parse_args()
     files = image_files([arguments.folder])[:: arguments.every]
-    pictures = {file.name: middle(read(file), arguments.crop) for file in files}
+    whole = {file.name: read(file) for file in files}
+    pictures = {name: Picture(middle(one.pixels, arguments.crop), one.peak) for name, one in whole.items()}
     pictures = {name: one for name, one in pictures.items() if one.pixels.ndim == 2 and np.ptp(one.pixels)}
     points: dict[tuple[str | None, int], list[tuple[float, ...]]] = defaultdict(list)
     falls = []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from images import image_files, read_rgb
 
 from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader, unpack
@@ -38,8 +38,7 @@ def main() -> None:
     parser.add_argument("--quality", default="1,2,3,4,5,6,7,8")
     parser.add_argument("--metric", default="mse", choices=METRICS)
     arguments = parser.parse_args()
-    files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    images = [read_rgb(file) for file in image_files(arguments.images)]
     print(f"{len(images)} images, metric {arguments.metric}")
     print("quality  chunk   bpp      streams/tables  streams/density  frames/density  streams/blind")
     for quality in map(int, arguments.quality.split(",")):

@@ -27,13 +27,13 @@ import importlib.machinery
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from images import image_files, read_rgb
+from measuring import least_seconds
 
 from zarr_cae.coder import rans
 from zarr_cae.coder.contexts import to_differences
@@ -59,8 +59,6 @@ def synthetic() -> tuple[np.ndarray, Tables]:
 
 def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables]:
     """Return the tiles of the images' symbols, each (M, h, w) int16, and their tables."""
-    from PIL import Image
-
     from zarr_cae.coder.frame import FrameHeader
     from zarr_cae.coder.tiles import tiles as tiles_of
     from zarr_cae.config import Settings
@@ -74,7 +72,7 @@ def of_images(files: list[Path], quality: int) -> tuple[list[np.ndarray], Tables
     loaded = registry.load(registry.find(digest, model=DEFAULT_MODEL, quality=quality, metric="mse").path)
     settings, tiles = Settings(), []
     for file in files:
-        pixels = np.asarray(Image.open(file).convert("RGB"))
+        pixels = read_rgb(file)
         planes = to_planes(pixels, Layout(pixels.shape, 2), (0, 255))
         (symbols,) = engine_for(loaded, settings).analyse(planes, quality, settings).result()
         for _, _, patch in tiles_of(FrameHeader(1, *pixels.shape[:2], grey=False)):
@@ -93,15 +91,6 @@ def compressai_ans() -> ModuleType | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def best(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        result = work()
-        times.append(time.process_time() - begin)
-    return min(times), result
 
 
 def compare(tiles: list[np.ndarray], tables: Tables, repeats: int) -> None:
@@ -130,10 +119,18 @@ def compare(tiles: list[np.ndarray], tables: Tables, repeats: int) -> None:
 
 def ours(tiles: list[np.ndarray], tables: Tables, version: int, repeats: int) -> tuple[float, float]:
     """Return the CPU seconds of encoding and of decoding the streams of frames of this version."""
-    rans.decode(rans.encode(tiles[0], tables, version), tiles[0].shape[1:], tables, version)  # compiles
-    encode_s, streams = best(lambda: [rans.encode(tile, tables, version) for tile in tiles], repeats)
+
+    def encode() -> list[bytes]:
+        return [rans.encode(tile, tables, version) for tile in tiles]
+
+    streams = encode()
     pairs = [(stream, tile.shape[1:]) for stream, tile in zip(streams, tiles, strict=True)]
-    decode_s, decoded = best(lambda: [rans.decode(*pair, tables, version) for pair in pairs], repeats)
+
+    def decode() -> list[np.ndarray]:
+        return [rans.decode(*pair, tables, version) for pair in pairs]
+
+    encode_s = least_seconds(encode, repeats, time.process_time)
+    decode_s, decoded = least_seconds(decode, repeats, time.process_time), decode()
     if not all(map(np.array_equal, decoded, tiles)):
         sys.exit("zarr_cae.coder.rans: decoded symbols differ")
     payload, ideal = sum(map(len, streams)), sum(ideal_bits(tile, tables) for tile in tiles) / 8
@@ -164,7 +161,7 @@ def theirs_on(
             return [encoder.encode_with_indexes(s.tolist(), i.tolist(), *model) for s, i in pairs]
         return [encoder.encode_with_indexes(s, i, *model) for s, i in lists]
 
-    encode_s, streams = best(encode, repeats)
+    streams = encode()
 
     def decode() -> list[Any]:
         if all_symbols:
@@ -172,7 +169,8 @@ def theirs_on(
             return [np.array(decoder.decode_with_indexes(s, i.tolist(), *model), np.int32) for s, i in pairs]
         return [decoder.decode_with_indexes(s, i, *model) for s, (_, i) in zip(streams, lists, strict=True)]
 
-    decode_s, decoded = best(decode, repeats)
+    encode_s = least_seconds(encode, repeats, time.process_time)
+    decode_s, decoded = least_seconds(decode, repeats, time.process_time), decode()
     if not all(map(np.array_equal, decoded, kept)):
         sys.exit("compressai.ans: decoded symbols differ")
     return encode_s, decode_s
@@ -184,8 +182,7 @@ def main() -> None:
     parser.add_argument("--quality", default="1,4,8")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
-    files = [file for path in arguments.images for file in (sorted(path.glob("*.png")) if path.is_dir() else [path])]
-    files = files or [Path(str(resources.files("zarr_cae") / "data" / "astronaut.png"))]
+    files = image_files(arguments.images)
     for quality in map(int, arguments.quality.split(",")):
         if quality:
             print(f"\nquality {quality}, {len(files)} images")

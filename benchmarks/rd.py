@@ -1,9 +1,10 @@
 """The rate-distortion figures of README.md here: both families, chunk sizes, grey images, classical codecs, a plot.
 
-    python benchmarks/rd.py IMAGES --published kodak_rd.json [--out FOLDER]
+    python benchmarks/rd.py IMAGES --published kodak_rd.json [--out FOLDER] [--only image]
 
 IMAGES is a folder, for README.md the 24 Kodak images; the JSON holds published curves (name: bpp, psnr, ms_ssim) to
-take BD-rates against. It runs these commands, one after the other, and prints what they print:
+take BD-rates against. It runs these commands, called image, chunks-256 and grey, one after the other (with --only just one
+of them), and prints what they print:
 
     zarr-cae evaluate IMAGES --metric mse,ms-ssim --chunks image --against jpeg,webp,... --published ...
     zarr-cae evaluate IMAGES --metric mse,ms-ssim --chunks 256 --published ...
@@ -11,7 +12,7 @@ take BD-rates against. It runs these commands, one after the other, and prints w
 
 and with --out leaves a CSV of every measurement and a plot of each there.
 
-    python benchmarks/rd.py --fine-tuning FOLDER
+    python benchmarks/rd.py --fine-tuning FOLDER [--minutes 8] [--density-only]
 
 runs the example of fine-tuning of README.md here instead, where FOLDER is usr/share/stellarium/nebulae/default of the
 package that it names. Of the pictures of at least 512 px on both sides every tenth by name is held out. With a folder
@@ -21,6 +22,8 @@ of its own for weights it runs
     zarr-cae evaluate HELD_OUT --quality 1,2,3,4,5 --chunks 256 --csv before.csv
     zarr-cae evaluate HELD_OUT --quality 1,2,3,4,5 --chunks 256 --weights sha256:... --against jpegxl
         --published before.csv
+
+With --density-only the first command has `--density-only --steps 300` in place of `--minutes 8`.
 """
 
 import argparse

@@ -15,7 +15,7 @@ Parts, all by default:
     resume    the seconds that are lost by a kill -9 in the middle
     glass     slides without tissue: white, of another colour, and with the noise of a camera
 
-Rates are megapixels of level 0 a second.
+`--shards 4096` is the edge of a shard in pixels. Rates are megapixels of level 0 a second.
 """
 
 from __future__ import annotations

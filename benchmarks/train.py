@@ -1,7 +1,8 @@
 """Train all bundled networks on, one after the other, in one command that can be given again after an interruption.
 
     python benchmarks/train.py IMAGES... --out FOLDER --minutes 240 [--device cuda] [--only mse-low,mse-high]
-        [--crop 256] [--crops-per-quality 8] [--rate 1e-3] [--name histology] [--rehearse]
+        [--crop 256] [--crops-per-quality 8] [--rate 1e-3] [--seed 0] [--name histology]
+        [--rehearse]
 
 IMAGES are folders and tar files, such as those that split.py makes: everything in train/ for the general family, one
 domain for one with a --name. Each of the four networks (mse and ms-ssim, qualities 1 to 5 and 6 to 8) starts from the

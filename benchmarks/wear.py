@@ -9,30 +9,28 @@ against the photograph, and the difference to the chunk that was written at once
 import argparse
 import contextlib
 import warnings
-from importlib import resources
 from typing import Any
 
-import numpy as np
 import zarr
-from PIL import Image
+from images import PHOTOGRAPH, read_rgb
 from zarr.storage import MemoryStore
 
 import zarr_cae
+from zarr_cae.evaluation.measures import psnr
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quality", default="4,8", help="qualities, 1 to 8, with commas between them")
     warnings.simplefilter("ignore", zarr_cae.CAEWearWarning)
-    with resources.as_file(resources.files("zarr_cae") / "data" / "astronaut.png") as path:
-        photo = np.asarray(Image.open(path))[100:356, 100:356]
+    photo = read_rgb(PHOTOGRAPH)[100:356, 100:356]
     print(f"{'quality':>7}  {'codecs':12} {'pieces':16} {'plain':>16} {'buffered':>16}")
     for quality in map(int, parser.parse_args().quality.split(",")):
         for codecs, compressors in (("cae", None), ("cae and zstd", "auto")):
-            whole = psnr(photo, quality, compressors, [...], use_buffer=False)
+            whole = written(photo, quality, compressors, [...], use_buffer=False)
             print(f"{quality:7}  {codecs:12} {'whole':16} {whole:8.2f}")
             for name, pieces in PIECES.items():
-                found = [psnr(photo, quality, compressors, pieces, use_buffer=one) for one in (False, True)]
+                found = [written(photo, quality, compressors, pieces, use_buffer=one) for one in (False, True)]
                 columns = " ".join(f"{one:8.2f} {f'({one - whole:+.2f})'}" for one in found)
                 print(f"{quality:7}  {codecs:12} {name:16} {columns}", flush=True)
 
@@ -46,7 +44,8 @@ PIECES: dict[str, list[Any]] = {
 }
 
 
-def psnr(photo: Any, quality: int, compressors: Any, pieces: list[Any], *, use_buffer: bool) -> float:
+def written(photo: Any, quality: int, compressors: Any, pieces: list[Any], *, use_buffer: bool) -> float:
+    """Write a photograph in pieces as one chunk, and return the PSNR of what is read back."""
     array = zarr.create_array(
         MemoryStore(), shape=photo.shape, chunks=photo.shape, dtype="uint8", compressors=compressors,
         serializer=zarr_cae.CAECodec(quality),
@@ -55,7 +54,7 @@ def psnr(photo: Any, quality: int, compressors: Any, pieces: list[Any], *, use_b
     with context as target:
         for piece in pieces:
             target[piece] = photo[piece]
-    return float(10 * np.log10(255**2 / np.mean((array[...].astype(float) - photo) ** 2)))
+    return psnr(photo, array[...])
 
 
 if __name__ == "__main__":
