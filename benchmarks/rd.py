@@ -3,8 +3,8 @@
     python benchmarks/rd.py IMAGES --published kodak_rd.json [--out FOLDER] [--only image]
 
 IMAGES is a folder, for README.md the 24 Kodak images; the JSON holds published curves (name: bpp, psnr, ms_ssim) to
-take BD-rates against. It runs these commands, called image, chunks-256 and grey, one after the other (with --only just one
-of them), and prints what they print:
+take BD-rates against. It runs these commands, one after the other, and prints what they print. They are called image,
+chunks-256 and grey; --only runs one of them.
 
     zarr-cae evaluate IMAGES --metric mse,ms-ssim --chunks image --against jpeg,webp,... --published ...
     zarr-cae evaluate IMAGES --metric mse,ms-ssim --chunks 256 --published ...

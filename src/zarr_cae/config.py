@@ -125,8 +125,8 @@ def configure(
         (`benchmarks/networks.py --compile`).
     effort
         Steps that refine the latents of each whole chunk that is written, 0 to 1,000: fewer bytes at equal PSNR, for
-        much more time of encoding (see benchmarks/README.md). 0, the default, takes the latents as they are; 10 bring
-        most of what can be had. It needs weights for mean squared error, which the default ones are. Reading is as
+        much more encoding time (see benchmarks/README.md). 0, the default, takes the latents as they are; 10 steps
+        give most of the gain. It needs weights for mean squared error, which the default ones are. Reading is as
         fast as without. Writes of parts of chunks do not use it.
     concurrency
         Number of chunks that zarr codes at the same time (its `async.concurrency`, 10 by default). They share batches

@@ -220,7 +220,7 @@ def test_truncation_of_version_2_at_each_byte_and_a_tail():
     for size in range(len(frame)):
         with pytest.raises(FrameError, match=r"^cae: frame"):
             unpack(frame[:size], SMALL_2)
-    with pytest.raises(FrameError, match="foreign tail"):
+    with pytest.raises(FrameError, match="extra bytes"):
         unpack(frame + b"\0", SMALL_2)
 
 
@@ -243,8 +243,8 @@ MALFORMED = {
     "overlong height": (slice(7, 8), b"\xa8\x00", "height has a superfluous last byte"),
     "overlong width": (slice(8, 9), b"\x91\x00", "width has a superfluous last byte"),
     "tile too big": (slice(9, 10), b"\x0b", "tile size must be 0 to 10; got 11"),
-    "other tile": (slice(9, 10), b"\x00", "foreign tail|too early|length of tile"),
-    "length short by one": (slice(10, 11), b"\x02", "foreign tail"),
+    "other tile": (slice(9, 10), b"\x00", "extra bytes|too early|length of tile"),
+    "length short by one": (slice(10, 11), b"\x02", "extra bytes"),
     "length long by one": (slice(10, 11), b"\x04", "ends at least 1 bytes too early"),
     "huge length": (slice(10, 11), b"\xff\xff\xff\xff\x0f", "too early"),
     "overlong length": (slice(10, 11), b"\x83\x00", "length of tile 0 has a superfluous last byte"),
@@ -327,7 +327,7 @@ def test_each_flipped_bit_and_truncation_of_version_3():
     for size in range(len(frame)):
         with pytest.raises(FrameError, match=r"^cae: frame"):
             parse_frame(frame[:size], SMALL)
-    with pytest.raises(FrameError, match="foreign tail"):
+    with pytest.raises(FrameError, match="extra bytes"):
         parse_frame(frame + b"\0", SMALL)
 
 
@@ -343,7 +343,7 @@ MALFORMED_3 = {
     "pixels of no bytes": (slice(18, 19), b"\x00", "pixel section of tile 0 must have at least one byte"),
     "overlong length": (slice(18, 19), b"\x84\x00", "length of the pixels of tile 0 has a superfluous"),
     "huge mask": (slice(11, 12), b"\xff\xff\xff\xff\x0f", "too early"),
-    "shorter mask": (slice(11, 12), b"\x03", "mask's checksum|foreign tail"),
+    "shorter mask": (slice(11, 12), b"\x03", "mask's checksum|extra bytes"),
     "longer pixels": (slice(18, 19), b"\x05", "too early|tile 0's checksum"),
     "pixels moved to the stream": (slice(18, 20), b"\x05\x04", "tile 0's checksum"),
 }

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 _WINDOW_SAMPLES = 1 << 20
 _READ_SAMPLES = 1 << 23
-"""Samples that `decode` reads in one window, and in all windows at a time, if a chunk is not larger."""
+"""Most samples in one window of `decode`, and in all windows that run at once; larger chunks are read whole."""
 
 
 def add(commands: Commands) -> None:

@@ -54,7 +54,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--region", type=_region, metavar="TOP,LEFT,HEIGHT,WIDTH", help="a part of the image, in pixels"
     )
-    parser.add_argument("--metric", choices=METRICS, default="mse", help="for which the networks were trained")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="mse", help="the measure that the networks were trained for"
+    )
     add_weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
 

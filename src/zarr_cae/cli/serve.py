@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--latents", action="store_true", help="serve latents as float32 arrays under /latents/ too")
     parser.add_argument(
         "--origin", default="*", metavar="URL",
-        help="the web site whose pages may read the archive (default: all; it still takes access to HOST)",
+        help="the web site whose pages may read the archive (default: all; a page still needs network access to HOST)",
     )  # fmt: skip
     parser.add_argument(
         "--cache",

@@ -37,33 +37,36 @@ def add(commands: Commands) -> None:
     parser.add_argument("paths", nargs="*", metavar="IMAGES", help="image files, folders or tar files")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--range", choices=("low", "high"), help="qualities 1 to 5 (default) or 6 to 8")
-    parser.add_argument("--metric", choices=METRICS, help="what to train for; default mse")
+    parser.add_argument("--metric", choices=METRICS, help="measure to train for; default mse")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_positive(int), help="length of the schedule; default 20000")
     length.add_argument("--minutes", type=_positive(float), help="length of the schedule in minutes of training")
     parser.add_argument("--crop", type=_positive(int), help="edge of the training crops; default 128, ms-ssim 192")
     parser.add_argument("--crops-per-quality", type=_positive(int), help="crops a step at each quality; default 3")
     parser.add_argument("--rate", type=_positive(float), help="peak learning rate; default 2e-3, with --from 4e-4")
-    parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument("--seed", type=int, help="seed of the random choices; default 0")
     parser.add_argument(
-        "--name", type=_family, help="of the family, such as histology, for CAECodec(weights=NAME); default none"
+        "--name", type=_family, help="name of the family, such as histology, for CAECodec(weights=NAME); default none"
     )
     parser.add_argument(
-        "--holdout", type=_positive(float), metavar="SHARE", help="of the images, kept out of training; default 0.05"
+        "--holdout",
+        type=_positive(float),
+        metavar="SHARE",
+        help="share of the images to keep out of training; default 0.05",
     )
     parser.add_argument(
         "--patterns", type=_share, metavar="SHARE",
-        help="of the crops, that become checkerboards, dithers, mosaics and noise; default 0.03",
+        help="share of the crops that become checkerboards, dithers, mosaics and noise; default 0.03",
     )  # fmt: skip
     parser.add_argument(
         "--lambdas", type=_numbers, metavar="A,B,...",
         help="weight of the distortion at each quality of the range, ascending: larger for a higher rate. With --from, "
-        "default what that was trained with, and gains start between those that it has",
+        "the default is the lambdas of those weights; the gains start from an interpolation of theirs",
     )  # fmt: skip
     parser.add_argument(
         "--density-only", action="store_true", default=None,
-        help="with --from: leave the transforms as they are; train only the density that the rate is estimated by, and "
-        "fit contexts and tables to IMAGES. Minutes instead of hours",
+        help="with --from: leave the transforms as they are; train only the density that estimates the rate, and fit "
+        "contexts and tables to IMAGES. Minutes instead of hours",
     )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(

@@ -30,8 +30,8 @@ def add(commands: Commands) -> None:
         f"CompressAI checkpoint of {ZOO_MODEL} (.pth.tar, .pt), which needs --quality and --metric.",
     )  # fmt: skip
     importing.add_argument("file", type=Path, metavar="FILE")
-    importing.add_argument("--quality", type=quality, help="of a CompressAI checkpoint")
-    importing.add_argument("--metric", choices=METRICS, help="of a CompressAI checkpoint")
+    importing.add_argument("--quality", type=quality, help="quality of a CompressAI checkpoint")
+    importing.add_argument("--metric", choices=METRICS, help="metric of a CompressAI checkpoint")
     embedding = command(
         actions, "embed", embed,
         "Store the weights of an archive in the archive, so that it opens on other machines with `zarr_cae.open`.",

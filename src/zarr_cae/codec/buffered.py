@@ -46,7 +46,7 @@ def buffered(
     encoding, and those far from the written ones lose nothing. Pixels that were never written have the fill value.
     Writing to a chunk that is complete, or after a flush, costs one more encoding again.
 
-    What was flushed is in the store, and stays if the process dies. What waits in the buffer is lost then.
+    Flushed pixels are in the store and survive the process. Pixels in the buffer are lost with it.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def buffered(
     Raises
     ------
     CAEConfigurationError
-        If the array can't be written, or `memory` is no number of bytes.
+        If the array can't be written, or `memory` is not a number of bytes.
     CAEDataError
         At the end of the block, or from a write that completes a chunk, if pixels lie outside the value range. Other
         chunks are written before. Chunks that could not be written stay in the buffer: `BufferedArray.flush` tries
@@ -125,7 +125,7 @@ class BufferedArray:
         self._process = os.getpid()
         self._closed = False
         self._changed = threading.Condition()
-        """Guards what follows. No chunk is encoded and nothing is read from the array while it is held."""
+        """Guards the attributes below. No chunk is encoded and nothing is read from the array while it is held."""
         self._waiting: dict[Key, Pending] = {}
         self._being_written: dict[Key, Pending] = {}
         self._held = 0

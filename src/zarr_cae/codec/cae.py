@@ -71,27 +71,29 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         first: the axis is one of their output.
     colour
         The positions of red, green and blue along `channel_axis`, such as (0, 1, 2), if that has more than three
-        channels. These three are coded together, the others as grey planes. A plain alpha channel then costs a tenth of
-        RGB, and one with fine outlines or an infrared band a half or more; without `colour` four channels cost about
-        three times as much as RGB. Each chunk must hold all channels. With `channel_axis="auto"` the last axis is
-        taken, if it has three channels, or more but at most a quarter of its two neighbours.
+        channels. These three are coded together, the others as grey planes. An alpha channel that is mostly opaque then
+        adds about a tenth to the bytes of RGB; fine outlines or an infrared band add half or more. Without `colour`
+        four channels cost about three times as much as RGB. Each chunk must hold all channels. With
+        `channel_axis="auto"` the last axis is taken, if it has three channels, or more but at most a quarter of its two
+        neighbours.
     value_range
         (lowest, highest) value of the data. uint8 has the default (0, 255); every other dtype needs it.
     nodata
         The value of pixels without data: a number, inside or outside `value_range`, or NaN. They are stored exactly,
-        as a mask, and no other pixel is read back with this value: the nearest one takes its place. By default every
-        pixel has data, and NaN is refused. The attribute holds what is not finite as "NaN", "Infinity" or "-Infinity".
+        as a mask, and no other pixel is read back with this value: it gets the nearest other value. By default every
+        pixel has data, and NaN is refused. The attribute holds values that are not finite as the strings "NaN",
+        "Infinity" or "-Infinity".
     value_transform
         "sqrt" codes the square roots of the values, which makes the noise of photon counts equally strong in dark and
         in bright places (Anscombe 1948). Use it for dark and sparse data, such as fluorescence, with `value_range`
-        from the value of no light, in units of counted photons as far as they are known. If that value is above 0, give
-        the array a `fill_value` inside the range.
+        starting at the value of a dark pixel, in photons if the scale is known. If that value is above 0, give the
+        array a `fill_value` inside the range.
     min_psnr
         PSNR in dB of the value range that each chunk must reach, such as 38. A chunk that misses it is coded with the
         next better qualities of the same weights (qualities 1 to 5 and 6 to 8 share weights), and at the last one its
         tiles that miss it are stored without loss. Encoding costs one more decoding, and another encoding for each
-        further quality. A write of a part is compared with the new pixels and with what the rest of the chunk gave
-        before, so it may miss the PSNR of the rest against the pixels that were written first.
+        further quality. A partial write is compared with the new pixels, and elsewhere with the pixels decoded before
+        it; so the rest may miss the PSNR against the pixels first written.
 
     Raises
     ------

@@ -1,9 +1,9 @@
-"""A floor for what a chunk decodes to: never worse than its mean, and as good as the array demands.
+"""A floor for the quality of decoded pixels: no tile is worse than its mean, no chunk worse than the array demands.
 
 Patterns of period 2, such as raw Bayer mosaics and ordered dither, give latents that the networks never saw in
-training. The inverse GDN can turn them into values far outside the value range. Their symbols give them away: many lie
-outside the alphabets of the tables, where photographs have hardly any. So the encoder counts such symbols, which costs
-next to nothing, and only decodes and looks where there are many.
+training. The inverse GDN can turn them into values far outside the value range. Such patterns can be recognised by
+their symbols: many lie outside the alphabets of the tables, where photographs have hardly any. So the encoder counts
+such symbols, which is cheap, and decodes only where there are many.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from zarr_cae.codec.chunk import ChunkCoder
 
 _UNUSUAL, _UNUSUAL_SHARE = 64, 1e-3
-"""Symbols of a tile outside their alphabets, as a number or a share, up to which it is not worth a look. Photographs
-have at most one in 5,000; patterns that decode to garbage one in 200 to one in 2."""
+"""Most symbols outside their alphabets, as a number and as a share, that a tile may have without being checked.
+Photographs have at most one in 5,000; patterns that decode to garbage have one in 200 to one in 2."""
 _SMOOTHING = (2, 4)
-"""Levels of smoothing for the latents of exact tiles, as log2 of the edges of blocks: the later one if that is not
-enough."""
+"""Levels of smoothing for the latents of exact tiles, as log2 of the edges of blocks. The second is used if the first
+is not enough."""
 _WORSE = 1.02
-"""Mean squared error in units of the variance from which a tile is worse than its mean: 0.1 dB."""
+"""A tile whose mean squared error is above this multiple of its variance is worse than its mean (by 0.1 dB)."""
 _MARGIN = 0.999
 """Two decodings of the same latents differ a little, so the encoder asks for a little more than the least PSNR."""
 
 
 def is_unusual(symbols: Symbols, coder: ChunkCoder) -> bool:
-    """Return whether symbols (N, M, h, w) of a chunk or a tile hold more that is unusual than those of a photograph.
+    """Return whether a chunk or a tile has more symbols outside the alphabets than photographs have; (N, M, h, w).
 
-    Then they must be decoded, and compared with what they stand for.
+    Then it must be decoded and compared with its pixels.
     """
     tables = coder.tables
     # As int16, which the symbols are: all alphabets lie within it, and mixed types would be compared as int32.
@@ -75,7 +75,7 @@ def poor_tiles(
     coder
         Codes the chunks of the array.
     header
-        The header of the frame, whose tiles are meant.
+        The header of the frame that has the tiles.
     pixels, decoded
         The pixels of a whole chunk, as they should be and as they are decoded.
     mask
@@ -156,7 +156,7 @@ def _free_positions(header: FrameHeader, exact: Iterable[Tile]) -> npt.NDArray[n
 def measured_psnr(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None, exact: Iterable[int]) -> int:
     """Return the PSNR of a whole chunk with exact tiles, as a frame stores it: in hundredths of dB, rounded down.
 
-    The arguments are those of `poor_tiles`, and its result.
+    The arguments are those of `poor_tiles`; `exact` has the numbers of the exact tiles.
     """
     error = _mean_error(coder, pixels, decoded, mask, exact)
     if error == 0:

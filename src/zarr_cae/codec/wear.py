@@ -114,7 +114,7 @@ def _put(entries: OrderedDict[Any, Any], key: Any, value: Any) -> None:
 
 
 def _samples(layout: Layout, pixels: npt.NDArray[Any]) -> list[tuple[int, int]]:
-    """Return numbers and fingerprints of samples; not of those with one value only, which tell nothing."""
+    """Return numbers and fingerprints of samples. Those with a single value are left out: they identify nothing."""
     found = [sample.tobytes() for sample in pixels[_places(layout)]]
     size = pixels.dtype.itemsize
     return [(number, hash(one)) for number, one in enumerate(found) if one != one[:size] * _LENGTH]

@@ -1,7 +1,7 @@
 """Code the rows of a binary image by the columns where they change, as differences from the row above.
 
 The section "Mask section" of spec/cae.md defines the numbers. A smooth outline moves by a column or two from row to
-row, so most numbers are small, and zlib makes little of them.
+row, so most numbers are small and compress well.
 """
 
 from __future__ import annotations

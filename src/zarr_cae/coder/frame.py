@@ -1,8 +1,8 @@
 """The frame of a chunk: a header, then the stream of each tile, with checksums.
 
-The section "Frames" of spec/cae.md defines the bytes of all versions. Versions 1 and 2 differ in their checksums; the
-weights decide which of the two older releases wrote (see `Tables.frame_version`). Version 3 can hold a mask, exact
-tiles and the PSNR that the writer measured, and says which row of the weights file coded the chunk.
+The section "Frames" of spec/cae.md defines the bytes of all versions. Versions 1 and 2 differ in their checksums;
+releases before version 3 wrote the one that the tables of the weights call for (`Tables.frame_version`). Version 3 can
+hold a mask, exact tiles and the PSNR that the writer measured, and says which row of the weights file coded the chunk.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def parse_frame(frame: bytes | memoryview, expected: FrameHeader) -> Frame:
     assert isinstance(index, FrameIndex)
     if index.frame_bytes < len(view):
         raise FrameError(
-            f"cae: frame must end after {index.frame_bytes} bytes; got {len(view)}: the stored chunk has a foreign tail"
+            f"cae: frame must end after {index.frame_bytes} bytes; got {len(view)}: the stored chunk has extra bytes "
+            "at its end"
         )
     parts = [index.parts(tile, view[begin:end]) for tile, (begin, end) in enumerate(pairwise(index.offsets))]
     return Frame(

@@ -14,8 +14,8 @@ __all__ = ["frequencies", "trimmed_frequencies"]
 def frequencies(probability: NDArray[np.float64]) -> NDArray[np.uint32]:
     """Return the integer frequencies with the least expected code length.
 
-    The expected length is a sum of convex functions of one frequency each. So exchanging single units until no exchange
-    helps ends at the optimum (Fox, "Discrete optimization via marginal analysis", 1966).
+    The expected length is a sum of convex functions, each of one frequency. So the function exchanges single units
+    until no exchange helps; the result is optimal (Fox, "Discrete optimization via marginal analysis", 1966).
 
     Parameters
     ----------

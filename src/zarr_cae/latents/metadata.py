@@ -14,16 +14,16 @@ The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape`
 * Tiles whose pixels are stored exactly may have the latents of smoothed pixels, if those of the pixels themselves are
   far from what the networks saw in training.
 * Other axes do not change.
-* Names of axes: `y` becomes `y_latent`, since its length is another one, and coordinates or masks along `y` can stand
-  in the same data set. This holds for rows, columns and the channel axis. If 16 does not divide the chunk's edge c, the
+* Names of axes: `y` becomes `y_latent`, because its length differs, so that coordinates or masks along `y` fit in the
+  same data set. This holds for rows, columns and the channel axis. If 16 does not divide the chunk's edge c, the
   name is `y_latent_c` (`y_latent_100`), since its length depends on c. An additional axis is named `latent`, if other
   axes have names. Other axes keep their names.
 * Attributes stay, except for the CF attributes that say how to unpack pixels (`PIXEL_ATTRIBUTES`): xarray would apply
   them to the latents. The attribute `cae_bottleneck` describes the latents, and holds the attributes that were removed.
   If the array has an attribute of this name itself, it does not appear here, but stays in the archive.
 * dtype float32. Chunks that were never written read as NaN, the fill value. (zarr does not store chunks that are all
-  fill value.) Their latents do not exist, and no number is a good stand-in. NaN does not raise by itself: one such
-  patch turns a network in training to NaN. So `as_torch_dataset` raises on NaN, unless `missing` gives a
+  fill value.) Their latents do not exist, and no number can replace them. NaN raises no error: one such patch turns
+  a network in training to NaN. So `as_torch_dataset` raises on NaN, unless `missing` gives a
   replacement. Other readers must look for NaN, or the archive must be written with
   `config={"write_empty_chunks": True}`.
 

@@ -54,20 +54,20 @@ if TYPE_CHECKING:
     from zarr_cae.networks.engine import Engine
 
 _FIRST_SHARE, _LAST_SHARE = 0.3, 0.7
-"""The part of the largest gain around it that a move must bring, in the first step and in the last one."""
+"""Share of the largest gain nearby that a move must reach, in the first step and in the last one."""
 _AROUND = 3
 """Edge of the square of latent positions, of all channels, in which the largest gain counts."""
 _PROBES, _EVERY = 4, 4
 """The first steps that estimate h, and the distance between those after them: estimates get better slowly."""
 _PRIOR = 8
-"""In a mean of n estimates of h that of the symbol itself has the weight n / (n + 8). The rest is the product of the
-means over its channel and over its position, which needs few estimates."""
+"""A symbol's own mean of n estimates of h has weight n / (n + 8); the rest is the product of the channel's mean and the
+position's mean, which need few estimates."""
 _EDGE = 512 // STRIDE
 """Largest edge of a piece in latent positions, without its surroundings."""
 _REACH = 2 * HALO
 """Positions around a piece whose symbols take part in the error of pixels that its own symbols change."""
 _KEPT = 4
-"""How much memory a pixel takes in a pass with gradients, in units of one without."""
+"""Memory of a pixel in a pass with gradients, as a multiple of a pass without."""
 
 
 def trade_off(info: WeightsInfo, quality: int) -> float | None:

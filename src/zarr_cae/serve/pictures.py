@@ -25,7 +25,7 @@ from zarr_cae.serve.cache import ByteLimit
 TILE = 256
 """Edge of a tile in pixels of the screen."""
 _MOST_REDUCTION = 16
-"""A tile reads at most 16 x 16 pixels of a stored level for one of its own."""
+"""For each of its pixels, a tile reads at most 16 x 16 pixels of a stored level."""
 _SAMPLE = 256
 """Edge of the window in the middle of an array by which contrast is chosen."""
 _BYTES_AT_WORK = 1 << 28
@@ -116,7 +116,7 @@ class Picture:
         return min(one_tile, int(math.log2(reduction * _MOST_REDUCTION)))
 
     def describe(self) -> dict[str, Any]:
-        """Return what the page needs to know."""
+        """Return the description of this picture for the page."""
         finest, scales = self.levels[0], range(self.most_scale + 1)
         latents = self.latents
         return {
@@ -174,7 +174,7 @@ class Pictures:
         self._limit = ByteLimit(_BYTES_AT_WORK)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return what the page needs to know of all pictures."""
+        """Return the descriptions of all pictures for the page."""
         return [picture.describe() for picture in self.pictures]
 
     async def tile(

@@ -232,7 +232,7 @@ def unfinished(path: Path) -> str | None:
 
 
 def flush(files: Iterable[Path], top: Path) -> None:
-    """Return when files are on the disk, and so are their names in the folders from `top` on. Skips missing files."""
+    """Wait until files, and their names in all folders from `top` down, are on the disk. Missing files are skipped."""
     present = [path for path in files if path.exists()]
     folders = {folder for path in present for folder in path.parents if folder.is_relative_to(top)}
     for path in present:

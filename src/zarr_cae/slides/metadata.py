@@ -19,7 +19,7 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class SlideMetadata:
-    """What a file says about its pixels.
+    """Metadata of the pixels, from the file.
 
     Attributes
     ----------

@@ -136,8 +136,8 @@ class Pyramid:
 def reduced(pixels: Pixels, downsample: Downsample = "mean") -> Pixels:
     """Return an image of half the rows and columns, which are the last two axes.
 
-    With "mean" every pixel is the mean of the 2 x 2 pixels that it replaces, integers rounded half up; at the edge of
-    an image of an odd size, of those that there are. "nearest" takes the first of the four.
+    With "mean" each pixel is the mean of its 2 x 2 pixels (fewer at an odd edge); integers are rounded half up.
+    "nearest" takes the first of the four.
     """
     if downsample == "nearest":
         return np.ascontiguousarray(pixels[..., ::2, ::2])

@@ -75,7 +75,7 @@ class Slide:
     rgb
         Whether axis "c" holds red, green and blue.
     metadata
-        What the file says about its pixels.
+        Metadata of the pixels, from the file.
     levels
         Rows and columns of the image and of the smaller copies that the file holds.
     by_rows
@@ -224,8 +224,8 @@ def open_slide(path: Path, *, series: int | None = None, level: int = 0) -> Slid
         The file, the folder of a zarr hierarchy (also of an array inside one: `OUT.zarr/0`), or a folder of DICOM
         files.
     series
-        Number of the image in a file that holds several. By default the only one, or the one that the others are
-        smaller copies, labels or thumbnails of; a file that holds other images, too, is refused.
+        Number of the image in a file that holds several. By default the only image, or the one of which all others are
+        smaller copies, labels or thumbnails. A file with further images is refused.
     level
         Number of the level in a pyramid; 0 is the largest.
 

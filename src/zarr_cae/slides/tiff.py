@@ -115,7 +115,7 @@ def _size(item: Any) -> tuple[int, int]:
 
 
 def _is_copy(first: Any, other: Any) -> bool:
-    """Whether a page has the proportions of the first, at half its size or less (within a pixel for each halving)."""
+    """Return whether a page is a smaller copy: of equal proportions (within a pixel a halving), at most half the size."""
     (rows, columns), (few, less) = _size(first), _size(other)
     if few * _MINIMUM_LEVEL > rows + 1 or min(few, less) < 1:
         return False
@@ -123,7 +123,7 @@ def _is_copy(first: Any, other: Any) -> bool:
 
 
 def _is_extra(other: Any, first: Any) -> bool:
-    """Whether a page is a label, an overview or a thumbnail beside the image: much smaller."""
+    """Return whether a page is a label, an overview or a thumbnail: much smaller than the image, and without tiles."""
     return math.prod(_size(other)) * 16 <= math.prod(_size(first)) and not other.keyframe.is_tiled
 
 

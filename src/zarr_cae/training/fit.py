@@ -31,21 +31,21 @@ from zarr_cae.weights import registry
 from zarr_cae.weights.file import DEFAULT_MODEL, Metric, Weights, WeightsInfo
 
 _RATE = 1e-3
-"""Peak learning rate: half of that from a KLT, which would first undo the weights to start from."""
+"""Peak learning rate: half of that from a KLT, which would first undo the start weights."""
 _UNLIKE = 0.1
 """Share of the crops that are generated pictures."""
 _LARGEST_LOSS = 0.1
-"""Share of bytes more at equal PSNR that fitted weights may need for pictures unlike the collection."""
+"""Largest share of additional bytes, at equal PSNR, for pictures unlike the collection."""
 _LEAST_GAIN = 0.01
 """Share of bytes that fitted weights must save on held-out windows. Less may be chance: four minutes on an atlas of
 histology saved 0.8 % there, and cost 9 % on other patients (`benchmarks/fit.py`)."""
 _SHARES = (1.0, 0.75, 0.5, 0.25)
-"""How far to go from the start to the fitted weights, if the whole way forgets too much. Networks between the two
-ends of a fine-tuning keep most of both (Wortsman et al. 2022, arXiv:2109.01903)."""
+"""Shares of the way from the start to the fitted weights, tried if the fitted ones forget too much. Networks between
+the two ends of a fine-tuning keep most of both (Wortsman et al. 2022, arXiv:2109.01903)."""
 _TABLE_WINDOWS = 150
 """Windows that the tables are fitted to: as many as take some ten seconds on one core."""
 _CHECK_COST = 20
-"""The progress is measured when the steps since then took so many times as long as measuring does."""
+"""Measure again once the steps since then took this many times as long as measuring."""
 _NEAREST_WINDOWS = 8
 _CROPS = (128, 96, 64, 32)
 
@@ -61,8 +61,8 @@ class FitProgress:
     """Share of the time that is over, 0 to 1."""
     step: int
     saved: float
-    """Share of the bytes that held-out windows need less than with the start, at equal PSNR, as last measured. By the
-    density; the end result is of real bytes."""
+    """Share of bytes saved on held-out windows at equal PSNR, as last measured; estimated by the density, whereas the
+    end result counts real bytes."""
 
 
 class Fit(NamedTuple):
@@ -76,7 +76,7 @@ class Fit(NamedTuple):
     start: str
     """The digest of the weights that the fit started from."""
     reason: str = ""
-    """If the fitted weights are not to be used: why."""
+    """Why the fitted weights are not used; empty if they are."""
     file_bytes: int = 0
     """Size of the fitted weights file."""
 

@@ -14,7 +14,7 @@ from zarr_cae.networks.transforms import GDN
 from zarr_cae.training.model import GainedAutoencoder
 
 FEATURE_SCALE = 4.0
-"""Features over pixels: puts most features near one, where GDN and the learning rates are at home."""
+"""Features over pixels: puts most features near one, where GDN and the learning rates work best."""
 GDN_START = 0.01
 """gamma |x| of the mean feature at the start: mild enough for the multiplicative inverse to undo it."""
 

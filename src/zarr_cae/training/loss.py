@@ -12,7 +12,7 @@ from zarr_cae.training.model import Pass
 from zarr_cae.weights.file import Metric
 
 _SEAMS = 0.25
-"""Weight of the bias along borders beside the squared error."""
+"""Weight of the bias along borders, where the squared error has weight 1."""
 _RUN, _DEPTH = 16, 2
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _RADIUS, _SIGMA = 5, 1.5
@@ -21,14 +21,14 @@ SMALLEST_CROP = 96
 
 
 def mean_squared_error(coded: Tensor, pixels: Tensor) -> Tensor:
-    """Mean squared error of each crop for pixels in [0, 1]: (Q, n, 3, H, W) to (Q, n)."""
+    """Return the mean squared error of each crop for pixels in [0, 1]: (Q, n, 3, H, W) to (Q, n)."""
     return (coded - pixels).square().mean((2, 3, 4))
 
 
 def border_bias(coded: Tensor, pixels: Tensor) -> Tensor:
-    """Mean square of the error's means over 16 x 2 pixels along the borders: (Q, n, 3, H, H) to (Q, n).
+    """Average the error over 16 x 2 pixels along the borders, and return the mean square: (Q, n, 3, H, H) to (Q, n).
 
-    Chunks meet there, and a step in a smooth area shows, little though it is of the mean squared error.
+    Chunks meet there. A step in a smooth area is visible although it adds little to the mean squared error.
     """
     error = coded - pixels
     sides = [side for way in (error, error.mT) for side in (way[..., :_DEPTH, :], way[..., -_DEPTH:, :])]
@@ -38,12 +38,12 @@ def border_bias(coded: Tensor, pixels: Tensor) -> Tensor:
 
 
 def multiscale_dissimilarity(coded: Tensor, pixels: Tensor) -> Tensor:
-    """1 - MS-SSIM of each crop for pixels in [0, 1]: (Q, n, 3, H, H) to (Q, n), H at least 96 and a multiple of 16.
+    """Return 1 - MS-SSIM of each crop: (Q, n, 3, H, H) to (Q, n), pixels in [0, 1], H a multiple of 16 and at least 96.
 
     Wang et al. 2003, "Multiscale structural similarity for image quality assessment", with the usual window (Gaussian
-    of sigma 1.5, 11 x 11) and weights of five scales, but of images mirrored beyond their borders. Windows that must
-    fit inside, as MS-SSIM is reported, leave out 80 pixels at every border of the coarsest scale, the only one that
-    sees brightness; trained so, chunks have borders of another brightness.
+    of sigma 1.5, 11 x 11) and weights of five scales, but images are mirrored beyond their borders. The usual MS-SSIM
+    leaves out 80 pixels at each border of the coarsest scale, the only one that sees brightness; networks trained with
+    it gave chunks borders of another brightness.
     """
     first, second = coded.flatten(0, 2), pixels.flatten(0, 2)
     similarity = torch.ones((), device=pixels.device)
@@ -57,7 +57,7 @@ def multiscale_dissimilarity(coded: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _similarities(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Luminance, and contrast with structure, at each pixel of (N, H, H)."""
+    """Return the luminance term, and the product of contrast and structure, at each pixel of (N, H, H)."""
     blur = _blur(first.shape[-1]).to(first.device)
     moments = torch.stack([first, second, first * first + second * second, first * second])
     mean1, mean2, squares, product = (blur @ moments @ blur.T).unbind()

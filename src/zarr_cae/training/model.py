@@ -1,4 +1,4 @@
-"""What is trained: one analysis and one synthesis transform, gains and densities for several qualities."""
+"""The trained network: one analysis and one synthesis transform, gains and densities for several qualities."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WIDTHS: dict[Range, Widths] = {"low": LOW_RATE, "high": HIGH_RATE}
 
 
 def default_lambdas(metric: Metric, rates: Range) -> tuple[float, ...]:
-    """`LAMBDAS` of the qualities of one range."""
+    """Return the lambdas in `LAMBDAS` for the qualities of one range."""
     return tuple(LAMBDAS[metric][quality - 1] for quality in RANGES[rates])
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass through the network gives, for crops grouped by quality."""
+    """The result of one pass, for crops grouped by quality."""
 
     pixels: Tensor
     """(Q, n, 3, H, W)"""
@@ -51,7 +51,7 @@ class GainedAutoencoder(nn.Module):
         self.density = Density(count, latent)
 
     def start_gains(self, scale: float) -> None:
-        """Gains for which a unit step of an orthonormal transform times `scale` has the slope -1/lambda at high rate.
+        """Set gains: a unit step of an orthonormal transform times `scale` then has the slope -1/lambda at high rate.
 
         With distortion 255^2 lambda step^2 / 36 per coefficient (three samples a pixel, step^2 / 12 each) and rate
         -log2(step): step^2 = 36 / (2 ln 2 255^2 lambda).
@@ -65,8 +65,8 @@ class GainedAutoencoder(nn.Module):
     def move(self, old: tuple[float, ...], new: tuple[float, ...]) -> None:
         """Give each quality, trained with one lambda of `old`, the gains and the density for that of `new`.
 
-        Their logarithms are interpolated, as Cui et al. do for rates between those trained, here over the logarithm of
-        lambda, and beyond the ends continued as between the last two.
+        Their logarithms are interpolated, as Cui et al. do for rates between the trained ones, here over the logarithm
+        of lambda. Beyond the ends the line through the last two is continued.
         """
         known, wanted = (torch.tensor(lambdas, device=self.log_gain.device).log() for lambdas in (old, new))
         below = (torch.searchsorted(known, wanted) - 1).clamp(0, len(known) - 2)

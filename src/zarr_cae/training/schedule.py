@@ -11,7 +11,7 @@ _WARM_UP_STEPS, _FIT_WARM_UP_STEPS = 200, 100
 
 Schedule = Literal["train", "fit"]
 Trained = Literal["densities", "decoder", "all"]
-"""What a phase trains. "decoder" is the synthesis with the densities: the symbols no longer change."""
+"""The parameters that a phase trains. "decoder" is the synthesis with the densities: the symbols no longer change."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ Uniform noise stands for rounding while gains still move: its gradients are unbi
 on the decoder sees the rounded values that it will get, so that it learns what rounding really does; the rate keeps the
 noise, whose derivative exists. At that point the transforms have nearly settled, so that the biased gradients of
 rounding do little harm. In the last eighth the symbols no longer change. There the decoder and the densities fit them
-exactly, with a learning rate of their own that rises once more and then falls.
+exactly, with a learning rate of their own, which rises once more and then falls.
 """
 FIT_PHASES = (
     Phase(0.0, straight_through=True, trains="densities"),
@@ -48,8 +48,8 @@ FIT_PHASES = (
 )
 """The densities, then the decoder, then all of a network that is trained already.
 
-What gains most in the first seconds comes first, so that a fit that ends early is of use. The transforms have settled,
-so there is no phase of noise.
+The phases with the fastest gains come first, so that a fit that ends early is useful. The transforms have settled, so
+there is no phase of noise.
 """
 _FIT_PEAKS = (1.0, 0.5, 1.0, 0.3)
 """The learning rate of each phase of a fit, as a share of its peak."""

@@ -29,7 +29,7 @@ class Soap(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients that are there; the first one only sets up the bases."""
+        """Update the parameters that have gradients; the first call only sets up the bases."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -67,20 +67,20 @@ class Soap(torch.optim.Optimizer):
 
 
 def _moment(gradient: Tensor, axis: int) -> Tensor:
-    """Second moment of (A, B, C) along an axis: (n, n)."""
+    """Return the second moment of (A, B, C) along an axis: (n, n)."""
     rows = gradient.movedim(axis, 0).flatten(1)
     return rows @ rows.T
 
 
 def _turn(tensor: Tensor, bases: list[Tensor]) -> Tensor:
-    """Multiply every axis by its basis; each product moves its axis to the end, so three leave the order as it was."""
+    """Multiply each axis by its basis. Each product moves its axis to the end, so three products restore the order."""
     for basis in bases:
         tensor = torch.tensordot(tensor, basis, dims=([0], [0]))
     return tensor
 
 
 def _refresh(state: dict[str, Any]) -> None:
-    """One step of power iteration on each basis, sorted by falling eigenvalue as QR needs it."""
+    """Take one step of power iteration on each basis, sorted by falling eigenvalue because QR needs that order."""
     for axis, (moment, basis) in enumerate(zip(state["moments"], state["bases"], strict=True)):
         order = torch.einsum("ij,ik,kj->j", basis, moment, basis).argsort(descending=True)
         state["square"] = state["square"].index_select(axis, order)

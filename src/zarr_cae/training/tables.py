@@ -15,18 +15,18 @@ from zarr_cae.coder.tables import PRECISION
 
 CLASSES = 16
 SOURCES = 16
-"""On held-out images 8 of each took more bytes at nearly the same speed; more than 16 gained next to nothing."""
+"""On held-out images, 8 of each took more bytes at nearly the same speed; more than 16 saved almost nothing."""
 _WIDEST = 1023
-"""Symbols beyond this are left to the escape."""
+"""Symbols beyond this are coded as escapes."""
 _MARGIN = 16
 """How far beyond the largest symbol seen a table may reach."""
 _PRIOR = 4.0
-"""Symbols that the smoothed histogram of all classes counts for in the table of one."""
+"""The smoothed histogram of all classes counts like this many symbols in the table of each class."""
 _TAIL = 1e-3
 _RIDGE = 1e-4
 
 Sources = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]
-"""Of one channel: earlier channels and their weights, (SOURCES,) each, as `Contexts` has them."""
+"""The sources of one channel: earlier channels and their weights, (SOURCES,) each, as in `Contexts`."""
 
 
 class Fitted(NamedTuple):
@@ -39,7 +39,7 @@ class Fitted(NamedTuple):
 
 
 def fit_tables(tiles: Sequence[Symbols], predicted: npt.NDArray[np.bool_], mix: npt.NDArray[np.float32]) -> Fitted:
-    """Contexts and tables for symbols like those of the tiles.
+    """Return contexts and tables for symbols like those of the tiles.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def fit_tables(tiles: Sequence[Symbols], predicted: npt.NDArray[np.bool_], mix: 
         bool (M,): which channels are coded as differences.
     mix
         float32 (M, M): weight of each channel's activity (second axis) in the score of a later one, as `Density` has
-        learned it. A channel takes these weights or those of a least-squares fit, with whichever it is shorter. The
-        fit alone took up to 1.5 % more bytes: the busiest positions decide it, and the many quiet ones hold the gain.
+        learned it. A channel takes these weights or those of a least-squares fit, whichever needs fewer bits. The fit
+        alone took up to 1.5 % more bytes: it follows the busiest positions, but the many quiet ones hold the gain.
     """
     coded = [to_differences(tile, predicted) for tile in tiles]
     flat = np.concatenate([tile.reshape(len(tile), -1) for tile in coded], 1)
@@ -82,7 +82,7 @@ def fit_tables(tiles: Sequence[Symbols], predicted: npt.NDArray[np.bool_], mix: 
 
 
 def _learned_sources(mix: npt.NDArray[np.float32], surroundings: npt.NDArray[np.uint8]) -> list[Sources]:
-    """For each channel the few earlier ones that move its learned score most."""
+    """Return, for each channel, the few earlier channels that most change its learned score."""
     deviation = np.array([around_one.std() for around_one in surroundings])
     found = []
     for channel, row in enumerate(mix):
@@ -93,7 +93,7 @@ def _learned_sources(mix: npt.NDArray[np.float32], surroundings: npt.NDArray[np.
 
 
 def _regressed_sources(surroundings: npt.NDArray[np.uint8], targets: npt.NDArray[np.uint8]) -> list[Sources]:
-    """For each channel the few earlier ones whose activities best predict its own in least squares."""
+    """Return, for each channel, the few earlier channels that best predict its activity by least squares."""
     channels = len(targets)
     normal, right = np.zeros((channels, channels)), np.zeros((channels, channels))
     for begin in range(0, targets.shape[1], 1 << 16):
@@ -107,7 +107,7 @@ def _regressed_sources(surroundings: npt.NDArray[np.uint8], targets: npt.NDArray
 def _sparse_weights(
     normal: npt.NDArray[np.float64], right: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """Non-negative least squares with at most SOURCES weights, by dropping the least important a few at a time."""
+    """Solve non-negative least squares with at most SOURCES weights: drop the least important ones, a few at a time."""
     chosen = np.arange(len(right))
     while len(chosen):
         values: npt.NDArray[Any] = np.linalg.solve(normal[np.ix_(chosen, chosen)], right[chosen])
@@ -131,7 +131,7 @@ def _in_integers(chosen: npt.NDArray[np.intp], values: npt.NDArray[np.floating[A
 
 
 def _thresholds(score: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
-    """Ascending thresholds that part the scores into up to CLASSES classes, the busy ones smaller."""
+    """Return ascending thresholds that divide the scores into up to CLASSES classes; busy classes are smaller."""
     positive = score[score > 0]
     if len(positive) < CLASSES:
         return np.empty(0, np.uint16)
@@ -143,7 +143,7 @@ def _thresholds(score: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
 
 
 def _counts(symbols: Symbols, classes: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
-    """(CLASSES, 2 n + 1): how often each class has each symbol from -n to n, those beyond counted at the ends."""
+    """Count how often each class has each symbol from -n to n: (CLASSES, 2 n + 1). The ends count those beyond, too."""
     limit = min(_WIDEST, int(np.abs(symbols.astype(np.int32)).max()) + _MARGIN)
     size = 2 * limit + 1
     index = symbols.astype(np.int64).clip(-limit, limit) + limit
@@ -151,7 +151,7 @@ def _counts(symbols: Symbols, classes: npt.NDArray[np.intp]) -> npt.NDArray[np.f
 
 
 def _entropy(counts: npt.NDArray[np.float64]) -> float:
-    """Bits of all symbols with an ideal table a class."""
+    """Return the bits of all symbols under one ideal table for each class."""
     share = counts / counts.sum(1, keepdims=True).clip(min=1)
     return -float((counts * np.log2(share, where=counts > 0, out=np.zeros_like(counts))).sum())
 

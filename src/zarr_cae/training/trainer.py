@@ -127,7 +127,7 @@ class Trainer:
     """A network in training, with its optimiser, averaged weights and checkpoint."""
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
-    """What the `minutes` of a recipe are measured by, in seconds."""
+    """Clock, in seconds, for the `minutes` of a recipe."""
 
     def __init__(self, recipe: Recipe, crops: Crops, *, device: str = "cpu") -> None:
         torch.manual_seed(recipe.seed)
@@ -153,13 +153,13 @@ class Trainer:
 
     @property
     def fraction(self) -> float:
-        """How much of the schedule is done, 0 to 1."""
+        """The share of the schedule that is done, 0 to 1."""
         if self.recipe.minutes is not None:
             return min(1.0, self.seconds / (60 * self.recipe.minutes))
         return min(1.0, self.step / self.recipe.steps)
 
     def train_step(self) -> Progress:
-        """One optimiser step over `crops_per_quality` crops at each quality."""
+        """Take one optimiser step over `crops_per_quality` crops at each quality."""
         started, fraction = self.clock(), self.fraction
         qualities = self.model.qualities
         phase = self._phase(fraction)
@@ -215,7 +215,7 @@ class Trainer:
         return model.to(self.device).eval()
 
     def validate(self, count: int = 16) -> Progress:
-        """Rates and distortions of the averaged network with real rounding, on images kept out of training."""
+        """Return rates and distortions of the averaged network with real rounding, on images kept out of training."""
         images = self.crops.held_out(count, 192).to(self.device)
         points = measure(self.averaged(), images, self.recipe.metric)
         similarities = points.dissimilarity
@@ -263,7 +263,7 @@ class Trainer:
             )
 
     def _start(self, metric: Metric, lambdas: tuple[float, ...]) -> None:
-        """Let training begin with the network as it is, which was trained for this."""
+        """Start training from the present parameters, which were trained for this metric with these lambdas."""
         if metric == self.recipe.metric:
             self.model.move(lambdas, self.recipe.lambdas)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}

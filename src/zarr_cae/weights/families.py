@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """What the weights of one name were trained for, and on which data."""
+    """The domain and training data of a family of weights."""
 
     domain: str
     data: str
@@ -17,7 +17,7 @@ class Family:
 
 FAMILIES = {
     "photographs": Family(
-        "photographs, and all that no other name serves",
+        "photographs, and all other images that no other family is for",
         "BSDS500, imagenet-sample-images, photographs of Debian's wallpaper packages",
         "research and education; research; CC BY-SA and similar",
     ),

@@ -131,7 +131,7 @@ def resolve(weights: object, *, model: str, quality: int, metric: str) -> str:
     ----------
     weights
         A digest, the name of a family ("photographs", or one that `zarr-cae weights list` shows), or None for the
-        default. A bundled family has the default's weights at qualities where its own would not earn their place.
+        default. A bundled family has the default's weights at qualities where its own files would save too little.
     model, quality, metric
         The configuration that the weights must serve, if they are given by name.
 
