@@ -115,7 +115,7 @@ def _size(item: Any) -> tuple[int, int]:
 
 
 def _is_copy(first: Any, other: Any) -> bool:
-    """Return whether a page is a smaller copy: of equal proportions (within a pixel a halving), at most half the size."""
+    """Return whether a page is a smaller copy: at most half the size, and of equal proportions (within some pixels)."""
     (rows, columns), (few, less) = _size(first), _size(other)
     if few * _MINIMUM_LEVEL > rows + 1 or min(few, less) < 1:
         return False
