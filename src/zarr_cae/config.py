@@ -40,7 +40,7 @@ _Unset = Literal[_Kept.KEPT]
 
 @dataclass(frozen=True)
 class Settings:
-    """How this process runs the networks. None of it is stored, or needed to read what is stored.
+    """How this process runs the networks. None of this is stored, or needed to read stored arrays.
 
     Whether this machine has the device is checked when the device is first used.
 
@@ -125,9 +125,9 @@ def configure(
         (`benchmarks/networks.py --compile`).
     effort
         Steps that refine the latents of each whole chunk that is written, 0 to 1,000: fewer bytes at equal PSNR, for
-        much more encoding time (see benchmarks/README.md). 0, the default, takes the latents as they are; 10 steps
-        give most of the gain. It needs weights for mean squared error, which the default ones are. Reading is as
-        fast as without. Writes of parts of chunks do not use it.
+        much more encoding time (see benchmarks/README.md). 0, the default, stores the latents as they come from the
+        network; 10 steps give most of the gain. It needs weights for mean squared error, such as the default ones. The
+        speed of reading does not change. Writes of parts of chunks do not use it.
     concurrency
         Number of chunks that zarr codes at the same time (its `async.concurrency`, 10 by default). They share batches
         of the networks; a GPU needs 64 or more. It holds for all arrays of the process, also those of other codecs.

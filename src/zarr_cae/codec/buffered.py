@@ -36,15 +36,15 @@ _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 def buffered(
     array: zarr.Array[Any], memory: int | str = "1 GiB", *, folder: str | os.PathLike[str] | None = None
 ) -> Iterator[BufferedArray]:
-    """Collect what is written to an array in pieces, and encode each chunk once.
+    """Collect the pieces that are written to an array, and encode each chunk once.
 
     Use it where pieces are smaller than chunks: rows of a scanner, planes of a deep chunk, one colour after the other.
-    A chunk is written as soon as all its pixels have come; the others are written at the end of the block, even if the
-    block ends with an exception, and by `BufferedArray.flush`. In a sharded array these are whole shards.
+    A chunk is written as soon as it is complete. Incomplete chunks are written at the end of the block, even if the
+    block ends with an exception, and by `BufferedArray.flush`. In a sharded array all this holds for whole shards.
 
     A chunk of which only a part was written is decoded once at the end: its other pixels lose the quality of one more
     encoding, and those far from the written ones lose nothing. Pixels that were never written have the fill value.
-    Writing to a chunk that is complete, or after a flush, costs one more encoding again.
+    A further write to a complete chunk, or to a flushed one, encodes it once more.
 
     Flushed pixels are in the store and survive the process. Pixels in the buffer are lost with it.
 
@@ -70,7 +70,7 @@ def buffered(
     CAEDataError
         At the end of the block, or from a write that completes a chunk, if pixels lie outside the value range. Other
         chunks are written before. Chunks that could not be written stay in the buffer: `BufferedArray.flush` tries
-        them again. If the block itself ends with an exception, that one is raised, with a note of this one.
+        them again. If the block itself ends with an exception, that one is raised, with a note about this one.
 
     Examples
     --------
@@ -95,7 +95,7 @@ class BufferedArray:
 
     It is written and read with integers, slices of positive step and the ellipsis, like the array, and through
     `set_orthogonal_selection` and `get_orthogonal_selection` with lists, arrays of integers and masks of an axis too.
-    Reads return the exact pixels that wait here, and the decoded pixels of the array elsewhere.
+    Reads return the exact pixels in the buffer, and elsewhere the decoded pixels of the array.
 
     Parameters
     ----------
@@ -208,7 +208,7 @@ class BufferedArray:
         return self._get(Selection.orthogonal(selection, self.shape))
 
     def flush(self) -> None:
-        """Write all that waits here, also the chunks that are not complete, and return when the store has it.
+        """Write all pixels in the buffer, also those of incomplete chunks, and wait until the store has them.
 
         Raises
         ------
@@ -330,7 +330,7 @@ class BufferedArray:
         return batch
 
     def _release(self, batch: Mapping[Key, Pending], failed: Mapping[Key, object]) -> None:
-        """Forget the chunks that were written, and put those back that could not be."""
+        """Forget the chunks that were written, and put back those that could not be written."""
         for key, pending in batch.items():
             del self._being_written[key]
             self._held -= pending.held

@@ -67,8 +67,8 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         The axis of the colour channels in the array, counted from the end (-1 is the last axis) or from the front.
         An axis of length 3 is coded as RGB, any other as independent grey planes; None means that there is no such
         axis. Of the other axes the last two are rows and columns. "auto" takes the last axis if it has length 3, and
-        otherwise none. Metadata store the number counted from the end. Codecs before this one, such as transpose, come
-        first: the axis is one of their output.
+        otherwise none. Metadata store the number counted from the end. Codecs before this one, such as transpose, run
+        first: the axis is counted in their output.
     colour
         The positions of red, green and blue along `channel_axis`, such as (0, 1, 2), if that has more than three
         channels. These three are coded together, the others as grey planes. An alpha channel that is mostly opaque then

@@ -140,7 +140,7 @@ class ChunkCoder:
 
     @property
     def candidates(self) -> list[ChunkCoder]:
-        """The coders of the qualities to try for a chunk, the cheapest first, which is this one."""
+        """The coders of the qualities to try for a chunk, the cheapest one (this coder) first."""
         if self.min_psnr is None:
             return [self]
         return [self.of_quality(one) for one in sorted(self.weights.info.qualities) if one >= self.quality]

@@ -40,7 +40,7 @@ class Parts:
 
 
 def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts) -> npt.NDArray[Any]:
-    """Return the pixels of a box after exact tiles and the mask were put in the place of what was synthesised.
+    """Return the pixels of a box, with exact tiles and the mask in place of synthesised pixels.
 
     Parameters
     ----------

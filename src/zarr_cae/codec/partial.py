@@ -6,8 +6,7 @@ have a CRC32C for each tile; frames of version 1 have only one for all: see `rea
 Writing replaces only latents that the written pixels reach. All other latents keep their symbols, and tiles without a
 changed symbol keep their bytes. So the rest of a chunk does not change, however often parts of it are written. Pixels
 beside the written ones are coded again, and lose quality each time: `codec.wear` warns of that, and `codec.buffered`
-collects parts until a chunk is complete.
-Exact tiles stay exact, and the mask follows the written pixels.
+collects parts until a chunk is complete. Exact tiles stay exact, and the mask follows the written pixels.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class _Place:
 
 @dataclass
 class _Piece:
-    """Pixels that came together, or a merged piece."""
+    """The pixels of one write, or a merged piece."""
 
     index: ChunkIndex | None
     """Where the pixels lie in the chunk; None if `content` begins with a bit for each pixel of the chunk."""
@@ -213,7 +213,7 @@ class Pending:
             self._merge()
 
     def extend(self, newer: Pending) -> None:
-        """Add the pixels of another object for the same chunk. It must not be used any more."""
+        """Add the pixels of another object for the same chunk. The other object must not be used afterwards."""
         for piece in newer._pieces:
             if piece.count == self.size:
                 self.drop()
@@ -260,7 +260,7 @@ class Pending:
         return [piece for piece in self._pieces if not isinstance(piece.content, _Place)]
 
     def weigh(self) -> None:
-        """Find `held` again, after pieces were moved to disk."""
+        """Compute `held` again, after pieces were moved to disk."""
         self.held = sum(piece.held for piece in self._pieces)
 
     def drop(self) -> None:

@@ -1,4 +1,4 @@
-"""Plans, and the two runners that take them to their end: one for threads, one for coroutines.
+"""Plans, and the two runners that execute them: one for threads, one for coroutines.
 
 zarr calls a codec from threads and from coroutines. A plan is written once for both, as a generator. It yields each
 operation that it waits for: bytes from the store (`Fetch`, `Put`), or the future of a network's work. The runner sends

@@ -1,1 +1,1 @@
-"""Weights files: the format, where they lie, and CompressAI's checkpoints."""
+"""Weights files: their format, the folders that hold them, and CompressAI's checkpoints."""

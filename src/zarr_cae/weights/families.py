@@ -37,4 +37,4 @@ FAMILIES = {
         "CC0; and the licences of the others",
     ),
 }
-"""By the name that `CAECodec(weights=...)` takes. A name is listed if a file of it is on this machine."""
+"""The families by name, as in `CAECodec(weights=...)`. A family is listed if a file of it is on this machine."""

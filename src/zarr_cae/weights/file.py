@@ -49,10 +49,10 @@ LAMBDAS: dict[Metric, tuple[float, ...]] = {
     "ms-ssim": (2.10, 4.58, 8.73, 16.64, 31.73, 42.00, 92.00, 200.00),
 }
 """Weight of the distortion at qualities 1 to 8 in the training of the bundled family: of the mean squared error in
-units of 1/255, or of 1 - MS-SSIM, beside bits per pixel.
+units of 1/255, or of 1 - MS-SSIM, relative to bits per pixel.
 
-CompressAI's at qualities 2 to 5. With its others the rate at 1 would exceed CompressAI's, and from 5 to 6, which are of
-two networks, it would nearly double.
+Qualities 2 to 5 have CompressAI's values. With its other values, the rate at quality 1 would exceed CompressAI's, and
+the rate would nearly double from 5 to 6, which belong to different networks.
 """
 DEFAULT_MODEL = "cae-v1"
 """The bundled family."""
