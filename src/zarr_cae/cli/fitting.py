@@ -1,4 +1,4 @@
-"""`--fit` of `encode` and `convert`: weights for what is about to be encoded, stored in the output."""
+"""`--fit` of `encode` and `convert`: weights for the images to be encoded, stored in the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zarr-cae serve`: an archive over HTTP, for any Zarr reader and to look at."""
+"""`zarr-cae serve`: an archive over HTTP, for any Zarr reader and with a viewer."""
 
 from __future__ import annotations
 

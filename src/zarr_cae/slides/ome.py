@@ -14,7 +14,7 @@ __all__ = ["SOURCE", "VERSION", "attributes", "multiscales", "source_attributes"
 
 VERSION = "0.5"
 SOURCE = "source_image"
-"""Attribute of an array that keeps what the file said about it: ICC profile, resolution, description, pixel size ..."""
+"""Attribute of an array that keeps the metadata of the file: ICC profile, resolution, description, pixel size ..."""
 _TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 _RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 _COLOURS = ("FFFFFF", "00FF00", "FF00FF", "00FFFF", "FFFF00", "FF0000", "0000FF")

@@ -1,4 +1,4 @@
-"""Write OME-TIFF files, which keep what a file says about its pixels: axes, sizes, channel names and colour profile."""
+"""Write OME-TIFF files, which keep the metadata of the pixels: axes, sizes, channel names and colour profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures that fit into memory: what Pillow reads, and 16-bit colour through imagecodecs."""
+"""Pictures that fit into memory: those that Pillow reads, and 16-bit colour through imagecodecs."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _opened(path: Path, file: Any, series: int | None, level: int) -> Slide:
 
 
 def _choose(path: Path, found: Sequence[Any], series: int | None) -> tuple[Any, list[Any]]:
-    """Return the image to read and its levels, from what the headers say."""
+    """Return the image to read and its levels, judged by the headers."""
     if not found:
         raise CAEConfigurationError(f"cae: {path} holds no image")
     if series is not None:

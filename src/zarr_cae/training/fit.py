@@ -1,4 +1,4 @@
-"""Fit weights to a collection in minutes: `fit`, and `fit_weights`, which says how much that saves."""
+"""Fit weights to a collection in minutes: `fit`, and `fit_weights`, which also returns the bytes saved."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def fit(source: npt.NDArray[Any] | Any, minutes: float = 10, **options: Any) -> 
 
 
 def _parts(source: Any) -> list[ImageSource]:
-    """Return the parts of what a fit gets."""
+    """Return the source of a fit as parts of a collection."""
     if isinstance(source, list | tuple):
         if all(isinstance(one, ImageSource) for one in source):
             return list(source)

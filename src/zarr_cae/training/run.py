@@ -1,4 +1,4 @@
-"""Train a network, from images to a weights file: `train_network`, read from top to bottom."""
+"""Train a network, from images to a weights file: `train_network` and its parts."""
 
 from __future__ import annotations
 

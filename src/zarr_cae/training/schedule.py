@@ -35,7 +35,7 @@ PHASES = (
 """Noise, then rounding, then the decoder and the densities alone.
 
 Uniform noise stands for rounding while gains still move: its gradients are unbiased, and steps may be coarse. From 0.6
-on the decoder sees the rounded values that it will get, so that it learns what rounding really does; the rate keeps the
+on the decoder sees the rounded values that it will get, so that it learns the effect of rounding; the rate keeps the
 noise, whose derivative exists. At that point the transforms have nearly settled, so that the biased gradients of
 rounding do little harm. In the last eighth the symbols no longer change. There the decoder and the densities fit them
 exactly, with a learning rate of their own, which rises once more and then falls.

@@ -2,7 +2,7 @@
 
 Dead leaves are shapes that cover one another, with sizes by a power law. Networks that were trained on nothing else
 treat photographs well (Achddou, Gousseau, Ladjal 2023, "Synthetic images as a regularity prior for image restoration
-neural networks"): edges, flat areas and textures of all sizes are there, and nothing else is.
+neural networks"): they have edges, flat areas and textures of all sizes, and nothing else.
 """
 
 from __future__ import annotations
