@@ -1,8 +1,8 @@
 """The KLT start: strided convolutions from the principal components of their input blocks.
 
-Each analysis convolution begins as the Karhunen-Loève transform of the blocks that it sees (4 x 4 x 3 pixels, then 2 x 2
-features twice) in the middle of its larger kernel, and the synthesis begins as the transposes. The residual branches
-start at zero, so the whole begins as a cascaded block transform at 32 to 34 dB rather than at 15.
+Each analysis convolution begins as the Karhunen-Loève transform of the blocks that it sees (4 x 4 x 3 pixels, then
+2 x 2 features twice) in the middle of its larger kernel, and the synthesis begins as the transposes. The residual
+branches start at zero, so the whole begins as a cascaded block transform at 32 to 34 dB rather than at 15.
 """
 
 from __future__ import annotations

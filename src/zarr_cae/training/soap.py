@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Soap(torch.optim.Optimizer):
-    """The optimiser. Groups of parameters may hold `rotate` (default False): whether their 4-axis parameters are rotated."""
+    """The optimiser. Groups may hold `rotate` (default False): whether their 4-axis parameters are rotated."""
 
     def __init__(
         self,
