@@ -160,6 +160,29 @@ def test_least_psnr_and_nodata(photograph):
     assert psnr(array[:][valid], pixels[valid], 1) >= 30
 
 
+@pytest.mark.parametrize("least", [15, 18, 20])
+def test_least_psnr_counts_samples_that_move_off_the_nodata_value(least):
+    pixels = np.clip(np.rint(1.5 + np.sin(5 * X / 128) + np.random.default_rng(0).normal(0, 0.3, X.shape)), 0, 3)
+    pixels[pixels == 1] = 2
+    pixels[:10] = 1
+    array = create(pixels.astype("u1"), 3, value_range=(0, 3), nodata=1, min_psnr=least)
+    assert np.array_equal(array[:] == 1, pixels == 1)
+    valid = pixels != 1
+    assert psnr(array[:][valid], pixels[valid], 3) >= least
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("u1", 60), ("u2", 90), ("f4", 90)])
+def test_small_changes_to_exact_tiles_are_kept(dtype, least):
+    limits = (0, 1) if dtype == "f4" else (0, np.iinfo(dtype).max)
+    waves = 0.5 + 0.4 * np.sin(X / 9) * np.cos(Y / 7) + np.random.default_rng(0).normal(0, 0.02, X.shape)
+    pixels = (waves.clip(0, 1) * limits[1]).astype(dtype)
+    array = create(pixels, 5, value_range=limits, min_psnr=least)
+    assert np.array_equal(array[:], pixels)
+    pixels[10:40:9, 10:40:9] += np.float32(1e-6) if dtype == "f4" else 1
+    array[10:40, 10:40] = pixels[10:40, 10:40]
+    assert np.array_equal(array[:], pixels)
+
+
 @pytest.mark.parametrize("bad", [0, -1, np.nan, np.inf, "38", True, 201])
 def test_what_is_no_psnr(bad):
     with pytest.raises(CAEConfigurationError, match="min_psnr must be"):

@@ -13,6 +13,7 @@ from zarr_cae.coder import tiles
 from zarr_cae.coder.frame import FrameHeader
 from zarr_cae.config import Settings
 from zarr_cae.errors import CAEConfigurationError
+from zarr_cae.evaluation.measures import psnr
 from zarr_cae.networks.engine import engine_for
 from zarr_cae.pixels.convert import from_root, to_chunk
 from zarr_cae.pixels.layout import Layout
@@ -84,3 +85,22 @@ def test_partial_writes_and_nodata(photons):
     assert read(array.store, "c/0/0") == before
     array[40:60, 30:50] = counts[40:60, 30:50] // 2
     assert array[50, 40] == pytest.approx(450, abs=120)
+
+
+def test_photons_that_are_written_into_the_dark_are_kept():
+    """Eighteen of 65,535 are little in units of the data, but not where the dark has two."""
+    random = np.random.default_rng(0)
+    array = create(random.poisson(2, (64, 64)).astype("u2"), 8, value_range=(0, 65535), value_transform="sqrt")
+    array[16:48, 16:48] = random.poisson(20, (32, 32)).astype("u2")
+    assert 17 < array[16:48, 16:48].mean() < 23
+
+
+def test_a_small_range_of_large_integers():
+    low, high = 2**64 - 51, 2**64 - 1
+    pixels = (low + np.arange(32 * 32, dtype="u8").reshape(32, 32) // 21).astype("u8")
+    array = zarr.create_array(
+        {}, shape=(32, 32), chunks=(32, 32), dtype="u8", compressors=None, fill_value=low,
+        serializer=CAECodec(8, value_range=(low, high), value_transform="sqrt", min_psnr=20),
+    )  # fmt: skip
+    array[...] = pixels
+    assert psnr((array[:] - low).astype(float), (pixels - low).astype(float), 50) >= 20

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -288,3 +289,17 @@ def test_metadata_too_deep_for_zarr_are_left_to_zarr():
     store = MemoryStore({})
     write(store, "zarr.json", content)
     assert read(BottleneckStore(store), "zarr.json") == content
+
+
+def test_a_huge_channel_axis_in_metadata_allocates_nothing():
+    codec = CAECodec(2, channel_axis=-1, colour=(0, 1, 2))
+    stored = document(
+        zarr.create_array({}, shape=(32, 32, 4), chunks=(32, 32, 4), dtype="u1", compressors=None, serializer=codec)
+    )
+    stored["shape"][2] = stored["chunk_grid"]["configuration"]["chunk_shape"][2] = 1 << 26
+    tracemalloc.start()
+    try:
+        assert rewrite(stored)["shape"][2] == ((1 << 26) - 2) * M
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

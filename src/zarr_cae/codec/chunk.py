@@ -28,7 +28,7 @@ from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.effort import refined
-from zarr_cae.codec.exact import Parts, mask_section, restore
+from zarr_cae.codec.exact import Parts, mask_section, restore, whole_pixels
 from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
 from zarr_cae.codec.plan import Plan
 from zarr_cae.codec.wear import note_decoded, note_encoded
@@ -211,7 +211,7 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
         decoded = None
         if tried.min_psnr is not None or is_unusual(symbols, tried):
             pixels = on_host(pixels, tried.spec)
-            decoded = tried.to_pixels((yield tried.synthesise(symbols)), tried.layout)
+            decoded = whole_pixels(tried, (yield tried.synthesise(symbols)), mask)
         if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
             break
     exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)

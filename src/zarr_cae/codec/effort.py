@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from zarr_cae.codec.exact import whole_pixels
 from zarr_cae.codec.floor import poor_tiles, reaches
 from zarr_cae.coder.frame import Symbols
 from zarr_cae.pixels.convert import to_planes
@@ -54,7 +55,7 @@ def refined(
         work.cancel()  # ends the steps if the runner was interrupted, or its task cancelled
     if decoded is None:
         return better, None
-    now = coder.to_pixels((yield coder.synthesise(better)), coder.layout)
+    now = whole_pixels(coder, (yield coder.synthesise(better)), mask)
     demanded = coder.min_psnr is None or reaches(coder, pixels, now, mask)
     if demanded and not poor_tiles(coder, coder.geometry, pixels, now, mask):
         return better, now

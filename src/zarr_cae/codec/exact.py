@@ -14,7 +14,7 @@ from zarr_cae.coder.frame import STRIDE, Frame, FrameHeader
 from zarr_cae.coder.lossless import decode_mask, decode_pixels, encode_mask
 from zarr_cae.coder.tiles import Patch, Tile, tiles
 from zarr_cae.errors import FrameError
-from zarr_cae.pixels.layout import Layout, Mask
+from zarr_cae.pixels.layout import Layout, Mask, Planes
 from zarr_cae.pixels.mask import apply_mask
 
 if TYPE_CHECKING:
@@ -71,6 +71,27 @@ def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts)
     if coder.nodata is not None:
         apply_mask(samples, mask[box.samples, inside.rows, inside.columns], coder.nodata, coder.value_range)
     return coder.from_samples(samples, box.layout)
+
+
+def whole_pixels(coder: ChunkCoder, planes: Planes, mask: Mask | None) -> npt.NDArray[Any]:
+    """Return the pixels of a whole chunk without exact tiles, as readers will see them, from synthesised planes.
+
+    Parameters
+    ----------
+    coder
+        Codes the chunks of the array.
+    planes
+        (N, 3 or 1, H, W), as from the synthesis transform.
+    mask
+        Sample planes (S, H, W), true for samples without data; None if there are none.
+    """
+    pixels = coder.to_pixels(planes, coder.layout)
+    if coder.nodata is None:
+        return pixels
+    samples = coder.to_samples(pixels, coder.layout)
+    holes = np.broadcast_to(np.False_, samples.shape) if mask is None else mask
+    apply_mask(samples, holes, coder.nodata, coder.value_range)
+    return coder.from_samples(samples, coder.layout)
 
 
 def stored_mask(coder: ChunkCoder, parts: Parts) -> Mask:

@@ -3,7 +3,8 @@
 Patterns of period 2, such as raw Bayer mosaics and ordered dither, give latents that the networks never saw in
 training. The inverse GDN can turn them into values far outside the value range. Such patterns can be recognised by
 their symbols: many lie outside the alphabets of the tables, where photographs have hardly any. So the encoder counts
-such symbols, which is cheap, and decodes only where there are many.
+such symbols, which is cheap, and decodes only where there are many. Faint patterns of period 3 or 4 have usual symbols:
+at quality 1 they may decode to something up to 14 % worse than their mean.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def _demanded(coder: ChunkCoder) -> float:
 
 
 def _extent(coder: ChunkCoder) -> float:
-    return float(coder.value_range[1]) - float(coder.value_range[0])
+    return float(coder.value_range[1] - coder.value_range[0])  # large integers are subtracted exactly
 
 
 def _squares(values: npt.NDArray[Any], known: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, is_all_fill, on_host
-from zarr_cae.codec.exact import Parts, box_pixels, mask_section, restore, stored_mask, tile_pixels, tile_samples
+from zarr_cae.codec.exact import (
+    Parts,
+    box_pixels,
+    mask_section,
+    restore,
+    stored_mask,
+    tile_pixels,
+    tile_samples,
+    whole_pixels,
+)
 from zarr_cae.codec.floor import calmed, is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
 from zarr_cae.codec.wear import note_recoded
@@ -29,7 +38,7 @@ from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Patch, Tile, decode_streams, decode_tile, encode_streams, encode_tile, tiles
 from zarr_cae.errors import FrameError
 from zarr_cae.networks.pieces import HALO
-from zarr_cae.pixels.layout import Mask, Pixels
+from zarr_cae.pixels.layout import Mask, Pixels, Planes
 from zarr_cae.pixels.mask import find_mask
 from zarr_cae.threads import over_cores
 
@@ -218,7 +227,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     after = before.copy()
     _put(after, around.inside, value)
     planes = [coder.to_planes(pixels, around.layout) for pixels in (after, before)]  # refuses values outside the range
-    if _alike(after, before, after[around.inside].size, coder):
+    if _alike(after, before, planes, around, coder) and _equal_in_exact_tiles(after, before, around, parts, coder):
         return
     if is_all_fill(after, coder.spec):
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
@@ -244,7 +253,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
         _put(chunk, selection, value)
         all_symbols = decode_streams(header, streams, coder.tables)
-        now = coder.to_pixels((yield coder.synthesise(all_symbols)), coder.layout)
+        now = whole_pixels(coder, (yield coder.synthesise(all_symbols)), mask)
         poor = poor_tiles(coder, header, chunk, now, mask, tiles(header, box.planes, seen))
         exact = {**poor, **exact}
         if (exact or mask is not None) and header.version < 3:
@@ -303,25 +312,43 @@ def _new_exact(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> dic
     return exact
 
 
-def _alike(after: Pixels, before: Pixels, written: int, coder: ChunkCoder) -> bool:
-    """Return whether pixels differ no more than two decodings of the same latents do: they may have been read here.
+def _equal_in_exact_tiles(after: Pixels, before: Pixels, box: Box, parts: Parts, coder: ChunkCoder) -> bool:
+    """Return whether the pixels of a box are equal in its exact tiles, where every difference counts."""
+    if not parts.exact:
+        return True
+    new, old, inside = coder.to_samples(after, box.layout), coder.to_samples(before, box.layout), box_pixels(box)
+    places = (
+        (box.layout.samples_of(tile.plane), *tile_pixels(parts.header, tile).within(inside))
+        for tile in tiles(parts.header, box.planes, box.patch)
+        if tile.number in parts.exact
+    )
+    return all(np.array_equal(new[place], old[place], equal_nan=True) for place in places)
 
-    Sums of bfloat16 depend a little on the shape of the planes that are decoded together. Up to one pixel in a
-    thousand is rounded to the other side, or, in floats, most pixels differ by some hundredths of a grey level.
+
+def _alike(after: Pixels, before: Pixels, planes: Sequence[Planes], box: Box, coder: ChunkCoder) -> bool:
+    """Return whether pixels of a box differ no more than two decodings of the same latents do.
+
+    Then they may have been read here. Sums of bfloat16 depend a little on the shape of the planes that are decoded
+    together. Up to one pixel in a thousand is rounded to the other side, or, in floats, most pixels differ by some
+    hundredths of a grey level. With a value transform, levels are those of the planes, which are given in the order of
+    the pixels: in the dark, a difference between photon counts is small in units of the data, but not there.
     """
+    written = after[box.inside].size
     if coder.nodata is not None:
         mask = find_mask(after, coder.nodata)
         if not np.array_equal(mask, find_mask(before, coder.nodata)):
             return False
         after, before = (np.where(mask, coder.dtype.type(coder.value_range[0]), one) for one in (after, before))
     low, high = coder.value_range  # integers if the dtype is one
-    if after.dtype.kind == "f":
-        difference = np.abs(after.astype(np.float64) - before)
+    if coder.transform is not None:
+        inside = (..., slice(box.layout.height), slice(box.layout.width))
+        levels = 255 * np.abs(planes[0][inside].astype(np.float64) - planes[1][inside])
+    elif after.dtype.kind == "f":
+        levels = 255 / float(high - low) * np.abs(after.astype(np.float64) - before)
     else:  # in integers: a float64 can't tell large ones apart
         larger, smaller = np.maximum(after, before), np.minimum(after, before)
         unsigned = np.dtype(f"u{after.dtype.itemsize}")
-        difference = (larger.view(unsigned) - smaller.view(unsigned)).astype(np.float64)
-    levels = 255 / float(high - low) * difference
+        levels = 255 / float(high - low) * (larger.view(unsigned) - smaller.view(unsigned)).astype(np.float64)
     return bool(levels.max() <= 1) and float(np.square(levels).sum()) <= _SLACK**2 * written
 
 

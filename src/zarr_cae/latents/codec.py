@@ -66,7 +66,7 @@ def latent_shape(shape: Sequence[int], layout: Layout, channels: int) -> tuple[i
         if axis in layout.spatial_axes:
             result.append(length // chunk * -(-chunk // STRIDE) + -(-(length % chunk) // STRIDE))
         elif axis == layout.channel_axis:
-            if length % chunk and layout.colour and layout.greys:
+            if length % chunk and layout.colour and layout.planes_per_image > 1:
                 raise CAEConfigurationError(
                     f"cae: latents need complete chunks along the channel axis, as the codec has colour; got {length} "
                     f"channels in chunks of {chunk}"

@@ -264,7 +264,7 @@ def _mapping(view: _View, array: Mapping[str, Any]) -> Document:
         "stride": STRIDE,
         "axes": view.roles,
         "latent_channels": view.channels,
-        "planes": "grey" if layout.grey else "rgb and grey" if layout.greys else "rgb",
+        "planes": "grey" if layout.grey else "rgb and grey" if layout.planes_per_image > 1 else "rgb",
         **({} if cae.colour is None else {"colour": list(cae.colour)}),
         "pixel_shape": list(array["shape"]),
         "pixel_chunk_shape": view.pixel_chunk_shape,

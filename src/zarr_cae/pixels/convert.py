@@ -188,7 +188,7 @@ def from_root(planes: Planes, value_range: ValueRange) -> Planes:
 
 def root_constants(value_range: ValueRange) -> tuple[float, float, float]:
     """Return E, sqrt(3/8) and 1 / (sqrt(E + 3/8) - sqrt(3/8)) of the value transform "sqrt"."""
-    extent, least = float(value_range[1]) - float(value_range[0]), math.sqrt(0.375)
+    extent, least = float(value_range[1] - value_range[0]), math.sqrt(0.375)  # large integers are subtracted exactly
     return extent, least, 1 / (math.sqrt(extent + 0.375) - least)
 
 
