@@ -30,6 +30,7 @@ def test_training_shows_loss_rate_and_distortion_on_a_terminal(here: Path, photo
     assert re.search(shown.format(2, "held-out images: "), screen)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute on two quiet cores, but it trains: five and more beside other work
 def test_train_resume_export_import_use(here: Path, photo: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
     from zarr_cae.training.trainer import read_checkpoint

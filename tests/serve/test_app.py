@@ -284,7 +284,7 @@ def test_the_command(archive, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (["none.zarr"], "not a folder"),
+    (["none.zarr"], "does not exist"),
     (["empty"], "zarr|node|found"),
     (["g.zarr", "--port", "70000"], "--port"),
 ])  # fmt: skip

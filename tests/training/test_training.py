@@ -649,6 +649,8 @@ def test_the_density_alone_is_trained(crops: Crops, started: Trainer) -> None:
 # export
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_export_and_restore(started: Trainer, tmp_path: Path) -> None:
     model, images = started.averaged(), list(started.crops.tiles())
     content = export(model, "mse", {"seed": 0, "images": 6}, images, "histology")
