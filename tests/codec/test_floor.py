@@ -6,6 +6,7 @@ import zarr
 from archives import coder_of, read
 
 from zarr_cae import CAECodec, open_bottleneck
+from zarr_cae.codec.padding import find_padding
 from zarr_cae.coder.frame import Frame, parse_frame
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.evaluation.measures import psnr
@@ -158,6 +159,41 @@ def test_least_psnr_and_nodata(photograph):
     assert np.array_equal(np.isnan(array[:]), np.isnan(pixels))
     valid = ~np.isnan(pixels)
     assert psnr(array[:][valid], pixels[valid], 1) >= 30
+
+
+@pytest.mark.parametrize(("shape", "chunks", "least"), [
+    ((40, 40), (256, 256), 30), ((70, 70), (64, 64), 38), ((5, 40, 40), (8, 64, 64), 30), ((40, 40, 3), (64, 64, 3), 25)
+])  # fmt: skip
+def test_least_psnr_is_that_of_the_pixels_inside_the_array(shape, chunks, least):
+    noise = np.random.default_rng(0).normal(128, 20, shape)
+    pixels = noise.clip(1, 255).astype("u1")
+    array = create(pixels, 2, chunks=chunks, min_psnr=least)
+    for corner in np.ndindex(*(-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True))):
+        place = tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(corner, chunks, strict=True))
+        assert psnr(array[place], pixels[place]) >= least
+
+
+@pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
+def test_a_small_pattern_in_a_padded_chunk_is_no_worse_than_its_mean(metric):
+    y, x = np.mgrid[:24, :24]
+    mosaic = np.where((y % 2 == 0) & (x % 2 == 0), 200, np.where((y % 2 == 1) & (x % 2 == 1), 40, 110)).astype("u1")
+    array = create(mosaic, 5, chunks=(256, 256), metric=metric)
+    assert np.square(array[:].astype(float) - mosaic).mean() <= 1.02 * mosaic.astype(float).var() + 1
+
+
+def test_padding():
+    array = create(np.full((2, 40, 50), 7, "u1"), chunks=(4, 64, 64))
+    pixels = np.zeros((4, 64, 64), "u1")
+    assert find_padding(coder_of(array), pixels) is None
+    pixels[:2, :40, :50] = 7
+    pixels[0, 3:9] = 0  # rows and columns of the fill value inside are no padding
+    found = find_padding(coder_of(array), pixels)
+    assert (found.height, found.width) == (40, 50)
+    expected = np.ones((4, 64, 64), bool)
+    expected[:2, :40, :50] = False
+    assert np.array_equal(found.samples, expected)
+    pixels[:, -1, -1] = pixels[-1] = 7
+    assert find_padding(coder_of(array), pixels) is None
 
 
 @pytest.mark.parametrize("least", [15, 18, 20])

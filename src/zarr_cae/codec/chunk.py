@@ -30,11 +30,12 @@ from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.effort import refined
 from zarr_cae.codec.exact import Parts, mask_section, restore, whole_pixels
 from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
+from zarr_cae.codec.padding import find_padding
 from zarr_cae.codec.plan import Plan
 from zarr_cae.codec.wear import note_decoded, note_encoded
 from zarr_cae.codec.windows import enclosing
 from zarr_cae.coder import tiles
-from zarr_cae.coder.frame import FrameHeader, Symbols, pack, parse_frame
+from zarr_cae.coder.frame import STRIDE, FrameHeader, Symbols, pack, parse_frame
 from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings, process_settings
 from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
@@ -204,12 +205,14 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
         pixels = on_host(pixels, coder.spec)
     if coder.nodata is not None:
         mask = coder.to_samples(find_mask(pixels, coder.nodata), coder.layout)
+    padding = find_padding(coder, pixels)
+    used = None if padding is None else (-(-padding.height // STRIDE), -(-padding.width // STRIDE))
     for tried in coder.candidates:
         # Pixels on a GPU stay there, and their planes are made there.
         queue = tried.analyse_chunk(pixels) if mask is None else tried.analyse(tried.to_planes(pixels, tried.layout))
         symbols = yield queue
         decoded = None
-        if tried.min_psnr is not None or is_unusual(symbols, tried):
+        if tried.min_psnr is not None or is_unusual(symbols, tried, used):
             pixels = on_host(pixels, tried.spec)
             decoded = whole_pixels(tried, (yield tried.synthesise(symbols)), mask)
         if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):

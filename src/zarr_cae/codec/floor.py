@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.codec.exact import tile_pixels
+from zarr_cae.codec.padding import find_padding
 from zarr_cae.coder.frame import NO_ERROR, FrameHeader, Symbols
 from zarr_cae.coder.lossless import encode_pixels
 from zarr_cae.coder.tiles import Tile, tiles
@@ -41,11 +42,22 @@ _MARGIN = 0.999
 """Two decodings of the same latents differ a little, so the encoder asks for a little more than the least PSNR."""
 
 
-def is_unusual(symbols: Symbols, coder: ChunkCoder) -> bool:
-    """Return whether a chunk or a tile has more symbols outside the alphabets than photographs have; (N, M, h, w).
+def is_unusual(symbols: Symbols, coder: ChunkCoder, used: tuple[int, int] | None = None) -> bool:
+    """Return whether a chunk or a tile has more symbols outside the alphabets than photographs have.
 
     Then it must be decoded and compared with its pixels.
+
+    Parameters
+    ----------
+    symbols
+        (N, M, h, w).
+    coder
+        Codes the chunks of the array.
+    used
+        The rows and columns of latent positions that the symbols are counted against, from the upper left corner;
+        by default all. Symbols of padding are usual, and must not make room for others.
     """
+    rows, columns = symbols.shape[2:] if used is None else used
     tables = coder.tables
     # As int16, which the symbols are: all alphabets lie within it, and mixed types would be compared as int32.
     lowest = tables.minimum.reshape(tables.channels, -1).min(1).astype(np.int16)[:, None, None]
@@ -55,7 +67,8 @@ def is_unusual(symbols: Symbols, coder: ChunkCoder) -> bool:
         for left in range(0, symbols.shape[3], edge):
             some = symbols[:, :, top : top + edge, left : left + edge]
             outside = (some < lowest) | (some > highest)
-            most = min(_UNUSUAL, _UNUSUAL_SHARE * some[0].size)
+            positions = max(1, min(rows - top, edge)) * max(1, min(columns - left, edge))
+            most = min(_UNUSUAL, _UNUSUAL_SHARE * positions * symbols.shape[1])
             if any(np.count_nonzero(plane) > most for plane in outside):
                 return True
     return False
@@ -86,12 +99,13 @@ def poor_tiles(
     """
     original = coder.to_samples(pixels, coder.layout)
     result = coder.to_samples(decoded, coder.layout)
+    masks = _masks(coder, pixels, mask)
     poor = []
     planes = header.tile_grid[0] * header.tile_grid[1]
     for found in tiles(header) if candidates is None else candidates:
         tile = found._replace(plane=found.number // planes)  # its plane in the chunk
-        error, variance = _errors(coder, header, tile, original, result, mask)
-        if not error <= _allowed(coder, variance):  # also for NaN
+        both = (_errors(coder, header, tile, original, result, one) for one in masks)
+        if not all(error <= _allowed(coder, variance) for error, variance in both):  # also for NaN
             poor.append(tile)
     return dict(over_cores(lambda tile: (tile.number, encode_pixels(_cut(coder, header, tile, original))), poor))
 
@@ -166,14 +180,25 @@ def measured_psnr(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | Non
 
 
 def _mean_error(coder: ChunkCoder, pixels: Any, decoded: Any, mask: Mask | None, exact: Iterable[int]) -> float:
-    """Return the mean squared error of a chunk; 0 if it has no data."""
+    """Return the mean squared error of a chunk, with or without its padding: the larger one. It is 0 without data."""
     squares = _squares(*(coder.to_samples(one, coder.layout) for one in (decoded, pixels)))
     every = tiles(coder.geometry)
     for number in exact:
         own = tile_pixels(coder.geometry, every[number])
         squares[coder.layout.samples_of(every[number].plane), own.rows, own.columns] = 0
-    inside = np.ones(squares.shape, bool) if mask is None else ~mask
-    return float(squares[inside].mean()) if inside.any() else 0.0
+    errors = []
+    for holes in _masks(coder, pixels, mask):
+        inside = np.ones(squares.shape, bool) if holes is None else ~holes
+        errors.append(float(squares[inside].mean()) if inside.any() else 0.0)
+    return max(errors)
+
+
+def _masks(coder: ChunkCoder, pixels: Any, mask: Mask | None) -> list[Mask | None]:
+    """Return the samples that do not count, twice: the masked ones, and these with the padding if there is any."""
+    padding = find_padding(coder, pixels)
+    if padding is None:
+        return [mask]
+    return [mask, padding.samples if mask is None else mask | padding.samples]
 
 
 def _errors(

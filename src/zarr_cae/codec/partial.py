@@ -248,7 +248,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     ):
         streams[number] = stream
     mask, exact = _new_mask(coder, parts, around, after), _new_exact(coder, parts, around, after)
-    unsure = any(is_unusual(own[None], coder) for _, own in touched)
+    unsure = any(is_unusual(own[None, :, *reached.within(tile.patch)], coder) for tile, own in touched)
     if unsure or coder.min_psnr is not None or (mask is not None and header.version < 3):
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
         _put(chunk, selection, value)
