@@ -1,6 +1,7 @@
 """Read and write a part of a chunk, through zarr, on every pipeline: fetched bytes and kept latents."""
 
 import asyncio
+import json
 import tracemalloc
 
 import numpy as np
@@ -745,3 +746,13 @@ def test_inner_chunks_of_shards(photograph, pipeline):
     if "Fused" not in zarr.config.get("codec_pipeline.path"):
         assert latents(array)[3 + HALO :].tobytes() == symbols[3 + HALO :].tobytes()
         assert difference(after[40 + REACH :], before[40 + REACH :]) <= 1
+
+
+@pytest.mark.parametrize("edge", [1 << 27, 1 << 31])
+def test_huge_chunks_in_metadata_are_refused_by_the_frame(tmp_path, photograph, edge):
+    create(photograph[:32, :32], (32, 32, 3), store=LocalStore(tmp_path))
+    document = json.loads((tmp_path / "zarr.json").read_text())
+    document["shape"] = document["chunk_grid"]["configuration"]["chunk_shape"] = [edge, edge, 3]
+    (tmp_path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(FrameError, match="another array or chunk shape"):
+        zarr.open_array(tmp_path, mode="r")[5:15, 5:10]

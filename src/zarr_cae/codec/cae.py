@@ -34,7 +34,7 @@ from zarr_cae.codec.partial import read_selection, write_selection
 from zarr_cae.codec.plan import MissingChunkError, contiguous, run, run_async
 from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.pixels.convert import resolve_value_range
-from zarr_cae.pixels.layout import Layout, ValueRange, ValueTransform, resolve_channel_axis
+from zarr_cae.pixels.layout import RGB, Layout, ValueRange, ValueTransform, resolve_channel_axis
 from zarr_cae.pixels.mask import find_mask
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
 from zarr_cae.weights.registry import check_digest, default_digest, find, load, resolve
@@ -227,20 +227,26 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:  # noqa: ARG002
         """Refuse chunks that cut or pad the axis of colours: these would be coded as grey planes.
 
-        This holds if "auto" found the axis, or if `colour` is given. Otherwise the user chose grey planes by giving
-        the number of the axis.
+        An axis of length 3 that the user gave by its number may have chunks of length 1: then each colour is coded by
+        itself, as the user wants it.
         """
-        if self.channel_axis is None or (self.colour is None and self._origin != "guessed"):
-            return
-        if not self._channels:  # zarr 3.4 also asks codecs behind shards, before they have seen an array
+        if self.channel_axis is None or not self._channels:
+            return  # zarr 3.4 also asks codecs behind shards, before they have seen an array
+        named = self.colour is None and self._origin != "guessed"
+        if named and (self._origin == "stored" or self._channels != RGB):
             return
         axis = cast("int", self.channel_axis)
+        whole = ({self._channels}, {1}) if named else ({self._channels},)
         # zarr passes the grid from before any transpose, so the colours may lie along another of its axes.
-        if any(set(_chunk_lengths(chunk_grid, one)) == {self._channels} for one in range(len(shape))):
+        along = [one for one, length in enumerate(shape) if length == self._channels or not named]
+        if any(set(_chunk_lengths(chunk_grid, one)) in whole for one in along):
             return
         chunks = tuple(max(_chunk_lengths(chunk_grid, one)) for one in range(len(shape)))
         wanted = tuple(self._channels if one == axis + len(shape) else n for one, n in enumerate(chunks))
-        without = f"give channel_axis={axis}" if self.colour is None else "leave out colour"
+        without = "leave out colour"
+        if self.colour is None:
+            alone = tuple(1 if one == axis + len(shape) else n for one, n in enumerate(chunks))
+            without = f"give channel_axis={axis} and chunks={alone}"
         raise CAEConfigurationError(
             f"cae: chunks of {chunks} cut or pad axis {axis} of {shape}, which holds colours; use chunks={wanted}, or "
             f"{without} to code its channels as independent grey planes"

@@ -45,6 +45,8 @@ from zarr_cae.threads import over_cores
 _FIXED_BYTES = 20
 _LENGTH_BYTES = 3
 """Bytes of the first request, for the header and for the length of each tile: fewer than the smallest frame has."""
+_MOST_AT_FIRST = 1 << 20
+"""Most bytes of that request. Metadata may lie about the number of tiles, and a store may make room for the answer."""
 _SLACK = 0.1
 """Largest root mean square difference, in grey levels, of pixels that count as read from the chunk and unchanged."""
 
@@ -103,7 +105,7 @@ def _fetch_parts(coder: ChunkCoder, box: Box, patch: Patch) -> Plan[Parts]:
 
 def _fetch_index(coder: ChunkCoder) -> Plan[FrameIndex | memoryview]:
     """Fetch the index of a frame with as few bytes as possible; return the whole frame if the store sends that."""
-    head, more = b"", _FIXED_BYTES + _LENGTH_BYTES * coder.geometry.tile_count
+    head, more = b"", min(_FIXED_BYTES + _LENGTH_BYTES * coder.geometry.tile_count, _MOST_AT_FIRST)
     while True:
         (part,) = yield Fetch([(len(head), len(head) + more)])
         if len(part) > more:

@@ -227,7 +227,7 @@ def resolve_channel_axis(shape: tuple[int, ...], channel_axis: int | str | None,
             raise CAEConfigurationError(
                 f"cae: channel_axis 'auto' is ambiguous for shape {shape}: images of {rows} x {columns} (the last two "
                 f"axes) may not be meant; give channel_axis={axis} if that axis holds channels, or channel_axis=None "
-                "if there are no channels"
+                "if there are no channels; colours need chunks that hold all three, also within shards"
             )
     return None
 
