@@ -91,9 +91,10 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
     min_psnr
         PSNR in dB of the value range that each chunk must reach, such as 38. A chunk that misses it is coded with the
         next better qualities of the same weights (qualities 1 to 5 and 6 to 8 share weights), and at the last one its
-        tiles that miss it are stored without loss. Encoding costs one more decoding, and another encoding for each
-        further quality. A partial write is compared with the new pixels, and elsewhere with the pixels decoded before
-        it; so the rest may miss the PSNR against the pixels first written.
+        tiles that miss it are stored without loss. The part of a chunk beyond the array does not count. Encoding costs
+        one more decoding, and another encoding for each further quality. A partial write is compared with the new
+        pixels, and elsewhere with the pixels decoded before it; so the rest may miss the PSNR against the pixels first
+        written.
 
     Raises
     ------
@@ -238,8 +239,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         axis = cast("int", self.channel_axis)
         whole = ({self._channels}, {1}) if named else ({self._channels},)
         # zarr passes the grid from before any transpose, so the colours may lie along another of its axes.
-        along = [one for one, length in enumerate(shape) if length == self._channels or not named]
-        if any(set(_chunk_lengths(chunk_grid, one)) in whole for one in along):
+        if any(set(_chunk_lengths(chunk_grid, one)) in whole for one in range(len(shape))):
             return
         chunks = tuple(max(_chunk_lengths(chunk_grid, one)) for one in range(len(shape)))
         wanted = tuple(self._channels if one == axis + len(shape) else n for one, n in enumerate(chunks))
