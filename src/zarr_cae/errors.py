@@ -2,7 +2,7 @@
 
     CAEError
     ├── CAEConfigurationError (ValueError)   a codec, array, weights file or command can't do what it is asked for
-    │   └── WeightsNotFoundError             metadata names weights that are not on this machine
+    │   └── WeightsNotFoundError             metadata name weights that are missing
     └── CAEDataError (ValueError)            stored bytes or pixels are invalid
         ├── FrameError                       a chunk frame is malformed, truncated or of another array
         └── StreamError                      an entropy-coded tile is malformed

@@ -12,7 +12,7 @@ from weights_files import contexts, networks, tiny
 from zarr.storage import LocalStore, MemoryStore
 
 import zarr_cae
-from zarr_cae import CAECodec, CAEConfigurationError, WeightsNotFoundError
+from zarr_cae import BottleneckStore, CAECodec, CAEConfigurationError, WeightsNotFoundError, open_bottleneck
 from zarr_cae.codec.embedded import FOLDER, embed_weights, import_weights
 from zarr_cae.weights import registry
 
@@ -116,14 +116,98 @@ def test_an_archive_brings_its_weights_from_afar(tmp_path, elsewhere, place):
         np.testing.assert_array_equal(zarr.open(url, mode="r", path="a/b", **options)[...], pixels)
 
 
-def test_latents_of_an_archive_with_weights(tmp_path, elsewhere):
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("kind", [MemoryStore, LocalStore])
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_latents_take_the_weights_of_the_archive(tmp_path, elsewhere, kind, consolidated):
+    store = MemoryStore() if kind is MemoryStore else LocalStore(tmp_path / "x.zarr")
+    digest, _ = archive(store)
+    zarr.open_group(store).create_array(
+        "c", shape=(32, 32, 3), chunks=(32, 32, 3), dtype="uint8", compressors=None,
+        serializer=CAECodec(quality=2, weights=digest),
+    )  # fmt: skip
+    embed_weights(store)  # in a/b alone
+    latents = open_bottleneck(store, path="a/b")[...]
+    assert np.isfinite(latents).all()
+    if consolidated:
+        zarr.consolidate_metadata(store)
+
+    elsewhere("second")
+    np.testing.assert_array_equal(open_bottleneck(store, path="a/b")[...], latents)
+    elsewhere("third")
+    np.testing.assert_array_equal(open_bottleneck(store)["a/b"][...], latents)
+    elsewhere("fourth")
+    np.testing.assert_array_equal(zarr.open(BottleneckStore(store), mode="r")["a/b"][...], latents)
+    elsewhere("fifth")
+    assert open_bottleneck(store, path="c").shape == latents.shape  # from its sibling
+    elsewhere("sixth")
+    content = BottleneckStore(store).get_sync("a/b/zarr.json")
+    assert b"cae_bottleneck" in content.to_bytes()
+    if kind is LocalStore:
+        elsewhere("seventh")
+        np.testing.assert_array_equal(open_bottleneck(tmp_path / "x.zarr/a/b")[...], latents)
+        elsewhere("eighth")
+        assert open_bottleneck(tmp_path / "x.zarr/c").shape == latents.shape
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_latents_take_the_weights_of_an_archive_on_a_server(tmp_path, elsewhere):
     store = LocalStore(tmp_path / "x.zarr")
     archive(store)
     embed_weights(store)
-    latents = zarr_cae.open_bottleneck(tmp_path / "x.zarr")["a/b"][...]
+    latents = open_bottleneck(store, path="a/b")[...]
+    with over_http(tmp_path) as (url, _):
+        elsewhere("second")
+        np.testing.assert_array_equal(open_bottleneck(f"{url}/a/b")[...], latents)
+        elsewhere("third")
+        np.testing.assert_array_equal(open_bottleneck(url, path="a/b")[...], latents)
+        zarr.consolidate_metadata(store)
+        elsewhere("fourth")
+        np.testing.assert_array_equal(open_bottleneck(url)["a/b"][...], latents)
+
+
+def test_latents_of_many_arrays_are_opened_at_once(elsewhere):
+    store = MemoryStore()
+    digest, _ = archive(store)
+    for number in range(40):
+        zarr.open_group(store).create_array(
+            f"n{number}", shape=(32, 32), chunks=(32, 32), dtype="uint8", compressors=None,
+            serializer=CAECodec(quality=2, weights=digest),
+        )  # fmt: skip
+    embed_weights(store)
     elsewhere("second")
-    zarr_cae.open(tmp_path / "x.zarr")
-    np.testing.assert_array_equal(zarr_cae.open_bottleneck(tmp_path / "x.zarr")["a/b"][...], latents)
+    assert len([*open_bottleneck(store).members(max_depth=None)]) == 42
+
+
+def test_latents_refuse_damaged_and_missing_weights(tmp_path, elsewhere):
+    store = LocalStore(tmp_path / "x.zarr")
+    digest, _ = archive(store)
+    embed_weights(store)
+    (file,) = (tmp_path / "x.zarr/a/b" / FOLDER).iterdir()
+    content = file.read_bytes()
+    elsewhere("second")
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    group = open_bottleneck(store)
+    for open_array in (lambda: open_bottleneck(store, path="a/b"), lambda: group["a/b"]):
+        with pytest.raises(CAEConfigurationError, match="damaged"):
+            open_array()
+    file.unlink()
+    with pytest.raises(WeightsNotFoundError, match=f"{digest} are neither on this machine nor in the archive") as error:
+        open_bottleneck(store, path="a/b")
+    assert "zarr_cae.open" not in str(error.value)
+
+
+def test_the_message_about_missing_weights_is_one_short_line(elsewhere):
+    store = MemoryStore()
+    digest, _ = archive(store)
+    elsewhere("second")
+    with pytest.raises(WeightsNotFoundError, match=digest) as error:
+        zarr.open(store, path="a/b", mode="r")[...]
+    message = str(error.value)
+    assert "zarr_cae.open(...)" in message
+    assert "zarr-cae weights import OUT.zarr" in message
+    assert "\n" not in message
+    assert len(message) < 250
 
 
 def test_damaged_and_missing_weights_are_named(tmp_path, elsewhere):

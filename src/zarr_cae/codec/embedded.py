@@ -7,15 +7,17 @@ are untrusted like all weights files, and must have the digest in their name.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import tempfile
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import zarr
+from zarr.abc.store import Store
+from zarr.api import asynchronous
 from zarr.buffer import cpu
 from zarr.codecs import ShardingCodec
 from zarr.storage import LocalStore, StoreLike, StorePath
@@ -61,11 +63,39 @@ def open(  # noqa: A001 - named like `zarr.open`
     >>> pixels = zarr_cae.open("archive.zarr")[:256, :256]  # doctest: +SKIP
     """
     node = zarr.open(store=store, path=path, **{"mode": "r", **zarr_open_kwargs})
+    places = [array.store_path for array in _arrays(node)]
     for digest in digests(node):
-        if registry.find_digest(digest) is None and (content := _read(node, digest)) is not None:
-            registry.store(content, _process_folder())
-            registry.add_folder(_process_folder())
+        sync(_take(node.store_path, places, digest))
     return node
+
+
+async def take_weights(store: Store, path: str, digest: str, *, group: bool, above: bool = True) -> None:
+    """Take weights from the archive for this process, if it holds them and they are not on this machine.
+
+    Parameters
+    ----------
+    store, path
+        The place of an array or a group.
+    digest
+        That of the weights.
+    group
+        Whether a group is there, in whose arrays the weights may lie.
+    above
+        Whether to look in the groups above it too.
+
+    Raises
+    ------
+    CAEConfigurationError
+        If a weights file in the archive is damaged.
+    """
+    place = StorePath(store, path)
+    await _take(place if above else None, await _arrays_at(store, path) if group else [place], digest)
+
+
+async def _take(node: StorePath | None, arrays: Sequence[StorePath], digest: str) -> None:
+    if registry.find_digest(digest) is None and (content := await _find(node, arrays, digest)) is not None:
+        await asyncio.to_thread(registry.store, content, _process_folder())
+        registry.add_folder(_process_folder())
 
 
 def embed_weights(store: StoreLike, *, path: str = "", **zarr_open_kwargs: Any) -> list[str]:
@@ -164,14 +194,19 @@ def _key(place: StorePath, digest: str) -> str:
 
 def _read(node: zarr.Array[Any] | zarr.Group, digest: str) -> bytes | None:
     """Return a weights file from an array of the archive, or None."""
-    for place in _places(node):
+    return sync(_find(node.store_path, [array.store_path for array in _arrays(node)], digest))
+
+
+async def _find(node: StorePath | None, arrays: Sequence[StorePath], digest: str) -> bytes | None:
+    """Return a weights file from some arrays or, if none holds it, from those of the groups above a node; or None."""
+    async for place in _places(node, arrays):
         store, key = place.store, _key(place, digest)
-        if not sync(store.exists(key)):
+        if not await store.exists(key):
             continue
-        size = sync(store.getsize(key))
+        size = await store.getsize(key)
         if size > _LARGEST_FILE:
             raise CAEConfigurationError(f"cae: weights file {key} has {size:,} bytes, more than {_LARGEST_FILE:,}")
-        buffer = sync(store.get(key, cpu.buffer_prototype))
+        buffer = await store.get(key, cpu.buffer_prototype)
         content = b"" if buffer is None else buffer.to_bytes()
         if f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
             raise CAEConfigurationError(f"cae: weights file {key} of {store} is damaged: its SHA-256 is not its name")
@@ -179,22 +214,34 @@ def _read(node: zarr.Array[Any] | zarr.Group, digest: str) -> bytes | None:
     return None
 
 
-def _places(node: zarr.Array[Any] | zarr.Group) -> Iterator[StorePath]:
-    """Yield the arrays of a node, then those of the groups above it, also above the root of a local store."""
-    for array in _arrays(node):
-        yield array.store_path
-    store, path = node.store_path.store, node.store_path.path
+async def _places(node: StorePath | None, arrays: Sequence[StorePath]) -> AsyncIterator[StorePath]:
+    """Yield some arrays, then those of the groups above a node, also above the root of a local store."""
+    for array in arrays:
+        yield array
+    if node is None:
+        return
+    store, path = node.store, node.path
     while path:
         path = path.rpartition("/")[0]
-        with suppress(FileNotFoundError, NotImplementedError):  # there is no group, or the store cannot list it
-            for array in _arrays(zarr.open_group(store, path=path, mode="r")):
-                yield array.store_path
+        for array in await _arrays_at(store, path):
+            yield array
     if isinstance(store, LocalStore):
         folder = store.root.absolute().parent
         while (folder / "zarr.json").is_file():
-            for array in _arrays(zarr.open_group(folder, mode="r")):
-                yield array.store_path
+            for array in await _arrays_at(folder):
+                yield array
             folder = folder.parent
+
+
+async def _arrays_at(store: Store | Path, path: str = "") -> list[StorePath]:
+    """Return the places of all arrays in a group, by name. There are none if it can't be opened or listed."""
+    try:
+        group = await asynchronous.open_group(store, path=path, mode="r")
+        members = [member async for _, member in group.members(max_depth=None)]
+    except (OSError, NotImplementedError, KeyError, TypeError, ValueError):  # the last three: damaged metadata
+        return []
+    places = [member.store_path for member in members if isinstance(member, zarr.AsyncArray)]
+    return sorted(places, key=lambda place: place.path)
 
 
 @lru_cache(maxsize=1)

@@ -29,8 +29,8 @@ The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape`
 
 Supported: a transpose before `cae`, bytes-to-bytes codecs after it, sharding around it, also nested. These raise
 CAEConfigurationError when the array is opened: other filters before `cae`, chunk grids that are not regular, and
-weights that are not on this machine. If a member of consolidated metadata raises it, the consolidated metadata are
-left out, so that the other members can still be opened. Arrays without `cae` do not change. Arrays of zarr v2 that
+weights that are neither on this machine nor in the archive. If a member of consolidated metadata raises it, the
+consolidated metadata are left out, so that the other members can still be opened. Arrays without `cae` do not change. Arrays of zarr v2 that
 caecodec wrote appear in the same way (`metadata_v2`).
 """
 
@@ -47,6 +47,7 @@ from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.latents.codec import NAME as LATENTS_NAME
 from zarr_cae.latents.codec import CAEBottleneckCodec, latent_shape
 from zarr_cae.latents.view import rewrite_arrays
+from zarr_cae.weights.registry import is_digest
 
 ATTRIBUTE = "cae_bottleneck"
 """The attribute that says how latent positions map to pixels."""
@@ -112,6 +113,23 @@ def has_codec(codecs: object, name: str) -> bool:
         if own == name or has_codec(inside, name):
             return True
     return False
+
+
+def weights_of(document: Mapping[str, Any]) -> set[str]:
+    """Return the digests of the weights of an array, or of all arrays in the consolidated metadata of a group."""
+    consolidated = document.get("consolidated_metadata")
+    members = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+    nodes = [document, *(members.values() if isinstance(members, dict) else ())]
+    chains = [node.get("codecs") for node in nodes if isinstance(node, dict)]
+    found = set()
+    while chains:
+        chain = chains.pop()
+        for name, configuration in map(codec_entry, chain if isinstance(chain, list) else ()):
+            if isinstance(configuration, dict) and name == SHARDING:
+                chains.append(configuration.get("codecs"))
+            elif isinstance(configuration, dict) and name == CAE_NAME and is_digest(configuration.get("weights")):
+                found.add(configuration["weights"])
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,23 @@ from zarr.abc.store import ByteRequest
 from zarr.buffer import default_buffer_prototype
 from zarr.storage import StoreLike, StorePath
 
-from zarr_cae.errors import CAEConfigurationError
+from zarr_cae._zarr import sync
+from zarr_cae.codec.embedded import take_weights
+from zarr_cae.errors import CAEConfigurationError, WeightsNotFoundError
 from zarr_cae.latents import metadata_v2
 from zarr_cae.latents.codec import NAME, refuse_writing
-from zarr_cae.latents.metadata import has_codec, rewrite
+from zarr_cae.latents.metadata import has_codec, rewrite, weights_of
 from zarr_cae.latents.multiscales import level_keys, rewrite_multiscales
-from zarr_cae.latents.view import StoreView, buffer_of, is_metadata, read_sync, rewritten
+from zarr_cae.latents.view import METADATA, StoreView, buffer_of, is_metadata, read_sync, rewritten
+from zarr_cae.weights.registry import find_digest
 
 
 class BottleneckStore(StoreView):
     """A read-only view of a store in which CAE arrays appear as their latents.
 
     Only metadata differ from those of the store beneath, in zarr v3 and in zarr v2 (`metadata_v2`); chunks are served
-    as they are stored.
+    as they are stored. Weights that are not on this machine are taken from the archive (`zarr_cae.open`), for this
+    process only.
 
     Parameters
     ----------
@@ -42,7 +46,8 @@ class BottleneckStore(StoreView):
     ------
     CAEConfigurationError
         If `store` is a StorePath with a path; from every method that writes; and from reading the metadata of an array
-        whose latents can't be served.
+        whose latents can't be served; WeightsNotFoundError if its weights are neither on this machine nor in the
+        archive.
 
     Examples
     --------
@@ -53,9 +58,11 @@ class BottleneckStore(StoreView):
     def __init__(self, store: StoreLike, *, storage_options: dict[str, Any] | None = None) -> None:
         super().__init__(store, storage_options=storage_options)
         self._being_read: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[Buffer | None]] = {}
+        self._being_taken: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[None]] = {}
+        self._not_found: set[str] = set()  # digests of weights that no group above an array of theirs holds
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_being_read": {}}
+        return {**self.__dict__, "_being_read": {}, "_being_taken": {}}
 
     def __str__(self) -> str:
         return f"bottleneck-{self._store}"
@@ -75,7 +82,62 @@ class BottleneckStore(StoreView):
         names = level_keys(key, content)
         found = await asyncio.gather(*(self._store.get(name, default_buffer_prototype()) for name in names.values()))
         levels = {path: one.to_bytes() for path, one in zip(names, found, strict=True) if one is not None}
+        await self._take_all_weights(key, content, levels)
         return await asyncio.to_thread(_rewritten, content, levels)
+
+    async def _take_all_weights(self, key: str, content: bytes, levels: Mapping[str, bytes]) -> None:
+        """Take the weights of a `zarr.json` document and of an image's levels; see `_take_weights`."""
+        await self._take_weights(key, content)
+        names = level_keys(key, content) if levels else {}
+        for path, level in levels.items():
+            with suppress(CAEConfigurationError):  # such a level raises it when it is opened itself
+                await self._take_weights(names[path], level)
+
+    async def _take_weights(self, key: str, content: bytes) -> None:
+        """Take the weights that a `zarr.json` document names from the archive, if they are not on this machine.
+
+        Raises
+        ------
+        CAEConfigurationError
+            If it is the document of an array, and its weights file in the archive is damaged; WeightsNotFoundError if
+            there is none.
+        """
+        try:
+            document = json.loads(content)
+        except (ValueError, RecursionError):
+            return  # zarr names the fault
+        if not isinstance(document, dict):
+            return
+        group = document.get("node_type") != "array"
+        folder = key.removesuffix(METADATA).rstrip("/")
+        for digest in sorted(weights_of(document)):
+            if find_digest(digest) is not None:
+                continue
+            try:
+                await self._take_once(folder, digest, group=group)
+            except CAEConfigurationError:
+                if not group:  # the members of a group raise it themselves
+                    raise
+            if not group and find_digest(digest) is None:
+                raise WeightsNotFoundError(
+                    f"cae: weights {digest} are neither on this machine nor in the archive {self._store}; get their "
+                    "file from the author of the array and run `zarr-cae weights import FILE`"
+                )
+
+    async def _take_once(self, path: str, digest: str, *, group: bool) -> None:
+        """Take weights from the archive. Concurrent calls for the same ones wait for each other."""
+        place = (asyncio.get_running_loop(), digest)
+        while (taking := self._being_taken.get(place)) is not None:
+            await asyncio.wait([taking])
+        if find_digest(digest) is not None:
+            return
+        above = digest not in self._not_found  # search a whole hierarchy once, not for each of its arrays
+        taking = asyncio.ensure_future(take_weights(self._store, path, digest, group=group, above=above))
+        self._being_taken[place] = taking
+        taking.add_done_callback(lambda _: self._being_taken.pop(place, None))
+        await asyncio.shield(taking)
+        if find_digest(digest) is None:
+            self._not_found.add(digest)
 
     async def _read_once(self, key: str) -> bytes | None:
         """Read a key of the store beneath; concurrent reads of the same key share one request."""
@@ -104,6 +166,7 @@ class BottleneckStore(StoreView):
         content = stored.to_bytes()
         stored_levels = {path: read_sync(self._store, one, prototype) for path, one in level_keys(key, content).items()}
         levels = {path: one.to_bytes() for path, one in stored_levels.items() if one is not None}
+        sync(self._take_all_weights(key, content, levels))
         content = _rewritten(content, levels)
         return buffer_of(content, prototype or default_buffer_prototype(), byte_range)
 
@@ -125,6 +188,8 @@ def open_bottleneck(
 ) -> zarr.Array[Any] | zarr.Group:
     """Open an array, or a group of arrays, of the codec `cae` as latents; pixels are not decoded.
 
+    Weights that are not on this machine are taken from the archive, as `zarr_cae.open` does.
+
     Parameters
     ----------
     store_or_path
@@ -144,8 +209,8 @@ def open_bottleneck(
     Raises
     ------
     CAEConfigurationError
-        If the node is an array of another codec, or its latents can't be served; WeightsNotFoundError if its weights
-        are not on this machine.
+        If the node is an array of another codec, its latents can't be served, or its weights file in the archive is
+        damaged; WeightsNotFoundError if its weights are neither on this machine nor in the archive.
 
     Examples
     --------

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import TypeGuard
 
 from platformdirs import user_cache_path
 
@@ -32,9 +33,14 @@ _log = logging.getLogger(__name__)
 _added_folders: list[Path] = []
 
 
+def is_digest(value: object) -> TypeGuard[str]:
+    """Return whether a value has the form `sha256:<64 hex digits>`."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
 def check_digest(digest: object) -> str:
     """Return a digest if it has the form `sha256:<64 hex digits>`; otherwise raise CAEConfigurationError."""
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise CAEConfigurationError(
             f"cae: weights must be 'sha256:' and 64 lower-case hex digits, got {digest!r:.100}; `zarr-cae weights "
             "import FILE` makes a file known and prints its digest"
@@ -195,10 +201,8 @@ def find(digest: str, *, model: str, quality: int, metric: str) -> WeightsInfo:
     info = find_digest(digest)
     if info is None:
         raise WeightsNotFoundError(
-            f"cae: weights {digest} (model {model!r}, quality {quality}, metric {metric!r}) are not on this machine; "
-            "if the archive holds them, open it with `zarr_cae.open` or run `zarr-cae weights import ARCHIVE`; "
-            "otherwise get the file from the author of the array and run `zarr-cae weights import FILE`, or install "
-            f"the zarr-cae release that wrote it (looked in {' and '.join(map(str, _folders()))})"
+            f"cae: weights {digest} (model {model!r}, quality {quality}, metric {metric!r}) are missing; open the "
+            "archive with `zarr_cae.open(...)`, or run `zarr-cae weights import OUT.zarr` (or FILE)"
         )
     if (info.model, info.metric) != (model, metric) or quality not in info.qualities:
         raise CAEConfigurationError(
