@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zarr_cae import CAEConfigurationError
-from zarr_cae.training.sampling import ImageSource, ImageStack, sample_windows
+from zarr_cae.training.sampling import ImageSource, ImageStack, filled, sample_windows
 
 
 def part(array, axis=2, value_range=None, **options):
@@ -69,3 +69,23 @@ def test_pictures_are_closed_and_too_few_pixels_are_refused():
     for picture in (noise(64, 64, 3), noise(20, 4096, 3)):
         with pytest.raises(CAEConfigurationError, match="at least 4 windows"):
             sample_windows([part(picture)], 0)
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("float32", np.nan), ("uint16", 65535), ("uint8", 0)])
+@pytest.mark.parametrize("axis", [None, 2])
+def test_pixels_without_data_are_filled_in_and_windows_without_any_left_out(dtype, nodata, axis):
+    pixels = (1 + noise(512, 512, 3) // 2).astype(dtype)
+    pixels = pixels if axis == 2 else pixels[..., 0]
+    pixels[:256] = nodata
+    pixels[300:310, 20:500] = nodata
+    sample = sample_windows([part(pixels, axis, (0, 255), nodata=nodata)], 0)
+    windows = [*sample.windows, *sample.held_out]
+    holes = [np.isnan(window) for window in windows if window.dtype.kind == "f"]
+    assert any(mask.any() for mask in holes)
+    assert not any(mask.all() for mask in holes)
+    for window in windows:
+        whole, data = filled(window), ~np.isnan(window)
+        assert whole.shape == window.shape
+        assert (whole.strides[2] == 0) == (window.strides[2] == 0)
+        np.testing.assert_array_equal(whole[data], window[data])
+        assert 0 < whole.min() <= whole.max() <= 128.001

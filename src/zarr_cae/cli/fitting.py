@@ -58,15 +58,18 @@ def fit_to_images(arguments: argparse.Namespace, options: Options, images: Seque
     """
     if arguments.fit is None:
         return options
+    from zarr_cae.codec.parameters import resolve_nodata
     from zarr_cae.training.sampling import ImageSource, ImageStack
 
     chosen = {"series": arguments.series, "level": arguments.level}
 
     def opened(path: Path) -> ImageStack:
         item = new_array(open_source(path, **chosen), options)
+        source, codec = item.source, item.codec
         return ImageStack(
-            item.source.array, cast("int | None", item.codec.channel_axis), item.codec.value_range, item.source.close
-        )
+            source.array, cast("int | None", codec.channel_axis), codec.value_range, source.close,
+            resolve_nodata(source.dtype, codec.nodata),
+        )  # fmt: skip
 
     parts = [ImageSource(megapixels(path, **chosen), partial(opened, path)) for path in images]
     return replace(options, weights=_fit(arguments, options.quality, parts))
@@ -172,10 +175,14 @@ class _SlideArray:
 
 
 def _slide_picture(conversion: Conversion) -> ImageStack:
+    from zarr_cae.codec.parameters import resolve_nodata
     from zarr_cae.slides.sources import open_slide
     from zarr_cae.training.sampling import ImageStack
 
     choices = conversion.choices
     slide = open_slide(conversion.source, series=choices.series, level=choices.level)
     axis = conversion.axes.index("c") if conversion.rgb else None
-    return ImageStack(_SlideArray(slide.read, slide.shape, slide.dtype), axis, conversion.value_range, slide.close)
+    return ImageStack(
+        _SlideArray(slide.read, slide.shape, slide.dtype), axis, conversion.value_range, slide.close,
+        resolve_nodata(np.dtype(slide.dtype), choices.values.get("nodata")),
+    )  # fmt: skip

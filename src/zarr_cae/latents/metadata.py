@@ -30,8 +30,8 @@ The chunks and their number stay the same. `zarr_cae.latents.codec.latent_shape`
 Supported: a transpose before `cae`, bytes-to-bytes codecs after it, sharding around it, also nested. These raise
 CAEConfigurationError when the array is opened: other filters before `cae`, chunk grids that are not regular, and
 weights that are neither on this machine nor in the archive. If a member of consolidated metadata raises it, the
-consolidated metadata are left out, so that the other members can still be opened. Arrays without `cae` do not change. Arrays of zarr v2 that
-caecodec wrote appear in the same way (`metadata_v2`).
+consolidated metadata are left out, so that the other members can still be opened. Arrays without `cae` do not change.
+Arrays of zarr v2 that caecodec wrote appear in the same way (`metadata_v2`).
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from zarr_cae.config import process_settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.networks.device import choose_device
 from zarr_cae.networks.engine import Engine
+from zarr_cae.pixels.layout import Mask
 from zarr_cae.training.data import Crops, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.loss import SMALLEST_CROP, multiscale_dissimilarity
 from zarr_cae.training.model import RANGES, GainedAutoencoder
-from zarr_cae.training.sampling import EDGE, ImageSource, ImageStack, Window, large_enough, sample_windows
+from zarr_cae.training.sampling import EDGE, ImageSource, ImageStack, Window, filled, large_enough, sample_windows
 from zarr_cae.training.start import Start
 from zarr_cae.training.trainer import Points, Recipe, Trainer, measure
 from zarr_cae.training.unlike import draw_unlike, pictures_to_check
@@ -143,7 +144,7 @@ def fit_weights(
         lambdas=start.lambdas, schedule="fit", unlike=_UNLIKE,
     )  # fmt: skip
     torch.set_flush_denormal(True)
-    crops = Crops.of(sample.windows, recipe, sample.held_out)
+    crops = Crops.of([*map(filled, sample.windows)], recipe, [*map(filled, sample.held_out)])
     trainer = Trainer(recipe, crops, device=str(choose_device(process_settings().device)))
     start.put_into(trainer)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -307,32 +308,38 @@ def _for_tables(windows: Sequence[Window], seed: int) -> list[Window]:
 def _tensors(windows: Sequence[Window]) -> Iterator[Tensor]:
     """Yield windows as float32 (1, 3, H, W) in [0, 1]."""
     for window in windows:
-        yield from_numpy(np.array(window)).permute(2, 0, 1)[None].float().div(255)
+        yield from_numpy(np.array(filled(window))).permute(2, 0, 1)[None].float().div(255)
 
 
 def coded_curves(weights: Weights, windows: Sequence[Window]) -> list[RateCurve]:
-    """Return the curve of real bytes of each window."""
+    """Return the curve of real bytes of each window. Samples without data do not count in the quality."""
     settings = process_settings()
     engine = Engine(weights, choose_device(settings.device))
     found: list[RateCurve] = []
     for window in windows:
         sizes, levels = [], []
-        grey = window.strides[2] == 0
-        planes = window.transpose(2, 0, 1)[None, : 1 if grey else 3].astype(np.float32) / np.float32(255)
+        channels = 1 if window.strides[2] == 0 else 3
+        planes, known = (
+            pixels.transpose(2, 0, 1)[None, :channels].astype(np.float32) / np.float32(255)
+            for pixels in (filled(window), window)
+        )
+        data = ~np.isnan(known)
         for tables, quality in zip(weights.tables, weights.info.qualities, strict=True):
             symbols = engine.analyse(planes, quality, settings).result()
             decoded = engine.synthesise(symbols, quality, planes.shape[1], settings).result().clip(0, 1)
             if window.dtype == np.uint8:
                 decoded = np.rint(decoded * 255) / 255
             sizes.append(math.log(len(rans.encode(symbols[0], tables, tables.frame_version))))
-            levels.append(-10 * math.log10(max(_distortion(planes, decoded, weights.info.metric), 1e-10)))
+            levels.append(-10 * math.log10(max(_distortion(planes, decoded, data, weights.info.metric), 1e-10)))
         found.append((sizes, levels))
     return found
 
 
-def _distortion(planes: npt.NDArray[Any], decoded: npt.NDArray[Any], metric: Metric) -> float:
+def _distortion(planes: npt.NDArray[Any], decoded: npt.NDArray[Any], data: Mask, metric: Metric) -> float:
+    """Return the distortion of the samples that have data."""
     if metric == "mse":
-        return float(np.mean((decoded - planes) ** 2))
+        return float(np.mean((decoded - planes) ** 2, where=data))
+    decoded = np.where(data, decoded, planes)
     side = min(planes.shape[2:])
     squares = (from_numpy(one[:, :, :side, :side].astype(np.float32))[:, None] for one in (decoded, planes))
     return float(multiscale_dissimilarity(*squares))

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.pixels.convert import resolve_value_range, to_planes
 from zarr_cae.pixels.layout import Layout, ValueRange
+from zarr_cae.pixels.mask import fill, find_mask
 
 Window = npt.NDArray[Any]
-"""(H, W, 3), uint8 or float32 from 0 to 255. Grey windows repeat their only channel."""
+"""(H, W, 3), uint8 or float32 from 0 to 255, NaN where there is no data. Grey windows repeat their only channel."""
 EDGE = 256
 _EDGES = (EDGE, 128, 64)
 _SMALLEST = 32
@@ -40,6 +41,8 @@ class ImageStack:
     channel_axis: int | None
     value_range: ValueRange | None = None
     close: Callable[[], None] = lambda: None
+    nodata: float | None = None
+    """The value of samples without data."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class _Cell:
 def sample_windows(parts: Sequence[ImageSource], seed: int) -> Sample:
     """Return windows from all over a collection.
 
-    Few of them are flat, such as the glass around tissue.
+    Few of them are flat, such as the glass around tissue. Windows without any data are left out.
 
     Parameters
     ----------
@@ -135,10 +138,10 @@ def _windows(part: ImageSource, edge: int, count: int, random: np.random.Generat
     picture = part.open()
     try:
         cells = list(_cells(picture, edge, random, _CANDIDATES * count))
-        found = [_read(picture, cell) for cell in cells]
+        found = [window for cell in cells if (window := _read(picture, cell)) is not None]
     finally:
         picture.close()
-    deviation = np.array([window.std() for window in found])
+    deviation = np.array([np.nanstd(window) for window in found])
     flat = deviation < _FLAT * np.percentile(deviation, _BUSY) if found else np.zeros(0, bool)
     busy_ones = [window for window, one in zip(found, flat, strict=True) if not one][:count]
     flat_ones = [window for window, one in zip(found, flat, strict=True) if one]
@@ -165,8 +168,22 @@ def _cells(picture: ImageStack, edge: int, random: np.random.Generator, count: i
         yield _Cell(tuple(plane), slice(top, top + height), slice(left, left + width))
 
 
-def _read(picture: ImageStack, cell: _Cell) -> Window:
-    """Return a window; of several channels that are not colours, one after the other by its place."""
+def filled(window: Window) -> Window:
+    """Return a window in which samples without data have values as the codec fills them in."""
+    mask = np.isnan(window) if window.dtype.kind == "f" else np.zeros(0, bool)
+    if not mask.any():
+        return window
+    channels = 1 if window.strides[2] == 0 else window.shape[2]
+    values = window[..., :channels].copy()
+    fill(values.transpose(2, 0, 1)[None], mask[..., :channels].transpose(2, 0, 1)[None])
+    return np.broadcast_to(values, window.shape)
+
+
+def _read(picture: ImageStack, cell: _Cell) -> Window | None:
+    """Return a window, or None if it has no data.
+
+    Of several channels that are not colours, the window has one after the other by its place.
+    """
     layout = Layout(picture.array.shape, picture.channel_axis)
     window: list[slice] = [slice(place, place + 1) for place in cell.plane]
     for axis, part in zip(layout.spatial_axes, (cell.rows, cell.columns), strict=True):
@@ -176,8 +193,17 @@ def _read(picture: ImageStack, cell: _Cell) -> Window:
         window[layout.channel_axis] = slice(channel, channel + 1) if layout.grey else slice(0, layout.channels)
     pixels = np.asarray(picture.array[tuple(window)])
     value_range = resolve_value_range(pixels.dtype, picture.value_range)
-    planes = to_planes(pixels, Layout(pixels.shape, layout.channel_axis), value_range)[0]
-    values = planes.transpose(1, 2, 0) * np.float32(255)
-    if pixels.dtype == np.uint8 and tuple(value_range) == (0, 255):
+    own = Layout(pixels.shape, layout.channel_axis)
+    mask = None if picture.nodata is None else find_mask(pixels, picture.nodata)
+    if mask is None or not mask.any():
+        mask = None
+    elif mask.all():
+        return None
+    else:
+        pixels = np.where(mask, pixels.dtype.type(value_range[0]), pixels)
+    values = to_planes(pixels, own, value_range)[0].transpose(1, 2, 0) * np.float32(255)
+    if mask is not None:
+        values[to_planes(mask.view(np.uint8), own, (0, 1))[0].transpose(1, 2, 0) > 0.5] = np.nan
+    elif pixels.dtype == np.uint8 and tuple(value_range) == (0, 255):
         values = np.rint(values).astype(np.uint8)
     return np.broadcast_to(values, (*values.shape[:2], 3))
