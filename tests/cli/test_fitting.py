@@ -15,6 +15,7 @@ from zarr_cae.cli import main
 from zarr_cae.cli.fitting import minutes
 from zarr_cae.slides.journal import Journal
 from zarr_cae.training import fit as fit_module
+from zarr_cae.training.sampling import filled, sample_windows
 from zarr_cae.weights import registry
 
 
@@ -112,6 +113,29 @@ def test_a_conversion_that_goes_on_is_not_fitted_again(folder, fits, monkeypatch
 
     assert main([*command, "--overwrite", "--restart"]) == 0
     assert len(fits) == 2
+
+
+@pytest.mark.parametrize("command", ["encode", "convert"])
+@pytest.mark.parametrize(("dtype", "nodata"), [("float32", "nan"), ("uint16", "65535")])
+def test_a_fit_fills_pixels_without_data(folder, monkeypatch, photograph, command, dtype, nodata):
+    pixels = photograph[:256, :256, 0].astype(dtype) * 100
+    pixels[40:80, 100:] = np.float32(nodata)
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite("m.tif", pixels)
+    samples = []
+
+    def fit_weights(parts, *_, **__):
+        samples.append(sample_windows(parts, 0))
+        start = registry.default_digest("cae-v1", 2, "mse")
+        return fit_module.Fit(start, 0.0, start, "this is a test")
+
+    monkeypatch.setattr(fit_module, "fit_weights", fit_weights)
+    options = ["-q", "2", "--fit", "1s", "--value-range", "0,30000", "--nodata", nodata]
+    assert main([command, "m.tif", "out.zarr", *options]) == 0
+    (sample,) = samples
+    windows = [*sample.windows, *sample.held_out]
+    assert any(np.isnan(window).any() for window in windows)
+    assert max(filled(window).max() for window in windows) <= 255
 
 
 def test_mistakes_are_named(folder, fits, capsys):

@@ -8,7 +8,8 @@ from zarr_cae import CAECodec, CAEConfigurationError
 from zarr_cae.cli.evaluate import code
 from zarr_cae.training import fit as fit_module
 from zarr_cae.training.data import Crops
-from zarr_cae.training.fit import archive_saved, bytes_saved, fit_weights
+from zarr_cae.training.fit import archive_saved, bytes_saved, coded_curves, fit_weights
+from zarr_cae.training.sampling import ImageSource, ImageStack, filled
 from zarr_cae.training.start import Start
 from zarr_cae.training.trainer import Recipe, Trainer
 from zarr_cae.training.unlike import pictures_to_check
@@ -48,6 +49,24 @@ def test_a_loss_on_large_pictures_is_not_hidden_by_savings_on_small_ones():
     halved, grown = ([value - np.log(2) for value in small[0]], levels), ([value + 0.05 for value in large[0]], levels)
     assert archive_saved([small] * 9 + [large], [halved] * 9 + [grown]) < 0
     assert archive_saved([small, large], [halved, large]) > 0
+
+
+def grey(pixels):
+    return np.broadcast_to(pixels[..., :1], pixels.shape)
+
+
+@pytest.mark.parametrize("layout", [grey, np.array])
+def test_samples_without_data_do_not_count_in_the_comparison(photograph, layout):
+    weights = registry.load(registry.find_digest(registry.default_digest("cae-v1", 2, "mse")).path)
+    window = photograph[:64, :64].astype(np.float32)
+    window[:, 32:] = np.random.default_rng(0).integers(0, 256, (64, 32, 3))  # costs bytes, and has a low PSNR
+    ((_, noisy),) = coded_curves(weights, [layout(window)])
+    window[:, 32:] = np.nan
+    ((sizes, levels),) = coded_curves(weights, [layout(window)])
+    ((smooth_sizes, smooth_levels),) = coded_curves(weights, [layout(filled(window))])
+    assert sizes == smooth_sizes
+    assert min(np.subtract(levels, noisy)) > 3
+    assert max(np.subtract(levels, smooth_levels)) < -0.1  # the filled half is easy, but does not count
 
 
 @pytest.fixture
@@ -104,6 +123,19 @@ def test_a_fit_of_a_second_does_no_harm(photograph, tmp_path, monkeypatch, threa
         assert not list(tmp_path.iterdir())
     else:
         assert registry.find_digest(found.digest).path.parent == tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
+def test_a_fit_to_pixels_without_data(photograph, tmp_path, monkeypatch, threads, metric):
+    monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(fit_module, "pictures_to_check", lambda: pictures_to_check()[::3])
+    pixels = np.stack([photograph[top : top + 128, :128, 0] for top in (0, 128, 256, 300)]).astype(np.float32)
+    pixels[:, 30:60, 50:] = np.nan
+    part = ImageSource(pixels.size, lambda: ImageStack(pixels, None, (0, 255), nodata=np.nan))
+    found = fit_weights([part], minutes=0.01, crop=96, metric=metric)
+    assert np.isfinite(found.saved)
+    assert found.saved >= 0
 
 
 @pytest.mark.slow

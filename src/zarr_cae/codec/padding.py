@@ -41,16 +41,16 @@ def find_padding(coder: ChunkCoder, pixels: Any) -> Padding | None:
     if not any(bool(((end != end) if is_nan else (end == fill)).all()) for end in ends):  # noqa: PLR0124
         return None
     filled = find_mask(coder.to_samples(on_host(pixels, coder.spec), layout), fill)
-    empty = filled.all((1, 2))
+    empty = np.asarray(filled.all((1, 2)))
     if empty.all():
         return None
-    height, width = (_used(filled[~empty].all((0, axis))) for axis in (2, 1))
+    height, width = (_used(np.all(filled[~empty], axis=(0, axis))) for axis in (2, 1))
     filled[:] = empty[:, None, None]
     filled[:, height:] = True
     filled[:, :, width:] = True
     return Padding(filled, height, width)
 
 
-def _used(filled: Mask) -> int:
+def _used(filled: Any) -> int:
     """Return the length of a line without the True ones at its end."""
     return len(filled) - int(np.argmin(filled[::-1]))
