@@ -1,6 +1,7 @@
 """`encode --fit` and `convert --fit`."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -73,6 +74,12 @@ def test_encode_stores_fitted_weights_in_the_output(folder, fits, capsys, monkey
     with pytest.raises(WeightsNotFoundError, match=digest):
         zarr.open("out.zarr", path="a", mode="r")[...]
     np.testing.assert_array_equal(zarr_cae.open("out.zarr", path="a")[...], pixels)
+    capsys.readouterr()
+    assert main(["info", "out.zarr/a"]) == 0
+    out = capsys.readouterr().out
+    assert f"sha256:{digest[:12]}..., in the archive\n" in out
+    assert "on this machine" not in out
+    assert re.search(r"  latents  4 x 6 x \d+ float32\n", out)
     assert main(["decode", "out.zarr/a", "a.npy"]) == 0
     np.testing.assert_array_equal(np.load("a.npy"), pixels)
 

@@ -130,7 +130,9 @@ def test_a_fit_of_a_second_does_no_harm(photograph, tmp_path, monkeypatch, threa
 def test_a_fit_to_pixels_without_data(photograph, tmp_path, monkeypatch, threads, metric):
     monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(fit_module, "pictures_to_check", lambda: pictures_to_check()[::3])
-    pixels = np.stack([photograph[top : top + 128, :128, 0] for top in (0, 128, 256, 300)]).astype(np.float32)
+    starts = range(0, 384, 96)
+    pixels = np.stack([photograph[top : top + 96, left : left + 96, 0] for top in starts for left in starts])
+    pixels = pixels.astype(np.float32)
     pixels[:, 30:60, 50:] = np.nan
     part = ImageSource(pixels.size, lambda: ImageStack(pixels, None, (0, 255), nodata=np.nan))
     found = fit_weights([part], minutes=0.01, crop=96, metric=metric)

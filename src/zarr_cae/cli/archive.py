@@ -340,10 +340,13 @@ def _latents(array: zarr.Array[Any]) -> str:
 
 
 def _weights(codec: CAECodec) -> str:
+    from zarr_cae.codec.embedded import is_from_archive
+
     short = f"{codec.weights[: len('sha256:') + 12]}..."
     try:
-        find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
+        info = find(codec.weights, model=codec.model, quality=codec.quality, metric=codec.metric)
     except WeightsNotFoundError:
         return f"{short}, NOT on this machine: see `zarr-cae weights import`"
     name = family_name(codec.weights)
-    return f"{short}, on this machine" if name is None else f"{name}, {short}, on this machine"
+    place = "in the archive" if is_from_archive(info) else "on this machine"
+    return f"{short}, {place}" if name is None else f"{name}, {short}, {place}"

@@ -164,6 +164,11 @@ def import_weights(store: StoreLike, *, path: str = "", **zarr_open_kwargs: Any)
     return [registry.store(content) for content in contents]
 
 
+def is_from_archive(info: WeightsInfo) -> bool:
+    """Return whether weights were taken from an archive for this process, and are not on this machine otherwise."""
+    return info.path.parent == _process_folder()
+
+
 def digests(node: zarr.Array[Any] | zarr.Group) -> list[str]:
     """Return the digests of the weights of an array, or of all arrays of a group."""
     return sorted({codec.weights for array in _arrays(node) for codec in codecs_of(array)})
