@@ -310,7 +310,7 @@ def test_archives_whose_weights_are_elsewhere(
     assert main(["info", "a.zarr"]) == 0
     assert "sha256:000000000000..., NOT on this machine: see `zarr-cae weights import`" in capsys.readouterr().out
     for command in (["decode", "a.zarr", "b.png"], ["bottleneck", "a.zarr", "b.npy"], ["encode", "a.zarr", "b.zarr"]):
-        assert "weights import OUT.zarr" in refused(capsys, *command)
+        assert "weights import" in refused(capsys, *command)
     assert sorted(path.name for path in here.iterdir()) == ["a.png", "a.zarr"]
 
 
