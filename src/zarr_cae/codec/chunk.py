@@ -30,7 +30,7 @@ from zarr_cae._zarr import ArraySpec
 from zarr_cae.codec.effort import refined
 from zarr_cae.codec.exact import Parts, mask_section, restore, whole_pixels
 from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
-from zarr_cae.codec.padding import find_padding
+from zarr_cae.codec.padding import find_padding, holds_only
 from zarr_cae.codec.plan import Plan
 from zarr_cae.codec.wear import note_decoded, note_encoded
 from zarr_cae.codec.windows import enclosing
@@ -255,7 +255,4 @@ def on_host(pixels: Any, spec: ArraySpec) -> npt.NDArray[Any]:
 
 def is_all_fill(pixels: Any, spec: ArraySpec) -> bool:
     """Return whether zarr keeps no chunk that has only these pixels: all have the fill value."""
-    if spec.config.write_empty_chunks:
-        return False
-    fill: Any = spec.fill_value
-    return bool((pixels != pixels if fill != fill else pixels == fill).all())  # noqa: PLR0124 - NaN is not NaN
+    return not spec.config.write_empty_chunks and holds_only(pixels, spec.fill_value)

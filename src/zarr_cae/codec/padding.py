@@ -36,9 +36,7 @@ def find_padding(coder: ChunkCoder, pixels: Any) -> Padding | None:
     layout, fill = coder.layout, coder.spec.fill_value
     axes = [axis for axis in range(len(layout.shape)) if axis != layout.channel_axis]
     ends = (pixels[(*(slice(None),) * axis, slice(-1, None))] for axis in axes)
-    is_nan = isinstance(fill, float | np.floating) and bool(np.isnan(fill))
-    # Without NumPy, so that an array on a GPU stays there: most chunks have no padding. NaN differs from itself.
-    if not any(bool(((end != end) if is_nan else (end == fill)).all()) for end in ends):  # noqa: PLR0124
+    if not any(holds_only(end, fill) for end in ends):  # most chunks have no padding
         return None
     filled = find_mask(coder.to_samples(on_host(pixels, coder.spec), layout), fill)
     empty = np.asarray(filled.all((1, 2)))
@@ -49,6 +47,11 @@ def find_padding(coder: ChunkCoder, pixels: Any) -> Padding | None:
     filled[:, height:] = True
     filled[:, :, width:] = True
     return Padding(filled, height, width)
+
+
+def holds_only(pixels: Any, fill: Any) -> bool:
+    """Return whether all pixels have the fill value. An array on a GPU stays there."""
+    return bool((pixels != pixels if fill != fill else pixels == fill).all())  # noqa: PLR0124 - NaN is not NaN
 
 
 def _used(filled: Any) -> int:
