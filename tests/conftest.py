@@ -7,6 +7,8 @@ import pytest
 import zarr
 from PIL import Image
 
+import zarr_cae
+
 PIPELINES = ["zarr.core.codec_pipeline.BatchedCodecPipeline"]
 if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
     PIPELINES.append("zarr.core.codec_pipeline.FusedCodecPipeline")
@@ -55,6 +57,13 @@ def warn_again():
     from zarr_cae.codec import wear
 
     wear.forget()
+
+
+@pytest.fixture
+def fastest():
+    """Write chunks as fast as possible: without decoding and correcting them."""
+    with zarr_cae.configure(effort=0):
+        yield
 
 
 @pytest.fixture(params=PIPELINES, ids=lambda path: path.rpartition(".")[2])

@@ -67,10 +67,12 @@ class Settings:
     """
     compile: bool = False
     """Whether `torch.compile` compiles the networks, at the first chunk of each shape."""
-    effort: int = 0
-    """Steps, 0 to 1,000, that refine the latents of each whole chunk that is written (see `networks.refine`). Each step
-    takes several times as long as plain encoding. Reading, and the format, stay the same. Weights for MS-SSIM, writes
-    of parts of a chunk, and chunks with exact tiles do not use it."""
+    effort: int = 1
+    """How much work to put into each whole chunk that is written, 0 to 1,000. From 1 on the chunk is decoded as well,
+    its tiles get corrections (see `codec.correct`), and none is stored that is worse than its mean. That takes nearly
+    twice as long as 0. From 2 on it is the number of steps that refine the latents besides (see `networks.refine`),
+    each of which takes as long as several chunks with 0. Reading stays as fast. Weights for MS-SSIM and writes of parts
+    of a chunk do not use it; chunks with exact tiles are not refined."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
@@ -124,10 +126,12 @@ def configure(
         needs a C++ compiler. It made the networks slower on the CPUs that were tried
         (`benchmarks/networks.py --compile`).
     effort
-        Steps that refine the latents of each whole chunk that is written, 0 to 1,000: fewer bytes at equal PSNR, for
-        much more encoding time (see benchmarks/README.md). 0, the default, stores the latents as they come from the
-        network; 10 steps give most of the gain. It needs weights for mean squared error, such as the default ones. The
-        speed of reading does not change. Writes of parts of chunks do not use it.
+        How much work to put into each whole chunk that is written, 0 to 1,000: fewer bytes at equal PSNR, for more
+        encoding time (see benchmarks/README.md). 0 stores the latents as they come from the network, which is fastest.
+        1, the default, decodes each chunk as well, and stores corrections of what comes back. From 2 on it is the
+        number of steps that refine the latents besides: slow, and 10 steps give most of the gain. It needs weights for
+        mean squared error, such as the default ones. The speed of reading does not change. Writes of parts of chunks do
+        not use it.
     concurrency
         Number of chunks that zarr codes at the same time (its `async.concurrency`, 10 by default). They share batches
         of the networks; a GPU needs 64 or more. It holds for all arrays of the process, also those of other codecs.

@@ -163,6 +163,7 @@ def test_chunks_given_whole_are_those_given_as_planes(
     assert differ.mean() < 1e-3  # a latent may be rounded to the other side
 
 
+@pytest.mark.usefixtures("fastest")
 def test_arrays_of_the_device_stay_there(photograph, pipeline, whole, on_device):
     pixels = np.array(photograph[:128, :96])
     array = zarr.create_array(

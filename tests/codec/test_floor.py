@@ -98,11 +98,13 @@ def test_latents_that_other_tiles_need_are_not_smoothed():
     assert psnr(array[:, 600:], pixels[:, 600:]) > 40
 
 
+@pytest.mark.usefixtures("fastest")
 def test_photographs_stay_as_they_were(photograph):
     array = create(photograph[:128, :128, 0], 8)
     assert frame_of(array).header.version == 2
 
 
+@pytest.mark.usefixtures("fastest")
 def test_patterns_written_in_parts(patterns):
     """Also what a partial write makes of a frame of version 2 is looked at."""
     array = create((X + Y).astype("u1"), 8)

@@ -417,6 +417,7 @@ def test_damage_in_a_window(large, pipeline):
         replace(array, key, frame)
 
 
+@pytest.mark.usefixtures("fastest")
 @pytest.mark.parametrize("tile", [1, 8, 64])
 def test_frames_with_other_tiles(photograph, pipeline, tile):
     """The format allows other tile sizes than the writer's. A longer index is fetched piece by piece."""
@@ -564,6 +565,7 @@ WRITES = {
 }
 
 
+@pytest.mark.usefixtures("fastest")
 @pytest.mark.parametrize("selection", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("scalar", [False, True])
 def test_a_partial_write_equals_decoding_and_encoding_again(photograph, pipeline, selection, scalar):
@@ -577,6 +579,7 @@ def test_a_partial_write_equals_decoding_and_encoding_again(photograph, pipeline
     assert np.abs(partial[...].astype(int) - again[...]).mean() < 1.5
 
 
+@pytest.mark.usefixtures("fastest")
 @pytest.mark.filterwarnings("ignore::zarr_cae.CAEWearWarning")
 def test_other_writes(photograph, pipeline):
     codec = CAECodec(quality=8)
@@ -636,6 +639,7 @@ def test_dtypes_of_writes(photograph, pipeline):
     assert frame_of(array)[1] == before
 
 
+@pytest.mark.usefixtures("fastest")
 def test_chunks_that_are_not_there_yet(photograph, pipeline, on_cpu):
     array = zarr.create_array(
         CountingStore(), shape=(300, 300, 3), chunks=(256, 256, 3), dtype="uint8", fill_value=7, compressors=None,

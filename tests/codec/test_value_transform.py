@@ -65,11 +65,11 @@ def test_pixels_are_those_of_the_specification(photons):
 
 
 def test_dark_pixels_are_finer(photons):
-    """The background of photon counts comes out closer to the rate than without the transform."""
+    """The background of photon counts comes out closer to the counts than without the transform."""
     rate, counts = photons
     dark = rate < 3
     errors = [
-        np.abs(create(counts, 6, value_range=(0, 1000), value_transform=name)[:].astype(float) - rate)[dark].mean()
+        np.abs(create(counts, 6, value_range=(0, 1000), value_transform=name)[:].astype(float) - counts)[dark].mean()
         for name in ("sqrt", None)
     ]
     assert errors[0] < errors[1]

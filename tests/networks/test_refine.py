@@ -18,9 +18,10 @@ from zarr_cae.networks import refine as module
 from zarr_cae.networks.code_lengths import CodeLengths
 from zarr_cae.networks.device import PASS_PIXELS
 from zarr_cae.networks.engine import Engine, engine_for
-from zarr_cae.networks.refine import refine, trade_off
+from zarr_cae.networks.refine import refine
 from zarr_cae.pixels.convert import to_planes
 from zarr_cae.pixels.layout import Layout
+from zarr_cae.weights.file import trade_off
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 

@@ -16,7 +16,7 @@ The route of a chunk that is written, by "go to definition":
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ from zarr.abc.buffer import Buffer
 from zarr.buffer import gpu
 
 from zarr_cae._zarr import ArraySpec
+from zarr_cae.codec.correct import Decoding, decoding, stored_areas
 from zarr_cae.codec.effort import refined
-from zarr_cae.codec.exact import Parts, mask_section, restore, whole_pixels
+from zarr_cae.codec.exact import Parts, mask_section, restore
 from zarr_cae.codec.floor import calmed, is_unusual, measured_psnr, poor_tiles, reaches
 from zarr_cae.codec.padding import find_padding, holds_only
 from zarr_cae.codec.plan import Plan
@@ -39,10 +40,11 @@ from zarr_cae.coder.frame import STRIDE, FrameHeader, Symbols, pack, parse_frame
 from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings, process_settings
 from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
+from zarr_cae.pixels.correct import Area
 from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
 from zarr_cae.threads import lazy_property
-from zarr_cae.weights.file import Weights
+from zarr_cae.weights.file import Weights, trade_off
 
 if TYPE_CHECKING:
     from zarr_cae.networks.engine import Engine
@@ -146,21 +148,26 @@ class ChunkCoder:
             return [self]
         return [self.of_quality(one) for one in sorted(self.weights.info.qualities) if one >= self.quality]
 
+    @property
+    def corrects(self) -> bool:
+        """Whether whole chunks are decoded when they are written, and corrected: see the setting `cae.effort`."""
+        return self.settings.effort > 0 and trade_off(self.weights.info, self.quality) is not None
+
     def analyse_chunk(self, pixels: Any) -> Future[Symbols]:
         """Queue a whole chunk for the analysis transform; see `Engine.analyse_chunk`."""
         return self.engine.analyse_chunk(pixels, self.format, self.quality, self.settings)
 
-    def synthesise_chunk(self, symbols: Symbols) -> Future[Any]:
+    def synthesise_chunk(self, symbols: Symbols, areas: Sequence[Area] = ()) -> Future[Any]:
         """Queue the symbols of a whole chunk for the synthesis transform; see `Engine.synthesise_chunk`."""
-        return self.engine.synthesise_chunk(symbols, self.format, self.quality, self.settings)
+        return self.engine.synthesise_chunk(symbols, self.format, self.quality, self.settings, areas)
 
     def analyse(self, planes: Planes) -> Future[Symbols]:
         """Queue planes (N, 3 or 1, H, W) for the analysis transform; see `Engine.analyse`."""
         return self.engine.analyse(planes, self.quality, self.settings)
 
-    def synthesise(self, symbols: Symbols) -> Future[Planes]:
+    def synthesise(self, symbols: Symbols, areas: Sequence[Area] = ()) -> Future[Planes]:
         """Queue symbols (N, M, h, w) for the synthesis transform; see `Engine.synthesise`."""
-        return self.engine.synthesise(symbols, self.quality, self.components, self.settings)
+        return self.engine.synthesise(symbols, self.quality, self.components, self.settings, areas)
 
     def to_planes(self, pixels: Chunk, layout: Layout) -> Planes:
         """Return pixels as planes (N, 3 or 1, H, W): the whole chunk, or a box of it with this layout."""
@@ -195,7 +202,9 @@ class ChunkCoder:
 def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     """Return the frame of a whole chunk, a NumPy array or an array on a GPU.
 
-    With the setting `cae.effort` the symbols are refined (see `codec.effort`), except in chunks with exact tiles.
+    The chunk is decoded as well, unless the setting `cae.effort` is 0. What it decodes to gives the corrections of its
+    tiles (see `codec.correct`), and shows tiles that are worse than their mean. With a larger effort the symbols are
+    refined (see `codec.effort`), except in chunks with exact tiles.
 
     If the array has a least PSNR, qualities from its own upwards are tried until one reaches it. Tiles that miss it at
     the best quality, or that decode to something worse than their mean, are stored exactly (see `codec.floor`).
@@ -210,23 +219,29 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     for tried in coder.candidates:
         # Pixels on a GPU stay there, and their planes are made there.
         queue = tried.analyse_chunk(pixels) if mask is None else tried.analyse(tried.to_planes(pixels, tried.layout))
+        found: Decoding | None = None
         symbols = yield queue
-        decoded = None
-        if tried.min_psnr is not None or is_unusual(symbols, tried, used):
+        unusual = is_unusual(symbols, tried, used)
+        if unusual or tried.corrects or tried.min_psnr is not None:
             pixels = on_host(pixels, tried.spec)
-            decoded = whole_pixels(tried, (yield tried.synthesise(symbols)), mask)
-        if tried.min_psnr is None or reaches(tried, pixels, decoded, mask):
+            found = yield from decoding(tried, pixels, symbols, mask)
+        if tried.min_psnr is None or (found is not None and reaches(tried, pixels, found.pixels, mask)):
             break
-    exact = {} if decoded is None else poor_tiles(tried, tried.geometry, pixels, decoded, mask)
-    if tried.settings.effort and not exact:
+    exact = {} if found is None else poor_tiles(tried, tried.geometry, pixels, found.pixels, mask)
+    if found is not None and unusual and found.corrections:  # which would turn garbage into the mean
+        exact = {**poor_tiles(tried, tried.geometry, pixels, found.plain, mask), **exact}
+    if tried.settings.effort > 1 and not exact:
         pixels = on_host(pixels, tried.spec)
-        symbols, decoded = yield from refined(tried, pixels, symbols, decoded, mask)
+        symbols, found = yield from refined(tried, pixels, symbols, found, mask)
     symbols = yield from calmed(tried, tried.geometry, pixels, symbols, exact)
-    psnr = None if tried.min_psnr is None else measured_psnr(tried, pixels, decoded, mask, exact)
-    plain = mask is None and not exact and psnr is None
+    psnr = None
+    if tried.min_psnr is not None and found is not None:
+        psnr = measured_psnr(tried, pixels, found.pixels, mask, exact)
+    corrections = {} if found is None else {n: one for n, one in found.corrections.items() if n not in exact}
+    plain = mask is None and not exact and psnr is None and not corrections
     header = tried.header if plain else tried.exact_header
     streams = tiles.encode_streams(symbols, header, tried.tables)
-    frame = pack(header, streams, mask=mask_section(coder, mask), exact=exact, psnr=psnr)
+    frame = pack(header, streams, mask=mask_section(coder, mask), exact=exact, psnr=psnr, corrections=corrections)
     note_encoded(coder, pixels, frame)
     return coder.to_buffer(frame)
 
@@ -237,10 +252,11 @@ def decode_chunk(coder: ChunkCoder, frame: memoryview) -> Plan[Any]:
     coder = coder.of_frame(found.header)
     parts = Parts.of(found)
     symbols = tiles.decode_streams(found.header, found.streams, coder.tables)
+    areas = stored_areas(coder, found.header, found.corrections)
     if not parts.exact and parts.mask is None and coder.nodata is None:
-        pixels = yield coder.synthesise_chunk(symbols)
+        pixels = yield coder.synthesise_chunk(symbols, areas)
     else:
-        planes = yield coder.synthesise(symbols)
+        planes = yield coder.synthesise(symbols, areas)
         pixels = restore(coder, coder.to_pixels(planes, coder.layout), enclosing((), coder.layout), parts)
     note_decoded(coder, frame, pixels)
     return pixels

@@ -32,11 +32,13 @@ class Parts:
     """The mask section."""
     exact: Mapping[int, memoryview]
     """The pixel sections of exact tiles, by number."""
+    corrections: Mapping[int, memoryview]
+    """The correction sections of corrected tiles, by number."""
 
     @classmethod
     def of(cls, frame: Frame) -> Parts:
         """Return all parts of a frame."""
-        return cls(frame.header, dict(enumerate(frame.streams)), frame.mask, frame.exact)
+        return cls(frame.header, dict(enumerate(frame.streams)), frame.mask, frame.exact, frame.corrections)
 
 
 def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts) -> npt.NDArray[Any]:

@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from zarr_cae.pixels.layout import Mask
+from zarr_cae.coder.frame import STRIDE
+from zarr_cae.pixels.convert import to_planes
+from zarr_cae.pixels.layout import RGB, Mask
 from zarr_cae.pixels.mask import find_mask
 
 if TYPE_CHECKING:
@@ -47,6 +50,42 @@ def find_padding(coder: ChunkCoder, pixels: Any) -> Padding | None:
     filled[:, height:] = True
     filled[:, :, width:] = True
     return Padding(filled, height, width)
+
+
+def counting_samples(
+    coder: ChunkCoder, pixels: Any, mask: Mask | None, *, some_padding: bool = False
+) -> npt.NDArray[np.bool_]:
+    """Return which samples of the planes (N, 3 or 1, H, W) of a whole chunk have data and are not padding.
+
+    Parameters
+    ----------
+    coder
+        Codes the chunks of the array.
+    pixels
+        The chunk.
+    mask
+        Sample planes (S, H, W), true for samples without data; None if there are none.
+    some_padding
+        Whether to add at most as many samples of the padding: it may be an image that ends with the fill value.
+    """
+    layout, padding = coder.layout, find_padding(coder, pixels)
+    if padding is not None and some_padding:
+        data = int(np.count_nonzero(~padding.samples))
+        beyond = np.flatnonzero(padding.samples)
+        padding.samples.reshape(-1)[beyond[:: -(-len(beyond) // data)]] = False
+    if mask is None and padding is None:
+        shape = (
+            layout.planes,
+            1 if layout.grey else RGB,
+            *(-(-side // STRIDE) * STRIDE for side in (layout.height, layout.width)),
+        )
+        counts = np.ones(shape, np.bool_)
+    else:
+        holes = np.logical_or.reduce([one for one in (mask, padding and padding.samples) if one is not None])
+        counts = to_planes(coder.from_samples((~holes).view(np.uint8), layout), layout, (0, 1)) > 0.5
+    counts[:, :, layout.height :] = False
+    counts[:, :, :, layout.width :] = False
+    return counts
 
 
 def holds_only(pixels: Any, fill: Any) -> bool:

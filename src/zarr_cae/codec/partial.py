@@ -6,7 +6,8 @@ have a CRC32C for each tile; frames of version 1 have only one for all: see `rea
 Writing replaces only latents that the written pixels reach. All other latents keep their symbols, and tiles without a
 changed symbol keep their bytes. So the rest of a chunk does not change, however often parts of it are written. Pixels
 beside the written ones are coded again, and lose quality each time: `codec.wear` warns of that, and `codec.buffered`
-collects parts until a chunk is complete. Exact tiles stay exact, and the mask follows the written pixels.
+collects parts until a chunk is complete. Exact tiles stay exact, the mask follows the written pixels, and latent
+positions under them are no longer corrected.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from zarr_cae.codec.chunk import ChunkCoder, decode_chunk, encode_chunk, is_all_fill, on_host
+from zarr_cae.codec.correct import stored_areas, without
 from zarr_cae.codec.exact import (
     Parts,
     box_pixels,
@@ -91,7 +93,8 @@ def read_selection(coder: ChunkCoder, selection: Any, *, ranges: bool) -> Plan[A
     parts = (yield from _fetch_parts(coder, box, patch)) if frame is None else _unpack(frame, coder)
     coder = coder.of_frame(parts.header)
     decoded = _decode(tiles(parts.header, box.planes, patch), parts, coder)
-    synthesised = yield coder.synthesise(assembled(decoded, len(box.planes), patch))
+    areas = stored_areas(coder, parts.header, parts.corrections, box.planes, patch)
+    synthesised = yield coder.synthesise(assembled(decoded, len(box.planes), patch), areas)
     return restore(coder, coder.to_pixels(box.cut(synthesised, patch), box.layout), box, parts)[box.inside]
 
 
@@ -135,13 +138,17 @@ def _fetch_tiles(coder: ChunkCoder, index: FrameIndex, numbers: Sequence[int]) -
     mask = None if index.mask is None else index.mask_section(fetched.pop(0))
     streams: dict[int, memoryview] = {}
     exact: dict[int, memoryview] = {}
+    corrections: dict[int, memoryview] = {}
     for (first, last), (begin, _), part in zip(spans, ranges, fetched, strict=True):
         for number in range(first, last + 1):
             stored = part[index.offsets[number] - begin : index.offsets[number + 1] - begin]
-            streams[number], pixels = index.parts(number, stored)
-            if pixels is not None:
-                exact[number] = pixels
-    return Parts(index.header, streams, mask, exact)
+            tile = index.parts(number, stored)
+            streams[number] = tile.stream
+            if tile.pixels is not None:
+                exact[number] = tile.pixels
+            if tile.correction is not None:
+                corrections[number] = tile.correction
+    return Parts(index.header, streams, mask, exact, corrections)
 
 
 def _whole(part: memoryview, end: int) -> memoryview:
@@ -224,7 +231,7 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     decoded = _decode(tiles(header, box.planes, source), parts, coder)
     symbols = assembled(decoded, len(box.planes), source)
     around = box.grown(seen)
-    synthesised = yield coder.synthesise(symbols)
+    synthesised = yield coder.synthesise(symbols, stored_areas(coder, header, parts.corrections, box.planes, source))
     before = restore(coder, coder.to_pixels(around.cut(synthesised, source), around.layout), around, parts)
     after = before.copy()
     _put(after, around.inside, value)
@@ -250,20 +257,22 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     ):
         streams[number] = stream
     mask, exact = _new_mask(coder, parts, around, after), _new_exact(coder, parts, around, after)
+    corrections = without(coder, header, parts.corrections, box.planes, box.patch)
     unsure = any(is_unusual(own[None, :, *reached.within(tile.patch)], coder) for tile, own in touched)
     if unsure or coder.min_psnr is not None or (mask is not None and header.version < 3):
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
         _put(chunk, selection, value)
         all_symbols = decode_streams(header, streams, coder.tables)
-        now = whole_pixels(coder, (yield coder.synthesise(all_symbols)), mask)
-        poor = poor_tiles(coder, header, chunk, now, mask, tiles(header, box.planes, seen))
-        exact = {**poor, **exact}
+        areas = stored_areas(coder, header, corrections)
+        now = whole_pixels(coder, (yield coder.synthesise(all_symbols, areas)), mask)
+        exact = {**poor_tiles(coder, header, chunk, now, mask, tiles(header, box.planes, seen)), **exact}
         if (exact or mask is not None) and header.version < 3:
             header = replace(header, version=3, row=coder.row)
         calm = yield from calmed(coder, header, chunk, all_symbols, exact)
         if calm is not all_symbols or header.version > parts.header.version:
             streams = list(encode_streams(calm, header, coder.tables))
-    packed = pack(header, streams, mask=mask_section(coder, mask), exact=exact)
+    kept = {number: section for number, section in corrections.items() if number not in exact}
+    packed = pack(header, streams, mask=mask_section(coder, mask), exact=exact, corrections=kept)
     if any(tile.number not in exact for tile, _ in touched) and _wears(coder, around, before):
         note_recoded(coder, frame, packed)
     yield Put(coder.to_buffer(packed))

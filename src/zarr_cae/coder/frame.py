@@ -2,7 +2,8 @@
 
 The section "Frames" of spec/cae.md defines the bytes of all versions. Versions 1 and 2 differ in their checksums;
 releases before version 3 wrote the one that the tables of the weights call for (`Tables.frame_version`). Version 3 can
-hold a mask, exact tiles and the PSNR that the writer measured, and says which row of the weights file coded the chunk.
+hold a mask, exact tiles, corrections and the PSNR that the writer measured, and says which row of the weights file
+coded the chunk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,15 +20,34 @@ from zarr_cae.coder.header import MAX_LOG2_TILE, STRIDE, VERSIONS, FrameHeader, 
 from zarr_cae.errors import CAEConfigurationError, FrameError
 
 __all__ = [
-    "NO_ERROR", "STRIDE", "Frame", "FrameHeader", "FrameIndex", "Symbols", "pack", "parse_frame", "parse_index",
+    "NO_ERROR",
+    "STRIDE",
+    "Frame",
+    "FrameHeader",
+    "FrameIndex",
+    "Symbols",
+    "TileParts",
+    "pack",
+    "parse_frame",
+    "parse_index",
     "unpack",
 ]  # fmt: skip
 
 NO_ERROR = 65535
 """The PSNR in a frame of a chunk in which no sample differs."""
 MAGIC = b"ZCAE"
-_GREY, _MASKED, _EXACT, _MEASURED = 1, 2, 4, 8
-_FLAGS = {1: _GREY, 2: _GREY, 3: _GREY | _MASKED | _EXACT | _MEASURED}
+_GREY, _MASKED, _EXACT, _MEASURED, _CORRECTED = 1, 2, 4, 8, 16
+_FLAGS = {1: _GREY, 2: _GREY, 3: _GREY | _MASKED | _EXACT | _MEASURED | _CORRECTED}
+
+
+class TileParts(NamedTuple):
+    """The parts of a stored tile; views of its bytes."""
+
+    stream: memoryview
+    pixels: memoryview | None = None
+    """The pixel section for `lossless.decode_pixels`; None if the tile is not exact."""
+    correction: memoryview | None = None
+    """The correction section for `correction.decode_correction`; None if the tile has none."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,8 @@ class FrameIndex:
         For each exact tile, by number, the bytes of its pixel section.
     psnr
         The PSNR that the writer measured, in hundredths of dB; 65535 if no sample differed; None if it did not measure.
+    corrected
+        Whether tiles may have corrections.
     """
 
     header: FrameHeader
@@ -52,30 +75,39 @@ class FrameIndex:
     mask: tuple[int, int] | None = None
     exact: Mapping[int, int] = field(default_factory=dict)
     psnr: int | None = None
+    corrected: bool = False
 
     @property
     def frame_bytes(self) -> int:
         """Number of bytes of the whole frame."""
         return self.offsets[-1] + (CHECKSUM_BYTES if self.header.version == 1 else 0)
 
-    def stream(self, tile: int, stored: memoryview) -> memoryview:
-        """Return the stream of a tile from its stored bytes; see `parts`."""
-        return self.parts(tile, stored)[0]
-
-    def parts(self, tile: int, stored: memoryview) -> tuple[memoryview, memoryview | None]:
-        """Return the stream and the pixel section (None if the tile is not exact) from the stored bytes of a tile.
+    def parts(self, tile: int, stored: memoryview) -> TileParts:
+        """Return the parts of a tile from its stored bytes.
 
         Raises
         ------
         FrameError
-            If the checksum of the tile does not match. Frames of version 1 have none for each tile.
+            If the checksum of the tile does not match (frames of version 1 have none for each tile), or its bytes end
+            within its correction.
         """
         if self.header.version == 1:
-            return stored, None
+            return TileParts(stored)
         content = stored[:-CHECKSUM_BYTES]
         check_checksum(f"tile {tile}'s", content, stored[-CHECKSUM_BYTES:])
-        pixels = self.exact.get(tile, 0)
-        return content[: len(content) - pixels], content[len(content) - pixels :] if pixels else None
+        end = len(content) - self.exact.get(tile, 0)
+        pixels = content[end:] if tile in self.exact else None
+        if not self.corrected:
+            return TileParts(content[:end], pixels)
+        reader = Reader(content[:end])
+        try:
+            correction = reader.take(reader.varint(f"length of the correction of tile {tile}", 0), 0)
+        except TooShortError as error:
+            raise FrameError(
+                f"cae: frame's tile {tile} ends {error.missing} bytes before the end of its correction: the stored "
+                "chunk is damaged"
+            ) from error
+        return TileParts(content[reader.at : end], pixels, correction if len(correction) else None)
 
     def mask_section(self, stored: memoryview) -> memoryview:
         """Return the mask section from its stored bytes. Raises FrameError if its checksum does not match."""
@@ -97,12 +129,15 @@ class Frame:
         The mask section for `lossless.decode_mask`, or None.
     exact
         For each exact tile, by number, the pixel section for `lossless.decode_pixels`.
+    corrections
+        For each tile that has one, by number, the correction section for `correction.decode_correction`.
     """
 
     header: FrameHeader
     streams: Sequence[memoryview]
     mask: memoryview | None
     exact: Mapping[int, memoryview]
+    corrections: Mapping[int, memoryview] = field(default_factory=dict)
 
 
 def pack(
@@ -112,6 +147,7 @@ def pack(
     mask: bytes | memoryview | None = None,
     exact: Mapping[int, bytes | memoryview] | None = None,
     psnr: int | None = None,
+    corrections: Mapping[int, bytes | memoryview] | None = None,
 ) -> bytes:
     """Return the frame of a chunk.
 
@@ -127,17 +163,23 @@ def pack(
         The pixel sections from `lossless.encode_pixels` of exact tiles, by number of the tile; version 3 only.
     psnr
         The measured PSNR of the chunk in hundredths of dB, 0 to 65535; version 3 only.
+    corrections
+        The correction sections from `correction.encode_correction` of corrected tiles, by number of the tile; version 3
+        only.
 
     Raises
     ------
     CAEConfigurationError
         If the number of streams is not `header.tile_count`, a part has 2^32 bytes or more, a section is empty, an
-        exact tile does not exist, the row is missing, or the version has no masks and exact tiles.
+        exact or corrected tile does not exist, the row is missing, or the version has none of these sections.
     """
     exact = exact or {}
-    _check_parts(header, streams, mask, exact, psnr)
+    if corrections:
+        sections = (corrections.get(tile, b"") for tile in range(len(streams)))
+        streams = [b"".join((varints([len(own)]), own, one)) for own, one in zip(sections, streams, strict=True)]
+    _check_parts(header, streams, mask, {**exact, **(corrections or {})}, psnr)
     flags = (_GREY if header.grey else 0) | (_MASKED if mask is not None else 0) | (_EXACT if exact else 0)
-    flags |= 0 if psnr is None else _MEASURED
+    flags |= (0 if psnr is None else _MEASURED) | (_CORRECTED if corrections else 0)
     frame = bytearray(MAGIC)
     frame += bytes([header.version, flags])
     frame += varints([header.planes, header.height, header.width])
@@ -163,14 +205,14 @@ def _check_parts(
     header: FrameHeader,
     streams: Sequence[bytes | memoryview],
     mask: bytes | memoryview | None,
-    exact: Mapping[int, bytes | memoryview],
+    by_tile: Mapping[int, bytes | memoryview],
     psnr: int | None,
 ) -> None:
     if len(streams) != header.tile_count:
         raise CAEConfigurationError(
             f"cae: frame of {_described(header)} needs {header.tile_count} tile streams; got {len(streams)}"
         )
-    sections = [*exact.values(), *([] if mask is None else [mask])]
+    sections = [*by_tile.values(), *([] if mask is None else [mask])]
     longest = max(map(len, [*streams, *sections]))
     if longest >= VARINT_END:
         raise CAEConfigurationError(f"cae: frame's parts must be shorter than 2^32 bytes; got {longest}")
@@ -178,12 +220,12 @@ def _check_parts(
         raise CAEConfigurationError("cae: frame of version 3 needs the row of the weights file that coded it")
     if (sections or psnr is not None) and header.version < 3:
         raise CAEConfigurationError(
-            f"cae: only frames of version 3 hold masks, exact tiles and a PSNR; got {header.version}"
+            f"cae: only frames of version 3 hold masks, exact tiles, corrections and a PSNR; got {header.version}"
         )
-    if not all(map(len, sections)) or not all(0 <= tile < header.tile_count for tile in exact):
+    if not all(map(len, sections)) or not all(0 <= tile < header.tile_count for tile in by_tile):
         raise CAEConfigurationError(
-            f"cae: frame's mask and pixel sections must not be empty, and exact tiles must be in "
-            f"[0, {header.tile_count}); got tiles {sorted(exact)}"
+            f"cae: frame's sections must not be empty, and their tiles must be in [0, {header.tile_count}); got tiles "
+            f"{sorted(by_tile)}"
         )
 
 
@@ -233,9 +275,10 @@ def parse_frame(frame: bytes | memoryview, expected: FrameHeader) -> Frame:
     parts = [index.parts(tile, view[begin:end]) for tile, (begin, end) in enumerate(pairwise(index.offsets))]
     return Frame(
         index.header,
-        [stream for stream, _ in parts],
+        [one.stream for one in parts],
         None if index.mask is None else index.mask_section(view[slice(*index.mask)]),
-        {tile: pixels for tile, (_, pixels) in enumerate(parts) if pixels is not None},
+        {tile: one.pixels for tile, one in enumerate(parts) if one.pixels is not None},
+        {tile: one.correction for tile, one in enumerate(parts) if one.correction is not None},
     )
 
 
@@ -304,7 +347,8 @@ def _parse(reader: Reader, expected: FrameHeader) -> FrameIndex:
     first = reader.at + mask + CHECKSUM_BYTES if mask else reader.at
     stored = [length + pixels.get(tile, 0) + CHECKSUM_BYTES for tile, length in enumerate(lengths)]
     place = (reader.at, first) if mask else None
-    return FrameIndex(header, tuple(accumulate(stored, initial=first)), place, pixels, psnr)
+    corrected = bool(flags & _CORRECTED)
+    return FrameIndex(header, tuple(accumulate(stored, initial=first)), place, pixels, psnr, corrected)
 
 
 def _exact_tiles(stored: memoryview, count: int) -> list[int]:

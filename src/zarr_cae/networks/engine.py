@@ -33,6 +33,7 @@ from zarr_cae.networks.refine import StepKey, take_step
 from zarr_cae.networks.transforms import Analysis, FactorizedAnalysis, FactorizedSynthesis, Synthesis, Widths
 from zarr_cae.pixels import device as on_device
 from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
+from zarr_cae.pixels.correct import Area, correct
 from zarr_cae.pixels.layout import PixelFormat, Planes
 from zarr_cae.threads import call_in_child, hold_across_fork
 from zarr_cae.weights.file import DEFAULT_MODEL, Weights
@@ -141,8 +142,10 @@ class Engine:
         key = _BatchKey("analyse", quality, planes.shape[1:], planes.shape[1], settings)
         return self._submit(key, planes, self.weights.latent_channels, STRIDE, 1)
 
-    def synthesise(self, symbols: Symbols, quality: int, components: int, settings: Settings) -> Future[Planes]:
-        """Queue symbols (N, M, h, w) int16 for the synthesis transform.
+    def synthesise(
+        self, symbols: Symbols, quality: int, components: int, settings: Settings, areas: Sequence[Area] = ()
+    ) -> Future[Planes]:
+        """Queue symbols (N, M, h, w) int16 for the synthesis transform, and correct areas of its result.
 
         Returns
         -------
@@ -151,7 +154,12 @@ class Engine:
             work that has not begun.
         """
         key = _BatchKey("synthesise", quality, symbols.shape[1:], components, settings)
-        return self._submit(key, symbols, components, 1, STRIDE)
+
+        def finish(planes: Array) -> Array:
+            correct(planes, areas)
+            return planes
+
+        return self._submit(key, symbols, components, 1, STRIDE, finish)
 
     def analyse_chunk(self, pixels: Any, form: PixelFormat, quality: int, settings: Settings) -> Future[Symbols]:
         """Queue a whole chunk for the analysis transform.
@@ -190,8 +198,10 @@ class Engine:
         key = _BatchKey("analyse", quality, form.plane_shape, form.plane_shape[0], settings)
         return self.batcher.submit(key, _Request(pixels, load, _to_numpy), form.pixels)
 
-    def synthesise_chunk(self, symbols: Symbols, form: PixelFormat, quality: int, settings: Settings) -> Future[Any]:
-        """Queue the symbols (N, M, h, w) of a whole chunk for the synthesis transform.
+    def synthesise_chunk(
+        self, symbols: Symbols, form: PixelFormat, quality: int, settings: Settings, areas: Sequence[Area] = ()
+    ) -> Future[Any]:
+        """Queue the symbols (N, M, h, w) of a whole chunk for the synthesis transform, and correct areas of its result.
 
         Returns
         -------
@@ -203,11 +213,13 @@ class Engine:
         if not self._runs_whole(form):
 
             def finish_on_host(planes: Array) -> Array:
+                correct(planes, areas)
                 return to_chunk(planes, form.layout, form.dtype, form.value_range, form.transform)
 
             return self._submit(key, symbols, components, 1, STRIDE, finish_on_host)
 
         def finish(planes: Tensor) -> Any:
+            correct(planes, areas)
             pixels = on_device.to_chunk(planes, form.layout, form.dtype, form.value_range, form.transform)
             if not form.stays:
                 return _to_numpy(pixels)

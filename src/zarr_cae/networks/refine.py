@@ -48,7 +48,7 @@ from zarr_cae.networks.device import PASS_PIXELS
 from zarr_cae.networks.pieces import HALO
 from zarr_cae.pixels.device import to_tensor
 from zarr_cae.pixels.layout import Planes
-from zarr_cae.weights.file import LAMBDAS, WeightsInfo
+from zarr_cae.weights.file import trade_off
 
 if TYPE_CHECKING:
     from zarr_cae.networks.engine import Engine
@@ -68,24 +68,6 @@ _REACH = 2 * HALO
 """Positions around a piece whose symbols take part in the error of pixels that its own symbols change."""
 _KEPT = 4
 """Memory of a pixel in a pass with gradients, as a multiple of a pass without."""
-
-
-def trade_off(info: WeightsInfo, quality: int) -> float | None:
-    """Return the bits that the mean squared error of one pixel in units of 1/255 is worth; None if nothing is known.
-
-    It follows the lambda of the training that the provenance of the weights names, or else that of the bundled family.
-    Weights for MS-SSIM were trained for another error.
-    """
-    if info.metric != "mse":
-        return None
-    recipe = info.provenance.get("recipe")
-    named = recipe.get("lambdas") if isinstance(recipe, dict) else None
-    place = info.qualities.index(quality)
-    if isinstance(named, list) and len(named) == len(info.qualities):
-        value = named[place]
-        if isinstance(value, int | float) and 0 < value < 1e3:
-            return float(value)
-    return LAMBDAS["mse"][quality - 1]
 
 
 def refine(

@@ -112,6 +112,24 @@ class Weights:
         return int(self.tensors["gain"].shape[1])
 
 
+def trade_off(info: WeightsInfo, quality: int) -> float | None:
+    """Return the bits that the mean squared error of one pixel in units of 1/255 is worth; None if nothing is known.
+
+    It follows the lambda of the training that the provenance of the weights names, or else that of the bundled family.
+    Weights for MS-SSIM were trained for another error.
+    """
+    if info.metric != "mse":
+        return None
+    recipe = info.provenance.get("recipe")
+    named = recipe.get("lambdas") if isinstance(recipe, dict) else None
+    place = info.qualities.index(quality)
+    if isinstance(named, list) and len(named) == len(info.qualities):
+        value = named[place]
+        if isinstance(value, int | float) and 0 < value < 1e3:
+            return float(value)
+    return LAMBDAS["mse"][quality - 1]
+
+
 def read_info(path: Path) -> WeightsInfo:
     """Read the metadata of a weights file from its header, and check the header.
 

@@ -1,0 +1,236 @@
+"""Correct synthesised planes by a few numbers for each tile, and find these numbers.
+
+A network is trained for the mean of many images. For one image, the mean of the original values where a pixel decodes
+to v is not quite v: an image may be darker, sharper or of fewer colours than those. The encoder knows the original, so
+it can store how they differ: a curve of the values, the shares of differences between colours, and the shares of
+differences from the pixels nearby. They come from linear regression on the pixels of the tile, and take 13 to 45 bytes.
+Video coders do the same after their transforms (sample adaptive offset and adaptive loop filter: Fu et al. 2012, Tsai
+et al. 2013).
+
+The section "Correction" of spec/cae.md defines what a decoder does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_cae.coder.correction import CURVE_UNIT, KNOTS, LARGEST_LIMIT, SCALES, SHARE_UNIT, Correction, Scale
+from zarr_cae.coder.frame import STRIDE
+
+Floats = npt.NDArray[np.float32]
+
+GREY_LEVELS = 255
+"""Grey levels of the value range."""
+_REACH = 3
+"""Pixels on each side that take part in the correction of a pixel."""
+_SAMPLES = 7000
+"""Least number of pixels for the regression, if the tile has them. Twice as many gain 1 % more."""
+_CURVE_RIDGE, _SHARE_RIDGE = 1.0, 400.0
+"""Penalties of the regression for numbers that few pixels speak for: the squares of one pixel at a knot, and of pixels
+that differ by 20 grey levels."""
+_LARGEST_SHARE = 8 * SHARE_UNIT
+_LARGEST_CURVE = LARGEST_LIMIT * CURVE_UNIT
+
+
+class Area(NamedTuple):
+    """A part of synthesised planes and its correction."""
+
+    plane: int
+    rows: slice
+    columns: slice
+    correction: Correction
+
+
+def correct(planes: Any, areas: Iterable[Area]) -> None:
+    """Correct areas of synthesised planes in place.
+
+    Parameters
+    ----------
+    planes
+        (N, C, H, W), nominally in [0, 1]: an array or a tensor. The pixels around an area must be synthesised, too, as
+        far as they lie within the plane.
+    areas
+        The areas. An area whose correction has one component is grey: its components become equal.
+    """
+    by_plane: dict[int, list[Area]] = {}
+    for area in areas:
+        by_plane.setdefault(area.plane, []).append(area)
+    for plane, some in by_plane.items():
+        values = planes[plane]
+        if some[0].correction.components == 1 < len(values):
+            values = values.mean(0)[None]
+        values = values.clip(0, 1)
+        around = _means_around(values)
+        for area in some:
+            part = (slice(None), area.rows, area.columns)
+            result = _corrected(values[part], [means[part] for means in around], area.correction)
+            for rows, columns in _rectangles(area):
+                inside = (slice(None), slice(*rows), slice(*columns))
+                planes[plane][part][inside] = result[inside]
+
+
+def _rectangles(area: Area) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield the first and last rows and columns of the corrected parts of an area, relative to it."""
+    where = area.correction.where
+    if where is None:
+        yield (0, area.rows.stop - area.rows.start), (0, area.columns.stop - area.columns.start)
+        return
+    for row, line in enumerate(where):
+        edges = np.flatnonzero(np.diff(line.astype(np.int8), prepend=0, append=0)).tolist()
+        for begin, end in zip(edges[::2], edges[1::2], strict=True):
+            yield (row * STRIDE, (row + 1) * STRIDE), (begin * STRIDE, end * STRIDE)
+
+
+def _corrected(values: Any, around: list[Any], correction: Correction) -> Any:
+    """Return values (C, H, W) in [0, 1] with their correction; `around` has the means nearby for each size."""
+    result = values + 0.0
+    positions = _positions(values, correction.scale)
+    most = correction.limit / GREY_LEVELS
+    for own, numbers in enumerate(correction.numbers.tolist()):
+        curve = [number / (CURVE_UNIT * GREY_LEVELS) for number in numbers[:KNOTS]]
+        at, value = positions[own], values[own]
+        slopes = [after - before for before, after in pairwise(curve)]
+        change = at * slopes[0] + curve[0]
+        for knot, (before, after) in enumerate(pairwise(slopes), 1):
+            if before != after:
+                change += (at - knot).clip(0, None) * (after - before)
+        others = [*(other for n, other in enumerate(values) if n != own), *(means[own] for means in around)]
+        for share, other in zip(numbers[KNOTS:], others, strict=True):
+            if share:
+                change += (other - value) * (share / SHARE_UNIT)
+        result[own] += change.clip(-most, most)
+    return result
+
+
+def _positions(values: Any, scale: Scale) -> Any:
+    """Return where values in [0, 1] lie between the knots, in [0, 8]."""
+    return (values if scale == "uniform" else values**0.5) * (KNOTS - 1)
+
+
+def _means_around(values: Any) -> list[Any]:
+    """Return the means of the 3 x 3 and 7 x 7 pixels around each pixel of (C, H, W), whose edges are continued."""
+    height, width = values.shape[1:]
+    rows, columns = (
+        [min(max(0, n), length - 1) for n in range(-_REACH, length + _REACH)] for length in (height, width)
+    )
+    padded = values[:, rows][:, :, columns]
+    means = []
+    for radius in (1, _REACH):
+        offsets = range(_REACH - radius, _REACH + radius + 1)
+        down = sum(padded[:, n : n + height] for n in offsets)
+        means.append(sum(down[:, :, n : n + width] for n in offsets) / len(offsets) ** 2)
+    return means
+
+
+class Fit(NamedTuple):
+    """The correction of a tile, and sums of squared differences in grey levels."""
+
+    correction: Correction
+    before: float
+    """Of the values without the correction."""
+    after: float
+    """Of the values with it."""
+    spread: float
+    """Of the mean of each component."""
+
+
+def fit(values: Floats, known: Floats, counts: npt.NDArray[np.bool_]) -> Fit | None:
+    """Return the correction that brings values nearest to known ones, by linear regression on a part of them.
+
+    Parameters
+    ----------
+    values
+        (C, H, W), the synthesised values of a tile.
+    known
+        (C, H, W), the original values.
+    counts
+        A boolean array of the same shape: which values count.
+
+    Returns
+    -------
+    Fit or None
+        None if nothing would change.
+    """
+    values = np.ascontiguousarray(values).clip(0, 1)
+    around = _means_around(values)
+    step = math.isqrt(max(1, values[0].size // _SAMPLES))
+    step -= 1 - step % 2  # odd, because the transforms have a period of 16
+    sparse = (slice(None), slice(None, None, step), slice(None, None, step))
+    some, near = values[sparse], [means[sparse] for means in around]
+    wanted, inside = known[sparse], counts[sparse]
+    tried = [found for scale in SCALES if (found := _solved(some, near, wanted, inside, scale)) is not None]
+    if not tried:
+        return None
+    errors = [_squared_error(_corrected(some, near, one), wanted, inside) for one in tried]
+    best = tried[int(np.argmin(errors))]
+    means = [float(one[here].mean()) if here.any() else 0.0 for one, here in zip(known, counts, strict=True)]
+    flat = np.broadcast_to(np.array(means, np.float32)[:, None, None], known.shape)
+    before, after, spread = (
+        _squared_error(one, known, counts) for one in (values, _corrected(values, around, best), flat)
+    )
+    if after > spread:
+        best = _to_mean(means)
+        after = _squared_error(_corrected(values, around, best), known, counts)
+    return Fit(best, before, after, spread)
+
+
+def _to_mean(means: list[float]) -> Correction:
+    """Return the correction that turns each component into its mean."""
+    numbers = np.zeros((len(means), KNOTS + len(means) + 1), np.int64)
+    knots = np.linspace(0, GREY_LEVELS, KNOTS)
+    numbers[:, :KNOTS] = np.rint(CURVE_UNIT * (GREY_LEVELS * np.array(means)[:, None] - knots))
+    return Correction("uniform", LARGEST_LIMIT, numbers)
+
+
+def _solved(
+    values: Floats, around: list[Floats], known: Floats, counts: npt.NDArray[np.bool_], scale: Scale
+) -> Correction | None:
+    positions = _positions(values, scale)
+    numbers = np.zeros((len(values), KNOTS + len(values) + 1), np.int64)
+    largest = 0.0
+    for own, value in enumerate(values):
+        here = counts[own]
+        others = [*(other for n, other in enumerate(values) if n != own), *(means[own] for means in around)]
+        shares = [(other[here] - value[here]) * GREY_LEVELS for other in others]
+        features = np.concatenate([_hats(positions[own][here]), np.stack(shares, 1)], axis=1)
+        solution = _solve(features, (known[own][here] - value[here]) * GREY_LEVELS)
+        numbers[own, :KNOTS] = _rounded(solution[:KNOTS] * CURVE_UNIT, _LARGEST_CURVE)
+        numbers[own, KNOTS:] = _rounded(solution[KNOTS:] * SHARE_UNIT, _LARGEST_SHARE)
+        if numbers[own].any():
+            largest = max(largest, float(np.abs(features @ solution.astype(np.float32)).max()))
+    return Correction(scale, min(max(1, math.ceil(largest)), LARGEST_LIMIT), numbers) if numbers.any() else None
+
+
+def _hats(positions: Floats) -> Floats:
+    """Return the shares of the knots in each position, (n, 9): linear interpolation."""
+    shares = np.zeros((len(positions), KNOTS), np.float32)
+    below = np.minimum(positions.astype(np.intp), KNOTS - 2)
+    every = np.arange(len(positions))
+    shares[every, below] = below + 1 - positions
+    shares[every, below + 1] = positions - below
+    return shares
+
+
+def _solve(features: Floats, wanted: Floats) -> npt.NDArray[np.float64]:
+    """Return the least squares solution, with penalties."""
+    gram = (features.T @ features).astype(np.float64)
+    ridge = np.full(len(gram), _SHARE_RIDGE)
+    ridge[:KNOTS] = _CURVE_RIDGE
+    gram[np.diag_indices_from(gram)] += ridge
+    return np.asarray(np.linalg.solve(gram, (features.T @ wanted).astype(np.float64)), np.float64)
+
+
+def _rounded(numbers: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.int64]:
+    return np.rint(numbers).clip(-most, most).astype(np.int64)
+
+
+def _squared_error(values: Floats, known: Floats, counts: npt.NDArray[np.bool_]) -> float:
+    differences = (values.clip(0, 1) - known) * np.float32(GREY_LEVELS)
+    differences[~counts] = 0
+    return float(np.vdot(differences, differences))
