@@ -235,7 +235,7 @@ def test_settings_that_differ_are_options(picture, stop_after, capsys) -> None:
         (["--chunks", "64", "--downsample", "nearest", "--weights", "histology"],
          ": --chunks 64,64, was 32,32; --downsample nearest, was mean. Give"),
         (["--shards", "none", "--levels", "2", "--min-psnr", "38", "--weights", "histology", "--effort", "3"],
-         ": --shards none, was 64,64; --levels 2, was auto; --min-psnr 38.0, was not given; --effort 3, was 0. Give"),
+         ": --shards none, was 64,64; --levels 2, was auto; --min-psnr 38.0, was not given; --effort 3, was 1. Give"),
     ):  # fmt: skip
         capsys.readouterr()
         assert convert(*options) == 1

@@ -157,7 +157,7 @@ def test_other_source_or_settings_are_refused(write: Write, tissue: np.ndarray, 
     other = prepare(slide, Choices((3,), chunks=(64, 64))).settings
     with pytest.raises(CAEConfigurationError, match=r": --quality 3, was 2\. .*--restart"):
         Journal(out, other)
-    with configure(effort=3), pytest.raises(CAEConfigurationError, match=": --effort 3, was 0"):
+    with configure(effort=3), pytest.raises(CAEConfigurationError, match=": --effort 3, was 1"):
         Journal(out, prepare(slide, Choices((2,), chunks=(64, 64))).settings)
     os.utime(slide, (1, 1))
     with pytest.raises(CAEConfigurationError, match="was changed meanwhile"):

@@ -114,13 +114,14 @@ def add_effort(parser: argparse.ArgumentParser) -> None:
     """Declare `--effort`, which `encode` and `convert` share."""
     parser.add_argument(
         "--effort", type=effort, metavar="N",
-        help="refine the latents in N steps, such as 10: fewer bytes at equal PSNR, but encoding takes many times as "
-        "long; reading is as fast as ever; default: the setting cae.effort, which is 0",
+        help="0 is fastest; 1 decodes each chunk as well and stores corrections, for fewer bytes at equal PSNR; from 2 "
+        "on, such as 10, also refine the latents in N steps, which takes many times as long; reading stays as fast; "
+        "default: the setting cae.effort, which is 1",
     )  # fmt: skip
 
 
 def effort(text: str) -> int:
-    """Parse a number of steps, 0 to `MOST_STEPS`."""
+    """Parse an effort, 0 to `MOST_STEPS`."""
     from zarr_cae.config import MOST_STEPS
 
     if not text.isascii() or not text.isdigit() or int(text) > MOST_STEPS:

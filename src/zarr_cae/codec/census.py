@@ -38,6 +38,8 @@ class Census:
     """Chunks of each quality."""
     masked: int = 0
     """Chunks with a mask."""
+    corrected: int = 0
+    """Chunks with corrections."""
     tiles: int = 0
     exact_tiles: int = 0
     exact_chunks: int = 0
@@ -56,6 +58,7 @@ class Census:
         self.chunks += 1
         self.qualities[quality] += 1
         self.masked += index.mask is not None
+        self.corrected += index.corrected
         self.tiles += index.header.tile_count
         self.exact_tiles += len(index.exact)
         self.exact_chunks += bool(index.exact)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import zarr
 
+from zarr_cae.config import process_settings
 from zarr_cae.errors import CAEConfigurationError
 from zarr_cae.slides.background import WritingCodec
 from zarr_cae.slides.journal import flush
@@ -92,7 +93,7 @@ class Conversion:
     @property
     def settings(self) -> dict[str, Any]:
         """The source and the settings that must be the same for a conversion to go on, as JSON values."""
-        effort = zarr.config.get("cae.effort", 0)  # of this process; workers of a cluster have settings of their own
+        effort = process_settings().effort  # workers of a cluster have settings of their own
         return {
             "source": str(self.source.absolute()),
             **self.state,
@@ -101,7 +102,7 @@ class Conversion:
             "dtype": self.dtype,
             "value_range": self.value_range,
             "weights": self.weights,
-            **({"effort": effort} if effort else {}),
+            "effort": effort,
         }
 
     @property

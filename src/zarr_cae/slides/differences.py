@@ -100,6 +100,6 @@ _OPTIONS: dict[str, Callable[[Settings], str]] = {
     "--value-transform": _listed("value_transform", "not given"),
     "--series": _listed("series", "not given"),
     "--level": _listed("level", "0"),
-    "--effort": _listed("effort", "0"),
+    "--effort": _listed("effort", "1"),
 }
 """By option, a function that shows its value in the settings of a conversion."""
