@@ -2,14 +2,14 @@
 
 Patterns of period 2, such as raw Bayer mosaics and ordered dither, give latents that the networks never saw in
 training. The inverse GDN can turn them into values far outside the value range. Such patterns can be recognised by
-their symbols: many lie outside the alphabets of the tables, where photographs have hardly any. Tiles of such symbols that
-decode to garbage are stored exactly.
+their symbols: many lie outside the alphabets of the tables, where photographs have hardly any. Tiles of such symbols
+that decode to garbage are stored exactly.
 
-By default every chunk that is written whole is decoded, so that its tiles can be corrected (see `codec.correct`). A tile
-that is worse than its mean even then is stored exactly, too. Without decoding (the setting `cae.effort` is 0, or the
-weights are for MS-SSIM) the encoder counts symbols outside the alphabets, which is cheap, and decodes only where there
-are many. Faint patterns of period 3 or 4 have usual symbols: at quality 1 they may then decode to something up to 14 %
-worse than their mean.
+By default every chunk that is written whole is decoded, so that its tiles can be corrected (see `codec.correct`). A
+tile that is worse than its mean even then is stored exactly, too. Without decoding (the setting `cae.effort` is 0, or
+the weights are for MS-SSIM) the encoder counts symbols outside the alphabets, which is cheap, and decodes only where
+there are many. Faint patterns of period 3 or 4 have usual symbols: at quality 1 they may then decode to something up to
+14 % worse than their mean.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ _SAMPLES = 7000
 _CURVE_RIDGE, _SHARE_RIDGE = 1.0, 400.0
 """Penalties of the regression for numbers that few pixels speak for: the squares of one pixel at a knot, and of pixels
 that differ by 20 grey levels."""
+_PLACES = 512
+"""Entries between two knots in a table of a curve: an error of at most 1/1,024 of the step between the knots."""
 _LARGEST_SHARE = 8 * SHARE_UNIT
 _LARGEST_CURVE = LARGEST_LIMIT * CURVE_UNIT
 
@@ -94,18 +96,30 @@ def _corrected(values: Any, around: list[Any], correction: Correction) -> Any:
     most = correction.limit / GREY_LEVELS
     for own, numbers in enumerate(correction.numbers.tolist()):
         curve = [number / (CURVE_UNIT * GREY_LEVELS) for number in numbers[:KNOTS]]
-        at, value = positions[own], values[own]
-        slopes = [after - before for before, after in pairwise(curve)]
-        change = at * slopes[0] + curve[0]
-        for knot, (before, after) in enumerate(pairwise(slopes), 1):
-            if before != after:
-                change += (at - knot).clip(0, None) * (after - before)
+        change = _on_curve(positions[own], curve)
         others = [*(other for n, other in enumerate(values) if n != own), *(means[own] for means in around)]
         for share, other in zip(numbers[KNOTS:], others, strict=True):
             if share:
-                change += (other - value) * (share / SHARE_UNIT)
+                part = other - values[own]
+                part *= share / SHARE_UNIT
+                change += part
         result[own] += change.clip(-most, most)
     return result
+
+
+def _on_curve(positions: Any, curve: list[float]) -> Any:
+    """Return the values of a curve, given at the knots, at positions in [0, 8]."""
+    if isinstance(positions, np.ndarray):
+        places = np.linspace(0, KNOTS - 1, _PLACES * (KNOTS - 1) + 1)
+        table = np.interp(places, range(KNOTS), curve).astype(np.float32)
+        nearest = positions * np.float32(_PLACES)
+        nearest += np.float32(0.5)
+        return table.take(nearest.astype(np.intp), mode="clip")
+    slopes = [after - before for before, after in pairwise(curve)]
+    values = positions * slopes[0] + curve[0]
+    for knot, (before, after) in enumerate(pairwise(slopes), 1):
+        values += (positions - knot).clip(0, None) * (after - before)
+    return values
 
 
 def _positions(values: Any, scale: Scale) -> Any:
@@ -119,13 +133,26 @@ def _means_around(values: Any) -> list[Any]:
     rows, columns = (
         [min(max(0, n), length - 1) for n in range(-_REACH, length + _REACH)] for length in (height, width)
     )
-    padded = values[:, rows][:, :, columns]
-    means = []
-    for radius in (1, _REACH):
-        offsets = range(_REACH - radius, _REACH + radius + 1)
-        down = sum(padded[:, n : n + height] for n in offsets)
-        means.append(sum(down[:, :, n : n + width] for n in offsets) / len(offsets) ** 2)
-    return means
+    threes, sevens = _sums(values[:, rows][:, :, columns], height, 1)
+    small, _ = _sums(threes, width, 2)
+    _, large = _sums(sevens, width, 2)
+    small *= 1 / 3**2
+    large *= 1 / 7**2
+    return [small, large]
+
+
+def _sums(padded: Any, length: int, axis: int) -> tuple[Any, Any]:
+    """Return the sums of 3 and of 7 neighbours along an axis with three more values at each end."""
+
+    def shifted(values: Any, begin: int, count: int) -> Any:
+        return values[:, begin : begin + count] if axis == 1 else values[:, :, begin : begin + count]
+
+    around = length + 2 * _REACH - 2
+    threes = shifted(padded, 0, around) + shifted(padded, 1, around)
+    threes += shifted(padded, 2, around)
+    sevens = shifted(threes, 0, length) + shifted(threes, 4, length)
+    sevens += shifted(padded, _REACH, length)
+    return shifted(threes, 2, length) + 0.0, sevens
 
 
 class Fit(NamedTuple):
@@ -163,17 +190,16 @@ def fit(values: Floats, known: Floats, counts: npt.NDArray[np.bool_]) -> Fit | N
     step -= 1 - step % 2  # odd, because the transforms have a period of 16
     sparse = (slice(None), slice(None, None, step), slice(None, None, step))
     some, near = values[sparse], [means[sparse] for means in around]
-    wanted, inside = known[sparse], counts[sparse]
-    tried = [found for scale in SCALES if (found := _solved(some, near, wanted, inside, scale)) is not None]
+    wanted, here = known[sparse], counts[sparse]
+    tried = [found for scale in SCALES if (found := _solved(some, near, wanted, here, scale)) is not None]
     if not tried:
         return None
-    errors = [_squared_error(_corrected(some, near, one), wanted, inside) for one in tried]
+    errors = [_squared_error(_corrected(some, near, one), wanted, here) for one in tried]
     best = tried[int(np.argmin(errors))]
-    means = [float(one[here].mean()) if here.any() else 0.0 for one, here in zip(known, counts, strict=True)]
-    flat = np.broadcast_to(np.array(means, np.float32)[:, None, None], known.shape)
-    before, after, spread = (
-        _squared_error(one, known, counts) for one in (values, _corrected(values, around, best), flat)
-    )
+    inside = [one[here] for one, here in zip(known, counts, strict=True)]
+    means = [float(one.mean()) if one.size else 0.0 for one in inside]
+    spread = GREY_LEVELS**2 * sum(float(one.var()) * one.size for one in inside if one.size)
+    before, after = (_squared_error(one, known, counts) for one in (values, _corrected(values, around, best)))
     if after > spread:
         best = _to_mean(means)
         after = _squared_error(_corrected(values, around, best), known, counts)
@@ -231,6 +257,8 @@ def _rounded(numbers: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.int6
 
 
 def _squared_error(values: Floats, known: Floats, counts: npt.NDArray[np.bool_]) -> float:
-    differences = (values.clip(0, 1) - known) * np.float32(GREY_LEVELS)
-    differences[~counts] = 0
-    return float(np.vdot(differences, differences))
+    differences = values.clip(0, 1)
+    differences -= known
+    if not counts.all():
+        differences *= counts
+    return GREY_LEVELS**2 * float(np.vdot(differences, differences))
