@@ -62,6 +62,24 @@ def test_patterns_are_never_worse_than_their_mean(patterns, metric, quality):
         assert got > floor - 0.1, name
 
 
+@pytest.mark.parametrize("period", [2, 3, 4, 5])
+@pytest.mark.parametrize("amplitude", [3, 12, 60])
+def test_faint_patterns_are_never_worse_than_their_mean(period, amplitude):
+    """Their symbols are usual, so only decoding shows them."""
+    image = (120 + amplitude * ((X + 2 * Y) % period < period / 2)).astype("u1")
+    errors = np.square(create(image, 1)[:].astype(float) - image).mean()
+    assert errors <= 1.02 * image.var() + 1
+
+
+@pytest.mark.parametrize("size", [(8, 8), (3, 40), (1, 1), (17, 5)])
+@pytest.mark.parametrize("quality", [1, 5])
+def test_small_images_in_large_chunks(size, quality):
+    image = np.random.default_rng(0).integers(90, 130, size).astype("u1")
+    array = create(image, quality, chunks=(256, 256))
+    errors = np.square(array[:].astype(float) - image).mean()
+    assert errors <= 1.02 * image.var() + 1
+
+
 def test_a_checkerboard_is_stored_exactly(patterns):
     array = create(patterns["checkerboard"], 8)
     assert np.array_equal(array[:], patterns["checkerboard"])
