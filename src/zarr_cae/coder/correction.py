@@ -17,15 +17,9 @@ from zarr_cae.coder.fields import varints
 from zarr_cae.errors import CAEConfigurationError, StreamError
 
 __all__ = [
-    "CURVE_UNIT",
-    "KNOTS",
-    "SCALES",
-    "SHARE_UNIT",
-    "Correction",
-    "Scale",
-    "decode_correction",
-    "encode_correction",
-]
+    "CURVE_UNIT", "KNOTS", "LARGEST_LIMIT", "SCALES", "SHARE_UNIT", "SOFT_LIMIT", "Correction", "Scale",
+    "decode_correction", "encode_correction", "numbers_of",
+]  # fmt: skip
 
 KNOTS = 9
 """Knots of a curve."""
@@ -33,8 +27,10 @@ CURVE_UNIT = 8
 """Values of a curve are in units of 1/8 grey level, which is 1/255 of the value range."""
 SHARE_UNIT = 64
 """Other numbers are in units of 1/64."""
-NEIGHBOURHOODS = 2
-"""Numbers for the surroundings of a pixel: 3 x 3 and 7 x 7."""
+_AROUND = 3
+"""Numbers for the surroundings of a pixel: the means of 3 x 3 and 7 x 7, and the four neighbours."""
+SOFT_LIMIT = 3
+"""Largest difference from one of the four neighbours, in grey levels."""
 LARGEST_LIMIT = 255
 _LARGEST = 32767
 _PARTIAL = 2
@@ -58,9 +54,9 @@ class Correction:
     limit
         The largest change of a value, in grey levels: 1 to 255.
     numbers
-        int (C, 9 + C - 1 + 2): for each of C components the curve at the knots; the shares of the differences from
-        the other components, in ascending order; and the shares of the differences from the means of 3 x 3 and 7 x 7
-        pixels.
+        int (C, 9 + C - 1 + 3): for each of C components the curve at the knots; the shares of the differences from
+        the other components, in ascending order; the shares of the differences from the means of 3 x 3 and 7 x 7
+        pixels; and the share of the limited differences from the four neighbours.
     where
         bool (rows, columns), the latent positions whose pixels are corrected, at least one; None for all.
     """
@@ -86,12 +82,12 @@ def encode_correction(correction: Correction) -> bytes:
     """
     numbers, where = correction.numbers, correction.where
     components = len(numbers)
-    fits = numbers.shape == (components, _numbers(components)) and np.abs(numbers).max(initial=0) <= _LARGEST
+    fits = numbers.shape == (components, numbers_of(components)) and np.abs(numbers).max(initial=0) <= _LARGEST
     some = where is None or bool(where.any())
     if not (fits and some and 1 <= correction.limit <= LARGEST_LIMIT):
         raise CAEConfigurationError(
-            f"cae: correction needs numbers from {-_LARGEST} to {_LARGEST}, {_numbers(components)} for each component, "
-            f"a limit from 1 to {LARGEST_LIMIT}, and at least one position; got {numbers.shape} numbers up to "
+            f"cae: correction needs {numbers_of(components)} numbers from {-_LARGEST} to {_LARGEST} for each component, a "
+            f"limit from 1 to {LARGEST_LIMIT}, and at least one position; got {numbers.shape} numbers up to "
             f"{np.abs(numbers).max(initial=0)}, a limit of {correction.limit}, and {'some' if some else 'no'} positions"
         )
     signed = numbers.reshape(-1).astype(np.int64)
@@ -123,7 +119,7 @@ def decode_correction(section: bytes | memoryview, components: int, shape: tuple
         raise StreamError(
             f"cae: correction must begin with a form of 0 to 3 and a limit above 0; got {bytes(view[:2])!r}; {_DAMAGED}"
         )
-    count = components * _numbers(components)
+    count = components * numbers_of(components)
     stored = np.frombuffer(view[2:], np.uint8)
     ends = np.flatnonzero(stored < 0x80)[:count]
     if len(ends) < count:
@@ -145,9 +141,9 @@ def decode_correction(section: bytes | memoryview, components: int, shape: tuple
     return Correction(SCALES[view[0] & 1], view[1], numbers, where)
 
 
-def _numbers(components: int) -> int:
+def numbers_of(components: int) -> int:
     """Return how many numbers each component has."""
-    return KNOTS + components - 1 + NEIGHBOURHOODS
+    return KNOTS + components - 1 + _AROUND
 
 
 def _unfolded(stored: NDArray[np.uint8], ends: NDArray[np.intp]) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 A network is trained for the mean of many images. For one image, the mean of the original values where a pixel decodes
 to v is not quite v: an image may be darker, sharper or of fewer colours than those. The encoder knows the original, so
 it can store how they differ: a curve of the values, the shares of differences between colours, and the shares of
-differences from the pixels nearby. They come from linear regression on the pixels of the tile, and take 13 to 45 bytes.
+differences from the pixels nearby. They come from linear regression on the pixels of the tile, and take 14 to 50 bytes.
 Video coders do the same after their transforms (sample adaptive offset and adaptive loop filter: Fu et al. 2012, Tsai
 et al. 2013).
 
@@ -20,7 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from zarr_cae.coder.correction import CURVE_UNIT, KNOTS, LARGEST_LIMIT, SCALES, SHARE_UNIT, Correction, Scale
+from zarr_cae.coder.correction import (
+    CURVE_UNIT,
+    KNOTS,
+    LARGEST_LIMIT,
+    SCALES,
+    SHARE_UNIT,
+    SOFT_LIMIT,
+    Correction,
+    Scale,
+    numbers_of,
+)
 from zarr_cae.coder.frame import STRIDE
 
 Floats = npt.NDArray[np.float32]
@@ -68,10 +78,10 @@ def correct(planes: Any, areas: Iterable[Area]) -> None:
         if some[0].correction.components == 1 < len(values):
             values = values.mean(0)[None]
         values = values.clip(0, 1)
-        around = _means_around(values)
+        around = _differences_around(values)
         for area in some:
             part = (slice(None), area.rows, area.columns)
-            result = _corrected(values[part], [means[part] for means in around], area.correction)
+            result = _corrected(values[part], [one[part] for one in around], area.correction)
             for rows, columns in _rectangles(area):
                 inside = (slice(None), slice(*rows), slice(*columns))
                 planes[plane][part][inside] = result[inside]
@@ -90,21 +100,27 @@ def _rectangles(area: Area) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]
 
 
 def _corrected(values: Any, around: list[Any], correction: Correction) -> Any:
-    """Return values (C, H, W) in [0, 1] with their correction; `around` has the means nearby for each size."""
+    """Return values (C, H, W) in [0, 1] with their correction; `around` is from `_differences_around`."""
     result = values + 0.0
     positions = _positions(values, correction.scale)
     most = correction.limit / GREY_LEVELS
     for own, numbers in enumerate(correction.numbers.tolist()):
         curve = [number / (CURVE_UNIT * GREY_LEVELS) for number in numbers[:KNOTS]]
         change = _on_curve(positions[own], curve)
-        others = [*(other for n, other in enumerate(values) if n != own), *(means[own] for means in around)]
-        for share, other in zip(numbers[KNOTS:], others, strict=True):
+        for share, difference in zip(numbers[KNOTS:], _differences(values, around, own), strict=True):
             if share:
-                part = other - values[own]
-                part *= share / SHARE_UNIT
-                change += part
+                change += difference * (share / SHARE_UNIT)
         result[own] += change.clip(-most, most)
     return result
+
+
+def _differences(values: Any, around: list[Any], own: int) -> Iterator[Any]:
+    """Yield the differences of the other components from one, and then its differences from pixels nearby."""
+    for number, other in enumerate(values):
+        if number != own:
+            yield other - values[own]
+    for difference in around:
+        yield difference[own]
 
 
 def _on_curve(positions: Any, curve: list[float]) -> Any:
@@ -127,18 +143,31 @@ def _positions(values: Any, scale: Scale) -> Any:
     return (values if scale == "uniform" else values**0.5) * (KNOTS - 1)
 
 
-def _means_around(values: Any) -> list[Any]:
-    """Return the means of the 3 x 3 and 7 x 7 pixels around each pixel of (C, H, W), whose edges are continued."""
+def _differences_around(values: Any) -> list[Any]:
+    """Return how values (C, H, W) differ from pixels nearby: three arrays of this shape.
+
+    The first two are the means of the 3 x 3 and of the 7 x 7 pixels around each pixel, less its value. The third is the
+    sum of the differences to the four neighbours, each limited to a few grey levels, so that edges count little. The
+    edges of the plane are continued.
+    """
     height, width = values.shape[1:]
     rows, columns = (
         [min(max(0, n), length - 1) for n in range(-_REACH, length + _REACH)] for length in (height, width)
     )
-    threes, sevens = _sums(values[:, rows][:, :, columns], height, 1)
+    padded = values[:, rows][:, :, columns]
+    threes, sevens = _sums(padded, height, 1)
     small, _ = _sums(threes, width, 2)
     _, large = _sums(sevens, width, 2)
     small *= 1 / 3**2
+    small -= values
     large *= 1 / 7**2
-    return [small, large]
+    large -= values
+    limited = values * 0
+    most = SOFT_LIMIT / GREY_LEVELS
+    for down, across in ((-1, 0), (0, -1), (0, 1), (1, 0)):
+        top, left = _REACH + down, _REACH + across
+        limited += (padded[:, top : top + height, left : left + width] - values).clip(-most, most)
+    return [small, large, limited]
 
 
 def _sums(padded: Any, length: int, axis: int) -> tuple[Any, Any]:
@@ -185,11 +214,11 @@ def fit(values: Floats, known: Floats, counts: npt.NDArray[np.bool_]) -> Fit | N
         None if nothing would change.
     """
     values = np.ascontiguousarray(values).clip(0, 1)
-    around = _means_around(values)
+    around = _differences_around(values)
     step = math.isqrt(max(1, values[0].size // _SAMPLES))
     step -= 1 - step % 2  # odd, because the transforms have a period of 16
     sparse = (slice(None), slice(None, None, step), slice(None, None, step))
-    some, near = values[sparse], [means[sparse] for means in around]
+    some, near = values[sparse], [one[sparse] for one in around]
     wanted, here = known[sparse], counts[sparse]
     tried = [found for scale in SCALES if (found := _solved(some, near, wanted, here, scale)) is not None]
     if not tried:
@@ -208,7 +237,7 @@ def fit(values: Floats, known: Floats, counts: npt.NDArray[np.bool_]) -> Fit | N
 
 def _to_mean(means: list[float]) -> Correction:
     """Return the correction that turns each component into its mean."""
-    numbers = np.zeros((len(means), KNOTS + len(means) + 1), np.int64)
+    numbers = np.zeros((len(means), numbers_of(len(means))), np.int64)
     knots = np.linspace(0, GREY_LEVELS, KNOTS)
     numbers[:, :KNOTS] = np.rint(CURVE_UNIT * (GREY_LEVELS * np.array(means)[:, None] - knots))
     return Correction("uniform", LARGEST_LIMIT, numbers)
@@ -218,12 +247,11 @@ def _solved(
     values: Floats, around: list[Floats], known: Floats, counts: npt.NDArray[np.bool_], scale: Scale
 ) -> Correction | None:
     positions = _positions(values, scale)
-    numbers = np.zeros((len(values), KNOTS + len(values) + 1), np.int64)
+    numbers = np.zeros((len(values), numbers_of(len(values))), np.int64)
     largest = 0.0
     for own, value in enumerate(values):
         here = counts[own]
-        others = [*(other for n, other in enumerate(values) if n != own), *(means[own] for means in around)]
-        shares = [(other[here] - value[here]) * GREY_LEVELS for other in others]
+        shares = [difference[here] * GREY_LEVELS for difference in _differences(values, around, own)]
         features = np.concatenate([_hats(positions[own][here]), np.stack(shares, 1)], axis=1)
         solution = _solve(features, (known[own][here] - value[here]) * GREY_LEVELS)
         numbers[own, :KNOTS] = _rounded(solution[:KNOTS] * CURVE_UNIT, _LARGEST_CURVE)
