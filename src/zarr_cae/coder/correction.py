@@ -86,7 +86,7 @@ def encode_correction(correction: Correction) -> bytes:
     some = where is None or bool(where.any())
     if not (fits and some and 1 <= correction.limit <= LARGEST_LIMIT):
         raise CAEConfigurationError(
-            f"cae: correction needs {numbers_of(components)} numbers from {-_LARGEST} to {_LARGEST} for each component, "
+            f"cae: a correction has {numbers_of(components)} numbers from {-_LARGEST} to {_LARGEST} a component, "
             f"a limit from 1 to {LARGEST_LIMIT}, and at least one position; got {numbers.shape} numbers up to "
             f"{np.abs(numbers).max(initial=0)}, a limit of {correction.limit}, and {'some' if some else 'no'} positions"
         )
