@@ -25,7 +25,7 @@ def threads():
 
 
 def test_other_sources_are_refused(photograph):
-    for wrong in (photograph.astype(np.uint16), photograph[..., 0], "x"):
+    for wrong in (photograph.astype(np.uint16), photograph[..., 0], "x", [photograph, photograph[..., 0]]):
         with pytest.raises(CAEConfigurationError, match="a fit needs uint8"):
             fit_weights(wrong)
     for options, message in (({"minutes": 0}, "time"), ({"quality": 9}, "from 1 to 8")):
@@ -33,6 +33,12 @@ def test_other_sources_are_refused(photograph):
             fit_weights(photograph, **options)
     with pytest.raises(CAEConfigurationError, match="at least 96 px"):
         fit_weights(photograph[:128, :128], metric="ms-ssim")
+
+
+def test_each_array_of_a_list_is_a_part_of_the_collection(photograph):
+    arrays = [photograph, photograph[:64], np.stack([photograph[:32]] * 2)]
+    parts = fit_module._parts(arrays)
+    assert [part.open().array.shape for part in parts] == [array.shape for array in arrays]
 
 
 def test_bytes_saved_at_equal_psnr():
@@ -129,6 +135,7 @@ def test_a_fit_of_a_second_does_no_harm(photograph, tmp_path, monkeypatch, threa
     monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
     found = fit_weights(photograph[:256, :256], minutes=0.01, crop=64)
     assert found.start == registry.default_digest("cae-v1", 5, "mse")
+    assert found.held_out == "4 of 16 windows, side by side"
     assert found.saved >= 0
     if found.digest == found.start:
         assert found.reason
