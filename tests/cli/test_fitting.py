@@ -169,6 +169,21 @@ def test_channels_of_one_place_are_held_out_together(folder, samples, photograph
 
 
 @pytest.mark.parametrize("command", ["encode", "convert"])
+def test_a_fit_sees_the_transformed_values(folder, samples, command):
+    tifffile = pytest.importorskip("tifffile")
+    counts = np.random.default_rng(0).poisson(5, (128, 128)).astype(np.uint16)
+    tifffile.imwrite("m.tif", counts)
+    options = ["-q", "2", "--fit", "1s", "--value-range", "0,1000", "--value-transform", "sqrt"]
+    assert main([command, "m.tif", "out.zarr", *options]) == 0
+    (sample,) = samples
+    least, most = np.sqrt(0.375), np.sqrt(1000.375)
+    coded = 255 * (np.sqrt(counts + 0.375) - least) / (most - least)
+    blocks = [coded[top : top + 64, left : left + 64] for top in (0, 64) for left in (0, 64)]
+    for window in [*sample.windows, *sample.held_out]:
+        assert any(np.allclose(window[..., 0], block, atol=1e-3) for block in blocks)
+
+
+@pytest.mark.parametrize("command", ["encode", "convert"])
 @pytest.mark.parametrize(("dtype", "nodata"), [("float32", "nan"), ("uint16", "65535")])
 def test_a_fit_fills_pixels_without_data(folder, samples, photograph, command, dtype, nodata):
     pixels = photograph[:256, :256, 0].astype(dtype) * 100

@@ -4,8 +4,10 @@ import re
 
 import numpy as np
 import pytest
+import zarr
+from archives import coder_of
 
-from zarr_cae import CAEConfigurationError
+from zarr_cae import CAECodec, CAEConfigurationError
 from zarr_cae.training.sampling import ImageSource, ImageStack, filled, sample_windows
 
 
@@ -118,6 +120,22 @@ def test_other_values_and_axes_become_three_channels_from_0_to_255():
     colours = sample_windows([part(noise(3, 512, 512), 0)], 0).windows[0]
     assert colours.dtype == np.uint8
     assert (colours[..., 0] != colours[..., 1]).any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("nodata", [None, 1])
+def test_windows_have_the_values_that_the_codec_codes_under_a_value_transform(dtype, nodata):
+    pixels = np.random.default_rng(0).poisson(6, (64, 64)).astype(dtype)
+    codec = CAECodec(2, value_range=(0, 200), value_transform="sqrt", nodata=nodata, channel_axis=None)
+    coder = coder_of(zarr.create_array({}, data=pixels, chunks=pixels.shape, serializer=codec, compressors=None))
+    coded = 255 * coder.to_planes(pixels, coder.layout)[0, 0]
+    same = part(np.stack([pixels] * 4), None, (0, 200), nodata=nodata, value_transform="sqrt")
+    for window in sample_windows([same], 0).windows:
+        assert window.dtype == np.float32
+        data = ~np.isnan(window[..., 0])
+        assert data.all() == (nodata is None)
+        np.testing.assert_allclose(window[..., 0][data], coded[data], atol=1e-4)
+    assert coded.mean() > 2 * 255 * 6 / 200  # much brighter than without the transform
 
 
 def test_pictures_are_closed_and_too_few_pixels_are_refused():

@@ -68,7 +68,7 @@ def fit_to_images(arguments: argparse.Namespace, options: Options, images: Seque
         source, codec = item.source, item.codec
         return ImageStack(
             source.array, cast("int | None", codec.channel_axis), codec.value_range, source.close,
-            resolve_nodata(source.dtype, codec.nodata), _same_place(item.dimension_names),
+            resolve_nodata(source.dtype, codec.nodata), _same_place(item.dimension_names), codec.value_transform,
         )  # fmt: skip
 
     parts = [ImageSource(megapixels(path, **chosen), partial(opened, path)) for path in images]
@@ -191,4 +191,5 @@ def _slide_picture(conversion: Conversion) -> ImageStack:
     return ImageStack(
         _SlideArray(slide.read, slide.shape, slide.dtype), axis, conversion.value_range, slide.close,
         resolve_nodata(np.dtype(slide.dtype), choices.values.get("nodata")), _same_place(conversion.axes),
+        choices.values.get("value_transform"),
     )  # fmt: skip

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.convert import resolve_value_range, to_planes
-from zarr_cae.pixels.layout import Layout, ValueRange
+from zarr_cae.pixels.convert import resolve_value_range, to_planes, to_root
+from zarr_cae.pixels.layout import Layout, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
 
 Window = npt.NDArray[Any]
@@ -51,6 +51,8 @@ class ImageStack:
     """The value of samples without data."""
     same_place: tuple[int, ...] = ()
     """Axes along which pictures show the same place, such as the channels of a microscope: they count as one image."""
+    value_transform: ValueTransform = None
+    """The value transform of the codec: windows have the values that it codes."""
 
 
 @dataclass(frozen=True)
@@ -267,9 +269,12 @@ def _read(picture: ImageStack, cell: _Cell) -> Window | None:
         return None
     else:
         pixels = np.where(mask, pixels.dtype.type(value_range[0]), pixels)
-    values = to_planes(pixels, own, value_range)[0].transpose(1, 2, 0) * np.float32(255)
+    planes = to_planes(pixels, own, value_range)
+    if picture.value_transform == "sqrt":
+        planes = to_root(planes, value_range)
+    values = planes[0].transpose(1, 2, 0) * np.float32(255)
     if mask is not None:
         values[to_planes(mask.view(np.uint8), own, (0, 1))[0].transpose(1, 2, 0) > 0.5] = np.nan
-    elif pixels.dtype == np.uint8 and tuple(value_range) == (0, 255):
+    elif pixels.dtype == np.uint8 and tuple(value_range) == (0, 255) and picture.value_transform is None:
         values = np.rint(values).astype(np.uint8)
     return np.broadcast_to(values, (*values.shape[:2], 3))
