@@ -8,6 +8,7 @@ from zarr_cae import CAECodec, CAEConfigurationError
 from zarr_cae.cli.evaluate import code
 from zarr_cae.training import fit as fit_module
 from zarr_cae.training.data import Crops
+from zarr_cae.training.export import export
 from zarr_cae.training.fit import archive_saved, bytes_saved, coded_curves, fit_weights
 from zarr_cae.training.sampling import ImageSource, ImageStack, filled
 from zarr_cae.training.start import Start
@@ -111,6 +112,22 @@ def test_a_network_that_forgot_goes_back_towards_the_start(trainer):
 
     trainer.average[last] = -30 * before[last]
     assert fit_module._that_remembers(trainer, before, unlike) is None
+
+
+@pytest.mark.slow
+def test_fitted_tables_know_the_padding_of_chunks_at_the_edge(photograph, trainer):
+    busy = (photograph + np.random.default_rng(0).normal(0, 25, photograph.shape)).clip(0, 255).astype(np.uint8)
+    windows = [busy[top : top + 128, left : left + 128] for top in (0, 128, 256) for left in (0, 128, 256)]
+    model = trainer.averaged()
+
+    def size(known):
+        with registry.temporary(export(model, "mse", {}, fit_module._tensors(known))) as weights:
+            edge = busy[384:, 384:].copy()
+            edge[16:] = 0
+            ((sizes, _),) = coded_curves(weights, [edge])
+        return np.exp(sizes).sum()
+
+    assert size(fit_module._for_tables(windows, 0)) < 0.9 * size(windows)
 
 
 def test_the_phases_of_a_fit_train_what_they_name(trainer):

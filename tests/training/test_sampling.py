@@ -8,7 +8,7 @@ import zarr
 from archives import coder_of
 
 from zarr_cae import CAECodec, CAEConfigurationError
-from zarr_cae.training.sampling import ImageSource, ImageStack, filled, sample_windows
+from zarr_cae.training.sampling import ImageSource, ImageStack, filled, sample_windows, some_padded
 
 
 def part(array, axis=2, value_range=None, **options):
@@ -136,6 +136,22 @@ def test_windows_have_the_values_that_the_codec_codes_under_a_value_transform(dt
         assert data.all() == (nodata is None)
         np.testing.assert_allclose(window[..., 0][data], coded[data], atol=1e-4)
     assert coded.mean() > 2 * 255 * 6 / 200  # much brighter than without the transform
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_fourth_window_ends_in_padding(channels):
+    windows = [np.broadcast_to(1 + noise(64, 48, channels, seed=seed) % 200, (64, 48, 3)) for seed in range(17)]
+    found = some_padded(windows, np.random.default_rng(0))
+    for place, (window, same) in enumerate(zip(windows, found, strict=True)):
+        changed = (window != same).any(2)
+        assert changed.any() == (place % 4 == 3)
+        assert (same.shape, same.dtype, same.strides[2] == 0) == (window.shape, window.dtype, channels == 1)
+        rows, columns = changed.any(1), changed.any(0)
+        assert changed.sum() == rows.sum() * columns.sum()  # a rectangle at the end
+        if changed.any():
+            assert changed[-1, -1]
+            assert not changed[0, 0]
+    assert [int(found[place][-1, -1, 0]) for place in (3, 7, 11, 15)] == [0, 0, 255, 255]
 
 
 def test_pictures_are_closed_and_too_few_pixels_are_refused():

@@ -24,7 +24,16 @@ from zarr_cae.training.data import Crops, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.loss import SMALLEST_CROP, multiscale_dissimilarity
 from zarr_cae.training.model import RANGES, GainedAutoencoder
-from zarr_cae.training.sampling import EDGE, ImageSource, ImageStack, Window, filled, large_enough, sample_windows
+from zarr_cae.training.sampling import (
+    EDGE,
+    ImageSource,
+    ImageStack,
+    Window,
+    filled,
+    large_enough,
+    sample_windows,
+    some_padded,
+)  # fmt: skip
 from zarr_cae.training.start import Start
 from zarr_cae.training.trainer import Points, Recipe, Trainer, measure
 from zarr_cae.training.unlike import draw_unlike, pictures_to_check
@@ -102,6 +111,7 @@ def fit_weights(
 
     Of four images or more, a tenth is held out whole. These are neighbours in the order of the collection, because
     neighbours are often of one patient or one flight. Of fewer images, neighbouring rows of windows are held out.
+    A fourth of the windows get padding, like chunks at the edges of an array.
 
     So that the weights do not forget, a tenth of the crops are generated pictures. Before the result is taken, it is
     checked on others, and on a photograph: they must decode to more than their mean colour, and need at most a tenth
@@ -169,7 +179,8 @@ def fit_weights(
     assert start.exported is not None
     old = registry.load(start.exported.path)
     with registry.temporary(content) as fitted:
-        saved, reason = _compared(old, fitted, sample.held_out, unlike)
+        held_out = some_padded(sample.held_out, np.random.default_rng(seed))
+        saved, reason = _compared(old, fitted, held_out, unlike)
     if reason:
         return Fit(start.name, 0.0, start.name, reason, held_out=sample.description)
     digest = registry.store(content).digest
@@ -308,9 +319,9 @@ def _compared(old: Weights, fitted: Weights, held_out: Sequence[Window], unlike:
 
 
 def _for_tables(windows: Sequence[Window], seed: int) -> list[Window]:
-    """Return windows to fit the tables to: some of the collection, and a few generated ones."""
-    some = windows[:: math.ceil(len(windows) / _TABLE_WINDOWS)]
+    """Return windows to fit the tables to: some of the collection, also with padding, and a few generated ones."""
     random = np.random.default_rng(seed)
+    some = some_padded(windows[:: math.ceil(len(windows) / _TABLE_WINDOWS)], random)
     return [*some, *(draw_unlike(EDGE, random) for _ in range(math.ceil(_UNLIKE * len(some))))]
 
 

@@ -33,6 +33,7 @@ _FLAT_SHARE = 0.05
 _HELD_OUT_SHARE = 0.1
 _LARGEST_HELD_OUT_SHARE = 1 / 3
 _MOST_HELD_OUT = 16
+_PADDED_EVERY = 4
 _FEWEST_IMAGES = 4
 """Of so many images or more, whole ones are held out."""
 _TWO_RUNS = 20
@@ -198,6 +199,21 @@ def large_enough(sample: Sample, least: int) -> Sample:
             f"cae: a fit for ms-ssim needs windows of at least {least} px; the images are too small"
         )
     return Sample(windows, held_out, sample.description)
+
+
+def some_padded(windows: Sequence[Window], random: np.random.Generator) -> list[Window]:
+    """Return windows of which every fourth ends in padding, as chunks at the edges of an array do.
+
+    The padding is black or white by turns: the usual fill values. A fit that knew none made such chunks a tenth larger.
+    """
+    result = list(windows)
+    for number, place in enumerate(range(_PADDED_EVERY - 1, len(result), _PADDED_EVERY)):
+        window, axis = result[place], number % 2
+        values = window[..., : 1 if window.strides[2] == 0 else 3].copy()
+        padding = slice(int(random.integers(1, window.shape[axis])), None)
+        values[(slice(None),) * axis + (padding,)] = 255 if number // 2 % 2 else 0
+        result[place] = np.broadcast_to(values, window.shape)
+    return result
 
 
 def _windows(part: ImageSource, edge: int, count: int, random: np.random.Generator) -> list[tuple[_Place, Window]]:
