@@ -45,7 +45,9 @@ def fits(monkeypatch):
         calls.append((time, quality, metric, shapes))
         report(fit_module.FitProgress(0.5, 1, 0.1))
         info = registry.store(tiny(**networks(), **contexts(), provenance={"fit": len(calls)}))
-        return fit_module.Fit(info.digest, 0.25, "sha256:" + "1" * 64, file_bytes=1_000_000)
+        return fit_module.Fit(
+            info.digest, 0.25, "sha256:" + "1" * 64, file_bytes=1_000_000, held_out="1 of 4 images"
+        )  # fmt: skip
 
     monkeypatch.setattr(fit_module, "fit_weights", fit_weights)
     return calls
@@ -65,7 +67,9 @@ def test_times():
 def test_encode_stores_fitted_weights_in_the_output(folder, fits, capsys, monkeypatch):
     assert main(["encode", "a.png", "b.png", "out.zarr", "-q", "2", "--fit", "10min"]) == 0
     assert fits == [(10, 2, "mse", [((64, 96, 3), 2), ((64, 96), None)])]
-    assert "25.0% fewer bytes" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "25.0% fewer bytes" in told
+    assert "held out: 1 of 4 images\n" in told
     (digest,) = digests(folder / "out.zarr")
     pixels = zarr_cae.open("out.zarr", path="a")[...]
     assert {name for name, _ in zarr.open_group("out.zarr", mode="r").members()} == {"a", "b"}
@@ -86,10 +90,12 @@ def test_encode_stores_fitted_weights_in_the_output(folder, fits, capsys, monkey
 
 def test_a_fit_that_is_not_taken_is_named(folder, capsys, monkeypatch):
     start = registry.default_digest("cae-v1", 2, "mse")
-    found = fit_module.Fit(start, 0.0, start, "held-out crops need 1.0% more bytes")
+    found = fit_module.Fit(start, 0.0, start, "held-out crops need 1.0% more bytes", held_out="2 of 12 images")
     monkeypatch.setattr(fit_module, "fit_weights", lambda *_, **__: found)
     assert main(["encode", "a.png", "out.zarr", "-q", "2", "--fit", "1s"]) == 0
-    assert "not fitted: held-out crops need 1.0% more bytes" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "not fitted: held-out crops need 1.0% more bytes" in told
+    assert "held out: 2 of 12 images\n" in told
     assert zarr_cae.open("out.zarr").metadata.codecs[-1].weights == start
 
 
@@ -122,21 +128,68 @@ def test_a_conversion_that_goes_on_is_not_fitted_again(folder, fits, monkeypatch
     assert len(fits) == 2
 
 
-@pytest.mark.parametrize("command", ["encode", "convert"])
-@pytest.mark.parametrize(("dtype", "nodata"), [("float32", "nan"), ("uint16", "65535")])
-def test_a_fit_fills_pixels_without_data(folder, monkeypatch, photograph, command, dtype, nodata):
-    pixels = photograph[:256, :256, 0].astype(dtype) * 100
-    pixels[40:80, 100:] = np.float32(nodata)
-    tifffile = pytest.importorskip("tifffile")
-    tifffile.imwrite("m.tif", pixels)
+@pytest.fixture
+def samples(monkeypatch):
+    """Let each fit only sample the images; return the samples."""
     samples = []
 
     def fit_weights(parts, *_, **__):
         samples.append(sample_windows(parts, 0))
         start = registry.default_digest("cae-v1", 2, "mse")
-        return fit_module.Fit(start, 0.0, start, "this is a test")
+        return fit_module.Fit(start, 0.0, start, "this is a test", held_out=samples[-1].description)
 
     monkeypatch.setattr(fit_module, "fit_weights", fit_weights)
+    return samples
+
+
+@pytest.mark.parametrize("command", ["encode", "convert"])
+def test_one_of_several_files_is_held_out_whole(folder, samples, capsys, command):
+    names = [f"{value}.png" for value in range(5)]
+    for value, name in enumerate(names):
+        noise = np.random.default_rng(value).integers(2, size=(128, 192, 3), dtype=np.uint8)
+        Image.fromarray(noise + np.uint8(40 * value)).save(name)
+    assert main([command, *names, "out.zarr", "-q", "2", "--fit", "1s"]) == 0
+    (sample,) = samples
+    assert {int(window.min()) for window in sample.held_out} == {80}
+    assert {int(window.min()) for window in sample.windows} == {0, 40, 120, 160}
+    assert "held out: 1 of 5 images\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["encode", "convert"])
+def test_channels_of_one_place_are_held_out_together(folder, samples, photograph, command):
+    tifffile = pytest.importorskip("tifffile")
+    channels = np.stack([photograph[..., 0] // 8 + np.uint8(32 * channel) for channel in range(5)])
+    tifffile.imwrite("m.ome.tif", channels, metadata={"axes": "CYX"}, photometric="minisblack")
+    assert main([command, "m.ome.tif", "out.zarr", "-q", "2", "--fit", "1s"]) == 0
+    (sample,) = samples
+    assert {int(window.max()) // 32 for window in sample.windows} == {0, 1, 2, 3, 4}
+    places = [{(window % 32).tobytes() for window in windows} for windows in (sample.windows, sample.held_out)]
+    assert all(places)
+    assert not places[0] & places[1]
+
+
+@pytest.mark.parametrize("command", ["encode", "convert"])
+def test_a_fit_sees_the_transformed_values(folder, samples, command):
+    tifffile = pytest.importorskip("tifffile")
+    counts = np.random.default_rng(0).poisson(5, (128, 128)).astype(np.uint16)
+    tifffile.imwrite("m.tif", counts)
+    options = ["-q", "2", "--fit", "1s", "--value-range", "0,1000", "--value-transform", "sqrt"]
+    assert main([command, "m.tif", "out.zarr", *options]) == 0
+    (sample,) = samples
+    least, most = np.sqrt(0.375), np.sqrt(1000.375)
+    coded = 255 * (np.sqrt(counts + 0.375) - least) / (most - least)
+    blocks = [coded[top : top + 64, left : left + 64] for top in (0, 64) for left in (0, 64)]
+    for window in [*sample.windows, *sample.held_out]:
+        assert any(np.allclose(window[..., 0], block, atol=1e-3) for block in blocks)
+
+
+@pytest.mark.parametrize("command", ["encode", "convert"])
+@pytest.mark.parametrize(("dtype", "nodata"), [("float32", "nan"), ("uint16", "65535")])
+def test_a_fit_fills_pixels_without_data(folder, samples, photograph, command, dtype, nodata):
+    pixels = photograph[:256, :256, 0].astype(dtype) * 100
+    pixels[40:80, 100:] = np.float32(nodata)
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite("m.tif", pixels)
     options = ["-q", "2", "--fit", "1s", "--value-range", "0,30000", "--nodata", nodata]
     assert main([command, "m.tif", "out.zarr", *options]) == 0
     (sample,) = samples

@@ -2,6 +2,10 @@
 
 import functools
 import http.server
+import json
+import multiprocessing
+import operator
+import pickle
 import threading
 from contextlib import contextmanager
 
@@ -24,12 +28,12 @@ def elsewhere(move_weights):
     return move_weights
 
 
-def archive(store):
+def archive(store, shards=None, **provenance):
     """Return a group with one array inside a group, and its pixels."""
-    digest = registry.store(tiny(**networks(), **contexts())).digest
+    digest = registry.store(tiny(**networks(), **contexts(), provenance=provenance)).digest
     root = zarr.create_group(store)
     array = root.create_array(
-        "a/b", shape=(32, 32, 3), chunks=(32, 32, 3), dtype="uint8", compressors=None,
+        "a/b", shape=(32, 32, 3), chunks=(32, 32, 3), shards=shards, dtype="uint8", compressors=None,
         serializer=CAECodec(quality=2, weights=digest),
     )  # fmt: skip
     array[...] = np.arange(32 * 32 * 3).reshape(32, 32, 3) % 251
@@ -57,6 +61,74 @@ def test_an_archive_brings_its_weights(tmp_path, elsewhere, kind):
     elsewhere("third")
     assert [info.digest for info in import_weights(store)] == [digest]
     np.testing.assert_array_equal(zarr.open(store, mode="r")["a/b"][...], pixels)
+
+
+@pytest.mark.parametrize("shards", [None, (32, 32, 3)])
+@pytest.mark.parametrize("open_archive", [zarr_cae.open, open_bottleneck])
+def test_a_pickled_array_finds_the_weights_of_its_archive(tmp_path, elsewhere, shards, open_archive):
+    store = LocalStore(tmp_path / "x.zarr")
+    digest, _ = archive(store, shards)
+    embed_weights(store)
+    elsewhere("second")
+    array = open_archive(store, path="a/b")
+    content, values = pickle.dumps(array), array[...]
+    elsewhere("another process")
+    assert registry.find_digest(digest) is None
+    again = pickle.loads(content)
+    assert registry.find_digest(digest) is not None
+    np.testing.assert_array_equal(again[...], values)
+    (codec,), (same,) = again.metadata.codecs, array.metadata.codecs
+    assert codec == same
+    assert codec.to_dict() == same.to_dict()
+    if shards is None:  # sharding codecs have no hash by their value
+        assert hash(codec) == hash(same)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [None, (32, 32, 3)])
+@pytest.mark.parametrize("open_archive", [zarr_cae.open, open_bottleneck])
+def test_a_spawned_process_finds_the_weights_of_the_archive(tmp_path, elsewhere, shards, open_archive):
+    store = LocalStore(tmp_path / "x.zarr")
+    archive(store, shards)
+    embed_weights(store)
+    elsewhere("second")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # begins before the archive is opened
+        array = open_archive(tmp_path / "x.zarr", path="a/b")
+        found = pool.apply(operator.getitem, (array, ...))
+        np.testing.assert_array_equal(found, array[...])
+    assert not (tmp_path / "second").exists()
+
+
+def test_metadata_do_not_say_where_weights_were_found(tmp_path, elsewhere):
+    store = LocalStore(tmp_path / "x.zarr")
+    digest, _ = archive(store, (32, 32, 3))
+    embed_weights(store)
+    elsewhere("second")
+    array = zarr_cae.open(store, path="a/b")
+    folder = str(registry.find_digest(digest).path.parent)
+    assert folder in str(pickle.dumps(array))
+    (codec,) = array.metadata.codecs[-1].codecs
+    for text in (json.dumps(array.metadata.to_dict(), default=str), json.dumps(codec.to_dict()), repr(codec)):
+        assert folder not in text
+        assert digest in text
+
+
+def test_a_pickled_array_refuses_damaged_weights(tmp_path, elsewhere):
+    store = LocalStore(tmp_path / "x.zarr")
+    digest, _ = archive(store, damaged="in the folder of the process")
+    embed_weights(store)
+    elsewhere("second")
+    content = pickle.dumps(zarr_cae.open(store, path="a/b"))
+    file = registry.find_digest(digest).path
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    elsewhere("another process")
+    array = pickle.loads(content)
+    with pytest.raises(CAEConfigurationError, match="damaged"):
+        array[...]
+    file.unlink()
+    elsewhere("a process on another machine")
+    with pytest.raises(WeightsNotFoundError, match=r"zarr_cae.open.*weights import"):
+        pickle.loads(content)[...]
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

@@ -8,6 +8,7 @@ from zarr_cae import CAECodec, CAEConfigurationError
 from zarr_cae.cli.evaluate import code
 from zarr_cae.training import fit as fit_module
 from zarr_cae.training.data import Crops
+from zarr_cae.training.export import export
 from zarr_cae.training.fit import archive_saved, bytes_saved, coded_curves, fit_weights
 from zarr_cae.training.sampling import ImageSource, ImageStack, filled
 from zarr_cae.training.start import Start
@@ -25,7 +26,7 @@ def threads():
 
 
 def test_other_sources_are_refused(photograph):
-    for wrong in (photograph.astype(np.uint16), photograph[..., 0], "x"):
+    for wrong in (photograph.astype(np.uint16), photograph[..., 0], "x", [photograph, photograph[..., 0]]):
         with pytest.raises(CAEConfigurationError, match="a fit needs uint8"):
             fit_weights(wrong)
     for options, message in (({"minutes": 0}, "time"), ({"quality": 9}, "from 1 to 8")):
@@ -33,6 +34,12 @@ def test_other_sources_are_refused(photograph):
             fit_weights(photograph, **options)
     with pytest.raises(CAEConfigurationError, match="at least 96 px"):
         fit_weights(photograph[:128, :128], metric="ms-ssim")
+
+
+def test_each_array_of_a_list_is_a_part_of_the_collection(photograph):
+    arrays = [photograph, photograph[:64], np.stack([photograph[:32]] * 2)]
+    parts = fit_module._parts(arrays)
+    assert [part.open().array.shape for part in parts] == [array.shape for array in arrays]
 
 
 def test_bytes_saved_at_equal_psnr():
@@ -107,6 +114,22 @@ def test_a_network_that_forgot_goes_back_towards_the_start(trainer):
     assert fit_module._that_remembers(trainer, before, unlike) is None
 
 
+@pytest.mark.slow
+def test_fitted_tables_know_the_padding_of_chunks_at_the_edge(photograph, trainer):
+    busy = (photograph + np.random.default_rng(0).normal(0, 25, photograph.shape)).clip(0, 255).astype(np.uint8)
+    windows = [busy[top : top + 128, left : left + 128] for top in (0, 128, 256) for left in (0, 128, 256)]
+    model = trainer.averaged()
+
+    def size(known):
+        with registry.temporary(export(model, "mse", {}, fit_module._tensors(known))) as weights:
+            edge = busy[384:, 384:].copy()
+            edge[16:] = 0
+            ((sizes, _),) = coded_curves(weights, [edge])
+        return np.exp(sizes).sum()
+
+    assert size(fit_module._for_tables(windows, 0)) < 0.9 * size(windows)
+
+
 def test_the_phases_of_a_fit_train_what_they_name(trainer):
     def changed():
         old = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -129,6 +152,7 @@ def test_a_fit_of_a_second_does_no_harm(photograph, tmp_path, monkeypatch, threa
     monkeypatch.setenv("ZARR_CAE_WEIGHTS", str(tmp_path))
     found = fit_weights(photograph[:256, :256], minutes=0.01, crop=64)
     assert found.start == registry.default_digest("cae-v1", 5, "mse")
+    assert found.held_out == "4 of 16 windows, side by side"
     assert found.saved >= 0
     if found.digest == found.start:
         assert found.reason

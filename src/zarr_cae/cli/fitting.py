@@ -68,7 +68,7 @@ def fit_to_images(arguments: argparse.Namespace, options: Options, images: Seque
         source, codec = item.source, item.codec
         return ImageStack(
             source.array, cast("int | None", codec.channel_axis), codec.value_range, source.close,
-            resolve_nodata(source.dtype, codec.nodata),
+            resolve_nodata(source.dtype, codec.nodata), _same_place(item.dimension_names), codec.value_transform,
         )  # fmt: skip
 
     parts = [ImageSource(megapixels(path, **chosen), partial(opened, path)) for path in images]
@@ -156,12 +156,18 @@ def _fit(arguments: argparse.Namespace, quality: int, parts: list[ImageSource]) 
 
 
 def _told(found: Fit) -> str:
+    held_out = f"; held out: {found.held_out}"
     if found.digest == found.start:
-        return f"not fitted: {found.reason}; encoding with the weights {found.start[:19]}... as they are"
+        return f"not fitted: {found.reason}; encoding with the weights {found.start[:19]}... as they are{held_out}"
     return (
         f"fitted: held-out crops need {found.saved:.1%} fewer bytes at equal quality than with the weights "
-        f"{found.start[:19]}...; the fitted ones take {found.file_bytes / 1e6:.1f} MB in the output"
+        f"{found.start[:19]}...; the fitted ones take {found.file_bytes / 1e6:.1f} MB in the output{held_out}"
     )
+
+
+def _same_place(axes: Sequence[str | None]) -> tuple[int, ...]:
+    """Return the axes along which pictures show the same place: channels and depth."""
+    return tuple(number for number, name in enumerate(axes) if name in {"c", "z"})
 
 
 class _SlideArray:
@@ -184,5 +190,6 @@ def _slide_picture(conversion: Conversion) -> ImageStack:
     axis = conversion.axes.index("c") if conversion.rgb else None
     return ImageStack(
         _SlideArray(slide.read, slide.shape, slide.dtype), axis, conversion.value_range, slide.close,
-        resolve_nodata(np.dtype(slide.dtype), choices.values.get("nodata")),
+        resolve_nodata(np.dtype(slide.dtype), choices.values.get("nodata")), _same_place(conversion.axes),
+        choices.values.get("value_transform"),
     )  # fmt: skip

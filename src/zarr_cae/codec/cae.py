@@ -37,7 +37,7 @@ from zarr_cae.pixels.convert import resolve_value_range
 from zarr_cae.pixels.layout import RGB, Layout, ValueRange, ValueTransform, resolve_channel_axis
 from zarr_cae.pixels.mask import find_mask
 from zarr_cae.weights.file import DEFAULT_MODEL, METRICS, MODELS, QUALITIES, Metric, Weights, WeightsInfo
-from zarr_cae.weights.registry import check_digest, default_digest, find, load, resolve
+from zarr_cae.weights.registry import Digest, check_digest, default_digest, find, load, resolve
 
 NAME = "cae"
 
@@ -145,7 +145,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         put("min_psnr", checked_min_psnr(self.min_psnr))
         check_choice("value_transform", self.value_transform, (None, "sqrt"))
         weights = resolve(self.weights or None, model=self.model, quality=self.quality, metric=self.metric)
-        put("weights", weights)
+        put("weights", Digest(weights))
 
     def __repr__(self) -> str:
         default = {field.name: field.default for field in fields(self) if field.init}
@@ -181,7 +181,7 @@ class CAECodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin, ArrayBytesCod
         codec = cls(**configuration)
         object.__setattr__(codec, "_origin", "stored")
         if "weights" in configuration:  # stored chunks need this very file, not another one of its family
-            object.__setattr__(codec, "weights", configuration["weights"])
+            object.__setattr__(codec, "weights", Digest(configuration["weights"]))
         return codec
 
     def to_dict(self) -> dict[str, JSON]:

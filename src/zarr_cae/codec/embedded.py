@@ -38,7 +38,8 @@ def open(  # noqa: A001 - named like `zarr.open`
 ) -> zarr.Array[Any] | zarr.Group:
     """Open an array or a group like `zarr.open`, with the weights that the archive holds.
 
-    Weights that are not on this machine are taken from the archive, for this process only. `import_weights` keeps them.
+    Weights that are not on this machine are taken from the archive, for this process and for those on this machine that
+    get an array from it, such as the workers of a DataLoader. `import_weights` keeps them.
 
     Parameters
     ----------

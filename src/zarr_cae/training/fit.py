@@ -24,7 +24,16 @@ from zarr_cae.training.data import Crops, read_images
 from zarr_cae.training.export import export
 from zarr_cae.training.loss import SMALLEST_CROP, multiscale_dissimilarity
 from zarr_cae.training.model import RANGES, GainedAutoencoder
-from zarr_cae.training.sampling import EDGE, ImageSource, ImageStack, Window, filled, large_enough, sample_windows
+from zarr_cae.training.sampling import (
+    EDGE,
+    ImageSource,
+    ImageStack,
+    Window,
+    filled,
+    large_enough,
+    sample_windows,
+    some_padded,
+)  # fmt: skip
 from zarr_cae.training.start import Start
 from zarr_cae.training.trainer import Points, Recipe, Trainer, measure
 from zarr_cae.training.unlike import draw_unlike, pictures_to_check
@@ -80,6 +89,8 @@ class Fit(NamedTuple):
     """Why the fitted weights are not used; empty if they are."""
     file_bytes: int = 0
     """Size of the fitted weights file."""
+    held_out: str = ""
+    """What was held out for the comparison, such as "4 of 40 images"."""
 
 
 def fit_weights(
@@ -92,11 +103,15 @@ def fit_weights(
     seed: int = 0,
     report: Callable[[FitProgress], None] | None = None,
 ) -> Fit:
-    """Fit the weights to a collection, and keep them only if they save 1 % of the bytes on windows that were held out.
+    """Fit the weights to a collection, and keep them only if they save 1 % of the bytes on images that were held out.
 
     Starts from those named weights on this machine that need the fewest bytes on the collection. Trains the
     densities, then the decoder, then all. The fitted weights go to the cache folder. They serve all qualities of the
     range, 1 to 5 or 6 to 8.
+
+    Of four images or more, a tenth is held out whole. These are neighbours in the order of the collection, because
+    neighbours are often of one patient or one flight. Of fewer images, neighbouring rows of windows are held out.
+    A fourth of the windows get padding, like chunks at the edges of an array.
 
     So that the weights do not forget, a tenth of the crops are generated pictures. Before the result is taken, it is
     checked on others, and on a photograph: they must decode to more than their mean colour, and need at most a tenth
@@ -105,8 +120,8 @@ def fit_weights(
     Parameters
     ----------
     source
-        An array of uint8 pixels, (H, W, 3) or (N, H, W, 3), of NumPy or zarr; a list of image files, folders and tar
-        files; or a list of `ImageSource` for anything else.
+        An array of uint8 pixels, (H, W, 3) or (N, H, W, 3), of NumPy or zarr, or a list of such arrays; a list of image
+        files, folders and tar files; or a list of `ImageSource` for anything else.
     minutes
         How long to train. Reading the sample and the comparisons take up to a minute more.
     quality
@@ -153,19 +168,23 @@ def fit_weights(
     unlike = pictures_to_check()
     model = _that_remembers(trainer, before, unlike)
     if model is None:
-        return Fit(start.name, 0.0, start.name, "the fitted weights are much worse for other pictures")
+        reason = "the fitted weights are much worse for other pictures"
+        return Fit(start.name, 0.0, start.name, reason, held_out=sample.description)
     provenance = {
         "recipe": asdict(recipe), "steps": trainer.step, "minutes": round(trainer.seconds / 60, 1),
-        "windows": len(sample.windows), "fitted from": start.name, "torch": version("torch"),
+        "windows": len(sample.windows), "held out": sample.description, "fitted from": start.name,
+        "torch": version("torch"),
     }  # fmt: skip
     content = export(model, metric, provenance, _tensors(_for_tables(sample.windows, seed)))
     assert start.exported is not None
     old = registry.load(start.exported.path)
     with registry.temporary(content) as fitted:
-        saved, reason = _compared(old, fitted, sample.held_out, unlike)
+        held_out = some_padded(sample.held_out, np.random.default_rng(seed))
+        saved, reason = _compared(old, fitted, held_out, unlike)
     if reason:
-        return Fit(start.name, 0.0, start.name, reason)
-    return Fit(registry.store(content).digest, saved, start.name, file_bytes=len(content))
+        return Fit(start.name, 0.0, start.name, reason, held_out=sample.description)
+    digest = registry.store(content).digest
+    return Fit(digest, saved, start.name, file_bytes=len(content), held_out=sample.description)
 
 
 def fit(source: npt.NDArray[Any] | Any, minutes: float = 10, **options: Any) -> str:
@@ -201,18 +220,19 @@ def _parts(source: Any) -> list[ImageSource]:
     if isinstance(source, list | tuple):
         if all(isinstance(one, ImageSource) for one in source):
             return list(source)
-        images = read_images([Path(one) for one in source])
-        return [_part(image) for image in images]
+        if all(isinstance(one, str | Path) for one in source):
+            source = read_images([Path(one) for one in source])
+        return [_part(array) for array in source]
+    return [_part(source)]
+
+
+def _part(source: Any) -> ImageSource:
     if getattr(source, "dtype", None) != np.uint8 or source.shape[-1] != 3 or source.ndim not in (3, 4):
         raise CAEConfigurationError(
             f"cae: a fit needs uint8 pixels (H, W, 3) or (N, H, W, 3), got {getattr(source, 'dtype', type(source))} "
             f"{getattr(source, 'shape', '')}"
         )
-    return [_part(source)]
-
-
-def _part(array: Any) -> ImageSource:
-    return ImageSource(math.prod(array.shape), lambda: ImageStack(array, array.ndim - 1))
+    return ImageSource(math.prod(source.shape), lambda: ImageStack(source, source.ndim - 1))
 
 
 def _crop(windows: Sequence[Window], largest: int, metric: Metric) -> int:
@@ -299,9 +319,9 @@ def _compared(old: Weights, fitted: Weights, held_out: Sequence[Window], unlike:
 
 
 def _for_tables(windows: Sequence[Window], seed: int) -> list[Window]:
-    """Return windows to fit the tables to: some of the collection, and a few generated ones."""
-    some = windows[:: math.ceil(len(windows) / _TABLE_WINDOWS)]
+    """Return windows to fit the tables to: some of the collection, also with padding, and a few generated ones."""
     random = np.random.default_rng(seed)
+    some = some_padded(windows[:: math.ceil(len(windows) / _TABLE_WINDOWS)], random)
     return [*some, *(draw_unlike(EDGE, random) for _ in range(math.ceil(_UNLIKE * len(some))))]
 
 

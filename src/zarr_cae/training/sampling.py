@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_cae.errors import CAEConfigurationError
-from zarr_cae.pixels.convert import resolve_value_range, to_planes
-from zarr_cae.pixels.layout import Layout, ValueRange
+from zarr_cae.pixels.convert import resolve_value_range, to_planes, to_root
+from zarr_cae.pixels.layout import Layout, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
 
 Window = npt.NDArray[Any]
@@ -30,7 +31,13 @@ _BUSY = 90
 _FLAT_SHARE = 0.05
 """Flat windows among those that are kept, so that a fit does not forget them."""
 _HELD_OUT_SHARE = 0.1
+_LARGEST_HELD_OUT_SHARE = 1 / 3
 _MOST_HELD_OUT = 16
+_PADDED_EVERY = 4
+_FEWEST_IMAGES = 4
+"""Of so many images or more, whole ones are held out."""
+_TWO_RUNS = 20
+"""Of so many images or more, some neighbours are held out in the first half, and some in the second."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,10 @@ class ImageStack:
     close: Callable[[], None] = lambda: None
     nodata: float | None = None
     """The value of samples without data."""
+    same_place: tuple[int, ...] = ()
+    """Axes along which pictures show the same place, such as the channels of a microscope: they count as one image."""
+    value_transform: ValueTransform = None
+    """The value transform of the codec: windows have the values that it codes."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,9 @@ class Sample:
 
     windows: list[Window]
     held_out: list[Window]
-    """No pixel of these is in `windows`. They are from other parts, if the collection has many."""
+    """No pixel of these is in `windows`. They are from other images, if the collection has at least four."""
+    description: str
+    """What was held out, such as "4 of 40 images"."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,15 @@ class _Cell:
     plane: tuple[int, ...]
     rows: slice
     columns: slice
+
+    def place(self, same_place: tuple[int, ...]) -> _Place:
+        """Return the place within its part. Pictures along the axes `same_place` have the same places."""
+        image = tuple(number for axis, number in enumerate(self.plane) if axis not in same_place)
+        return image, self.rows.start, self.columns.start
+
+
+_Place = tuple[tuple[int, ...], int, int]
+"""Where a window lies in its part: the image, and its first row and column there."""
 
 
 def sample_windows(parts: Sequence[ImageSource], seed: int) -> Sample:
@@ -90,7 +112,7 @@ def sample_windows(parts: Sequence[ImageSource], seed: int) -> Sample:
         If the collection is too small, or a picture has values outside its value range.
     """
     random = np.random.default_rng(seed)
-    order = [parts[index] for index in random.permutation(len(parts))[:_MOST]]
+    order = [parts[index] for index in sorted(random.permutation(len(parts))[:_MOST])]
     total = sum(part.size for part in order)
     for edge in _EDGES:
         by_part = [_windows(part, edge, max(1, round(_MOST * part.size / total)), random) for part in order]
@@ -102,17 +124,63 @@ def sample_windows(parts: Sequence[ImageSource], seed: int) -> Sample:
             f"cae: a fit needs at least 4 windows of {_EDGES[-1]} px from the images, and found {count}; use the "
             "bundled weights for so few pixels"
         )
-    every = round(1 / _HELD_OUT_SHARE)
-    filled = [windows for windows in by_part if windows]
-    if len(filled) >= 2 * every:
-        held_out = [window for windows in filled[::every] for window in windows]
-        rest = [window for place, windows in enumerate(filled) if place % every for window in windows]
+    return _divided([(part, *one) for part, windows in enumerate(by_part) for one in windows], random)
+
+
+def _divided(found: Sequence[tuple[int, _Place, Window]], random: np.random.Generator) -> Sample:
+    """Hold out a share of the windows: whole images if there are enough of them, else neighbouring rows of windows.
+
+    Images of one patient, or of one flight, look alike, and are often neighbours in the order of the collection. So
+    neighbours are held out together.
+
+    Parameters
+    ----------
+    found
+        The number of the part, the place there, and the window.
+    random
+        Puts the windows into a random order, and chooses some of those held out if they are many.
+    """
+    # Try whole parts, images within them, rows of windows, places, and at last single windows.
+    for depth in range(1, 6):
+        groups = [(part, *place, number)[:depth] for number, (part, place, _) in enumerate(found)]
+        counts = Counter(groups)
+        units = sorted(counts)
+        whole_images = depth <= 2
+        if whole_images and len(units) < _FEWEST_IMAGES:
+            continue
+        chosen = {units[one] for one in _runs([counts[unit] for unit in units])}
+        held_out = [number for number, group in enumerate(groups) if group in chosen]
+        if len(held_out) <= _LARGEST_HELD_OUT_SHARE * len(found):
+            break
+    description = f"{len(chosen)} of {len(units)} images"
+    if not whole_images:
+        description = f"{len(held_out)} of {len(found)} windows{', side by side' if len(held_out) > 1 else ''}"
+    rest = [number for number, group in enumerate(groups) if group not in chosen]
+    some = random.permutation(held_out)[:_MOST_HELD_OUT]
+    return Sample([found[one][2] for one in random.permutation(rest)], [found[one][2] for one in some], description)
+
+
+def _runs(counts: Sequence[int]) -> Iterator[int]:
+    """Yield the numbers of the units to hold out, by how many windows each unit has."""
+    if len(counts) < _TWO_RUNS:
+        yield from _run(counts, 0, len(counts))
     else:
-        windows = [window for windows in filled for window in windows]
-        held_out = windows[::every]
-        rest = [window for place, window in enumerate(windows) if place % every]
-    chosen = random.permutation(len(held_out))[:_MOST_HELD_OUT]
-    return Sample(rest, [held_out[index] for index in chosen])
+        middle = len(counts) // 2
+        yield from _run(counts, 0, middle)
+        yield from _run(counts, middle, len(counts))
+
+
+def _run(counts: Sequence[int], start: int, stop: int) -> range:
+    """Return consecutive units that have the share of windows to hold out, and few more; the most central ones."""
+    least = _HELD_OUT_SHARE * sum(counts[start:stop])
+    runs = []
+    for first in range(start, stop):
+        totals = np.cumsum(counts[first:stop])
+        if totals[-1] >= least:
+            length = int(np.searchsorted(totals, least)) + 1
+            off_centre = abs(2 * first + length - start - stop)
+            runs.append((int(totals[length - 1]), off_centre, range(first, first + length)))
+    return min(runs, key=lambda run: run[:2])[2]
 
 
 def large_enough(sample: Sample, least: int) -> Sample:
@@ -130,23 +198,39 @@ def large_enough(sample: Sample, least: int) -> Sample:
         raise CAEConfigurationError(
             f"cae: a fit for ms-ssim needs windows of at least {least} px; the images are too small"
         )
-    return Sample(windows, held_out)
+    return Sample(windows, held_out, sample.description)
 
 
-def _windows(part: ImageSource, edge: int, count: int, random: np.random.Generator) -> list[Window]:
-    """Return up to `count` windows of a part in random order, few of which are flat."""
+def some_padded(windows: Sequence[Window], random: np.random.Generator) -> list[Window]:
+    """Return windows of which every fourth ends in padding, as chunks at the edges of an array do.
+
+    The padding is black or white by turns: the usual fill values. A fit that knew none made such chunks a tenth larger.
+    """
+    result = list(windows)
+    for number, place in enumerate(range(_PADDED_EVERY - 1, len(result), _PADDED_EVERY)):
+        window, axis = result[place], number % 2
+        values = window[..., : 1 if window.strides[2] == 0 else 3].copy()
+        padding = slice(int(random.integers(1, window.shape[axis])), None)
+        values[(slice(None),) * axis + (padding,)] = 255 if number // 2 % 2 else 0
+        result[place] = np.broadcast_to(values, window.shape)
+    return result
+
+
+def _windows(part: ImageSource, edge: int, count: int, random: np.random.Generator) -> list[tuple[_Place, Window]]:
+    """Return up to `count` windows of a part, few of which are flat, and their places."""
     picture = part.open()
     try:
         cells = list(_cells(picture, edge, random, _CANDIDATES * count))
-        found = [window for cell in cells if (window := _read(picture, cell)) is not None]
+        read = [(cell.place(picture.same_place), _read(picture, cell)) for cell in cells]
     finally:
         picture.close()
-    deviation = np.array([np.nanstd(window) for window in found])
+    found = [(place, window) for place, window in read if window is not None]
+    deviation = np.array([np.nanstd(window) for _, window in found])
     flat = deviation < _FLAT * np.percentile(deviation, _BUSY) if found else np.zeros(0, bool)
-    busy_ones = [window for window, one in zip(found, flat, strict=True) if not one][:count]
-    flat_ones = [window for window, one in zip(found, flat, strict=True) if one]
-    kept = [*busy_ones, *flat_ones[: math.ceil(_FLAT_SHARE * len(busy_ones))]]
-    return [kept[index] for index in random.permutation(len(kept))]
+    order = random.permutation(len(found))
+    busy_ones = [found[index] for index in order if not flat[index]][:count]
+    flat_ones = [found[index] for index in order if flat[index]]
+    return [*busy_ones, *flat_ones[: math.ceil(_FLAT_SHARE * len(busy_ones))]]
 
 
 def _cells(picture: ImageStack, edge: int, random: np.random.Generator, count: int) -> Iterator[_Cell]:
@@ -201,9 +285,12 @@ def _read(picture: ImageStack, cell: _Cell) -> Window | None:
         return None
     else:
         pixels = np.where(mask, pixels.dtype.type(value_range[0]), pixels)
-    values = to_planes(pixels, own, value_range)[0].transpose(1, 2, 0) * np.float32(255)
+    planes = to_planes(pixels, own, value_range)
+    if picture.value_transform == "sqrt":
+        planes = to_root(planes, value_range)
+    values = planes[0].transpose(1, 2, 0) * np.float32(255)
     if mask is not None:
         values[to_planes(mask.view(np.uint8), own, (0, 1))[0].transpose(1, 2, 0) > 0.5] = np.nan
-    elif pixels.dtype == np.uint8 and tuple(value_range) == (0, 255):
+    elif pixels.dtype == np.uint8 and tuple(value_range) == (0, 255) and picture.value_transform is None:
         values = np.rint(values).astype(np.uint8)
     return np.broadcast_to(values, (*values.shape[:2], 3))

@@ -1,7 +1,7 @@
 """Find the weights files on this machine by digest, name or configuration; load, store and list them.
 
 A file is looked for among the bundled ones, then in the cache folder, then in the folders that this process has added
-(`add_folder`), and never under a path or URL from metadata.
+(`add_folder`), and never under a path or URL from metadata. A pickled `Digest` tells other processes of added folders.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
@@ -63,6 +63,33 @@ def add_folder(folder: Path) -> None:
     """Let this process look for weights files in one more folder."""
     if folder not in _added_folders:
         _added_folders.append(folder)
+
+
+class Digest(str):
+    """The digest of a weights file. Its pickle also names the folder of the file, if this process has added that.
+
+    An array from `zarr_cae.open` reaches the workers of a DataLoader or of Dask as a pickle, and they have not added
+    the folder with the weights of its archive. A codec within shards is pickled as its metadata, so the digest is all
+    that every pickle has. In comparisons, hashes and JSON it is a plain string. Whoever loads a file checks its digest.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Callable[[str, str | None], Digest], tuple[str, str | None]]:
+        folder = next((folder for folder in _added_folders if _path(folder, self).is_file()), None)
+        return _unpickled, (str(self), None if folder is None else str(folder))
+
+
+def _unpickled(digest: str, folder: str | None) -> Digest:
+    """Return a digest from another process, and look for its file in the folder that this process has added."""
+    if folder is not None and _path(Path(folder), digest).is_file():
+        add_folder(Path(folder))
+    return Digest(digest)
+
+
+def _path(folder: Path, digest: str) -> Path:
+    """Return the path of a weights file in a folder."""
+    return folder / f"{digest.removeprefix('sha256:')}.safetensors"
 
 
 def _folders() -> tuple[Path, ...]:
@@ -176,7 +203,7 @@ def _within_family(digest: str, model: str, quality: int, metric: str) -> str:
 
     Return the same digest if that file serves, if none of its family does, or if it is not bundled.
     """
-    path = bundled_folder() / f"{digest.removeprefix('sha256:')}.safetensors"
+    path = _path(bundled_folder(), digest)
     if not path.is_file():
         return digest
     info = read_info(path)
@@ -217,7 +244,7 @@ def find_digest(digest: str) -> WeightsInfo | None:
     """Return the file with this digest, or None if it is not on this machine."""
     check_digest(digest)
     for folder in _folders():
-        path = folder / f"{digest.removeprefix('sha256:')}.safetensors"
+        path = _path(folder, digest)
         if path.is_file():
             return read_info(path)
     return None
