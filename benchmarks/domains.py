@@ -1,9 +1,9 @@
 """Bytes at equal PSNR on folders of images: given weights against the default ones and classical codecs.
 
     python benchmarks/domains.py FOLDER... [--weights DIGEST,...] [--every N] [--quality 2,3,4,5,6,7]
-        [--against jpeg,webp,jpegxl,jpegxl3,avif] [--points 6]
+        [--against jpeg,webp,jpegxl,jpegxl3,avif] [--points 6] [--chunks 256]
 
-Images are RGB or grey, 8 or 16 bits. All are coded in chunks of 256 by the weights for mse, through zarr in memory; the
+Images are RGB or grey, 8 or 16 bits. All are coded in chunks by the weights for mse, through zarr in memory; the
 classical codecs code whole images at `--points` settings (`zarr_cae.evaluation.classical`: AVIF at speed 6 and 4:4:4,
 JPEG XL at efforts 7 and 3), all in the same run. The table has BD-rates in PSNR: bytes more (+) or less (-) than the
 codec of the column needs. Points of a curve are means over the images of bits per pixel and of PSNR in dB.
@@ -11,6 +11,8 @@ codec of the column needs. Points of a curve are means over the images of bits p
 --weights   digests of weights files, or names of bundled weights. Files of different ranges of quality that follow one
             another form one family, for instance the low and the high range.
 --every     takes every Nth image of each folder, by name
+--chunks    edge of a chunk in pixels. Where it does not divide the images, chunks are padded, as at the edge of an
+            array
 
 16-bit images: the largest value is taken as 2^b - 1, where b is the number of bits that the image needs. The classical
 codecs get such images rounded to 8 bits, which costs them nothing at these rates, and PSNR is taken on the original.
@@ -39,7 +41,7 @@ from zarr_cae.evaluation.classical import CLASSICAL, code_classical, spread
 from zarr_cae.evaluation.measures import bits_per_pixel, psnr
 from zarr_cae.weights.registry import available
 
-CHUNK, BEST = 256, 80.0
+BEST = 80.0
 Curve = tuple[list[float], list[float]]
 """Mean bits per pixel, and mean PSNR in dB."""
 
@@ -82,7 +84,7 @@ def families(digests: Iterable[str], qualities: list[int]) -> list[dict[int, str
     return result
 
 
-def ours(pictures: list[Picture], family: dict[int, str | None]) -> Curve:
+def ours(pictures: list[Picture], family: dict[int, str | None], chunks: int) -> Curve:
     rates, decibels = [], []
     for quality in sorted(family):
         points = []
@@ -90,7 +92,7 @@ def ours(pictures: list[Picture], family: dict[int, str | None]) -> Curve:
             axis = 2 if picture.pixels.ndim == 3 else None
             value_range = None if picture.pixels.dtype == np.uint8 else (0, picture.peak)
             codec = CAECodec(quality, weights=family[quality] or "", channel_axis=axis, value_range=value_range)
-            coded = code(picture.pixels, codec, CHUNK)
+            coded = code(picture.pixels, codec, chunks)
             points.append((picture.bpp(coded.nbytes), picture.psnr(coded.pixels)))
         rate, level = np.mean(points, axis=0)
         rates.append(float(rate))
@@ -129,10 +131,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     )
     if not pictures:
         return
-    curves = {"default": ours(pictures, dict.fromkeys(arguments.quality))}
+    curves = {"default": ours(pictures, dict.fromkeys(arguments.quality), arguments.chunks)}
     for family in families(arguments.weights, arguments.quality):
         name = ", ".join(digest[:15] for digest in dict.fromkeys(family.values()))
-        curves[name] = ours(pictures, dict(family))
+        curves[name] = ours(pictures, dict(family), arguments.chunks)
     others = {CLASSICAL[name].title: classical(pictures, name, arguments.points) for name in arguments.against}
     rows = [
         [name, "" if name == "default" else difference(curves["default"], curve)]
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--quality", type=lambda text: [int(word) for word in text.split(",")], default=[*range(2, 8)])
     parser.add_argument("--against", type=names, default=["jpeg", "webp", "jpegxl", "jpegxl3", "avif"])
     parser.add_argument("--points", type=int, default=6)
+    parser.add_argument("--chunks", type=int, default=256)
     arguments = parser.parse_args()
     if unknown := set(arguments.against) - set(CLASSICAL):
         parser.error(f"unknown codecs: {', '.join(sorted(unknown))}; choose from {', '.join(CLASSICAL)}")

@@ -91,7 +91,7 @@ def main() -> None:
             cells = []
             for pictures in tests:
                 before, after = (
-                    ours(pictures, dict.fromkeys(qualities, digest)) for digest in (found.start, found.digest)
+                    ours(pictures, dict.fromkeys(qualities, digest), 256) for digest in (found.start, found.digest)
                 )
                 cells.append(difference(before, after))
             own = f"{-100 * found.saved:+.1f} %"
