@@ -311,7 +311,7 @@ def _coded(array: zarr.Array[Any], codec: CAECodec) -> list[tuple[str, str]]:
     if census is None or not census.chunks + census.damaged:
         return []
     spread = ", ".join(f"{count:,} at quality {quality}" for quality, count in sorted(census.qualities.items()))
-    notes = [f"{census.masked:,} with masks"] if census.masked else []
+    notes = [f"{census.masked:,} {'padded' if codec.nodata is None else 'with masks'}"] if census.masked else []
     notes += [f"{census.corrected:,} with corrections"] if census.corrected else []
     notes += [] if census.complete else ["the others were not counted"]
     notes += [f"{census.damaged:,} damaged (see `zarr-cae verify`)"] if census.damaged else []

@@ -41,7 +41,7 @@ from zarr_cae.coder.tables import Tables
 from zarr_cae.config import Settings, process_settings
 from zarr_cae.pixels.convert import to_chunk, to_planes, to_root
 from zarr_cae.pixels.correct import Area
-from zarr_cae.pixels.layout import RGB, Chunk, Layout, PixelFormat, Planes, ValueRange, ValueTransform
+from zarr_cae.pixels.layout import RGB, Chunk, Layout, Mask, PixelFormat, Planes, ValueRange, ValueTransform
 from zarr_cae.pixels.mask import fill, find_mask
 from zarr_cae.threads import lazy_property
 from zarr_cae.weights.file import Weights, trade_off
@@ -169,12 +169,16 @@ class ChunkCoder:
         """Queue symbols (N, M, h, w) for the synthesis transform; see `Engine.synthesise`."""
         return self.engine.synthesise(symbols, self.quality, self.components, self.settings, areas)
 
-    def to_planes(self, pixels: Chunk, layout: Layout) -> Planes:
-        """Return pixels as planes (N, 3 or 1, H, W): the whole chunk, or a box of it with this layout."""
-        if self.nodata is None:
+    def to_planes(self, pixels: Chunk, layout: Layout, padding: Mask | None = None) -> Planes:
+        """Return pixels as planes (N, 3 or 1, H, W): the whole chunk, or a box of it with this layout.
+
+        Pixels without data, and the padding of a chunk without a nodata value, are filled smoothly. `padding` is true
+        there, and has the shape of the pixels.
+        """
+        mask = padding if self.nodata is None else find_mask(pixels, self.nodata)
+        if mask is None:
             planes = to_planes(pixels, layout, self.value_range)
         else:
-            mask = find_mask(pixels, self.nodata)
             planes = to_planes(np.where(mask, self.dtype.type(self.value_range[0]), pixels), layout, self.value_range)
             if mask.any():
                 fill(planes, to_planes(mask.view(np.uint8), layout, (0, 1)) > 0.5)
@@ -202,6 +206,8 @@ class ChunkCoder:
 def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     """Return the frame of a whole chunk, a NumPy array or an array on a GPU.
 
+    Padding of a latent position or more is stored as a mask, so that it costs no latents.
+
     The chunk is decoded as well, unless the setting `cae.effort` is 0. What it decodes to gives the corrections of its
     tiles (see `codec.correct`), and shows tiles that are worse than their mean. With a larger effort the symbols are
     refined (see `codec.effort`), except in chunks with exact tiles.
@@ -212,13 +218,18 @@ def encode_chunk(coder: ChunkCoder, pixels: Any) -> Plan[Buffer]:
     mask = None
     if coder.nodata is not None or coder.min_psnr is not None:
         pixels = on_host(pixels, coder.spec)
+    padding = find_padding(coder, pixels)
     if coder.nodata is not None:
         mask = coder.to_samples(find_mask(pixels, coder.nodata), coder.layout)
-    padding = find_padding(coder, pixels)
+    elif padding is not None and padding.is_wide:
+        pixels, mask = on_host(pixels, coder.spec), padding.samples
     used = None if padding is None else (-(-padding.height // STRIDE), -(-padding.width // STRIDE))
     for tried in coder.candidates:
         # Pixels on a GPU stay there, and their planes are made there.
-        queue = tried.analyse_chunk(pixels) if mask is None else tried.analyse(tried.to_planes(pixels, tried.layout))
+        queue = (
+            tried.analyse_chunk(pixels) if mask is None
+            else tried.analyse(tried.to_planes(pixels, tried.layout, tried.from_samples(mask, tried.layout)))
+        )  # fmt: skip
         found: Decoding | None = None
         symbols = yield queue
         unusual = is_unusual(symbols, tried, used)

@@ -13,7 +13,6 @@ from zarr_cae.codec.windows import Box
 from zarr_cae.coder.frame import STRIDE, Frame, FrameHeader
 from zarr_cae.coder.lossless import decode_mask, decode_pixels, encode_mask
 from zarr_cae.coder.tiles import Patch, Tile, tiles
-from zarr_cae.errors import FrameError
 from zarr_cae.pixels.layout import Layout, Mask, Planes
 from zarr_cae.pixels.mask import apply_mask
 
@@ -58,7 +57,7 @@ def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts)
     Raises
     ------
     FrameError, StreamError
-        If a section is malformed, or there is a mask but the array has no nodata value.
+        If a section is malformed.
     """
     if coder.nodata is None and parts.mask is None and not parts.exact:
         return pixels
@@ -72,11 +71,15 @@ def restore(coder: ChunkCoder, pixels: npt.NDArray[Any], box: Box, parts: Parts)
     mask = stored_mask(coder, parts)
     if coder.nodata is not None:
         apply_mask(samples, mask[box.samples, inside.rows, inside.columns], coder.nodata, coder.value_range)
+    elif parts.mask is not None:
+        samples[mask[box.samples, inside.rows, inside.columns]] = coder.spec.fill_value
     return coder.from_samples(samples, box.layout)
 
 
 def whole_pixels(coder: ChunkCoder, planes: Planes, mask: Mask | None) -> npt.NDArray[Any]:
     """Return the pixels of a whole chunk without exact tiles, as readers will see them, from synthesised planes.
+
+    Padding that is stored as a mask does not count, and stays as it is synthesised.
 
     Parameters
     ----------
@@ -102,16 +105,12 @@ def stored_mask(coder: ChunkCoder, parts: Parts) -> Mask:
     Raises
     ------
     FrameError, StreamError
-        If the section is malformed, or the array has no nodata value.
+        If the section is malformed.
     """
     layout = coder.layout
     shape = (layout.images * layout.channels, layout.height, layout.width)
     if parts.mask is None:
         return np.broadcast_to(np.False_, shape)
-    if coder.nodata is None:
-        raise FrameError(
-            "cae: frame has a mask, but the metadata of the array have no nodata value: it is of another array"
-        )
     return decode_mask(parts.mask, _mask_shape(layout)).reshape(shape)
 
 

@@ -1,8 +1,9 @@
 """Find the padding of a chunk at the edge of an array.
 
-zarr fills such a chunk with the fill value beyond the array, and no reader sees that part. It is coded almost without
-error, so an error that it takes part in looks better than what readers see. The codec does not know where in the array
-a chunk lies. It takes planes, and rows and columns at the end, for padding if they hold nothing but the fill value.
+zarr fills such a chunk with the fill value beyond the array, and no reader sees that part. Its latents would cost
+bytes, and an error that it takes part in looks better than what readers see. The codec does not know where in the array
+a chunk lies. It takes planes, and rows and columns at the end, for padding if they hold nothing but the fill value. So
+what it stores for them must come back as the fill value.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ class Padding(NamedTuple):
     """Rows of pixels before the padding."""
     width: int
     """Columns of pixels before the padding."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether there is a latent position, or a plane, of nothing but padding."""
+        rows, columns = (
+            -(-side // STRIDE) < -(-whole // STRIDE)
+            for side, whole in zip((self.height, self.width), self.samples.shape[1:], strict=True)
+        )
+        return rows or columns or bool(self.samples.all((1, 2)).any())
 
 
 def find_padding(coder: ChunkCoder, pixels: Any) -> Padding | None:

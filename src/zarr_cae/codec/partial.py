@@ -235,8 +235,14 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
     before = restore(coder, coder.to_pixels(around.cut(synthesised, source), around.layout), around, parts)
     after = before.copy()
     _put(after, around.inside, value)
-    planes = [coder.to_planes(pixels, around.layout) for pixels in (after, before)]  # refuses values outside the range
-    if _alike(after, before, planes, around, coder) and _equal_in_exact_tiles(after, before, around, parts, coder):
+    left, padding = (_padding(coder, parts, around, pixels) for pixels in (after, before))
+    # This refuses values outside the range.
+    planes = [coder.to_planes(after, around.layout, left), coder.to_planes(before, around.layout, padding)]
+    if (
+        (left is None or padding is None or np.array_equal(left, padding))
+        and _alike(after, before, planes, around, coder)
+        and _equal_in_exact_tiles(after, before, around, parts, coder)
+    ):
         return
     if is_all_fill(after, coder.spec):
         chunk = on_host((yield from decode_chunk(given, frame)), coder.spec)
@@ -302,11 +308,22 @@ def _begins(part: Any) -> bool:
 
 def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:
     """Return the mask of the chunk with new pixels in a box; None if nothing is masked."""
-    if coder.nodata is None:
+    inside = box_pixels(box)
+    holes = _padding(coder, parts, box, pixels) if coder.nodata is None else find_mask(pixels, coder.nodata)
+    if holes is None:
         return None
-    mask, inside = stored_mask(coder, parts).copy(), box_pixels(box)
-    mask[box.samples, inside.rows, inside.columns] = coder.to_samples(find_mask(pixels, coder.nodata), box.layout)
+    mask = stored_mask(coder, parts).copy()
+    mask[box.samples, inside.rows, inside.columns] = coder.to_samples(holes, box.layout)
     return mask if mask.any() else None
+
+
+def _padding(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:
+    """Return where pixels of a box are padding that the frame stores as a mask; None if it stores none."""
+    if coder.nodata is not None or parts.mask is None:
+        return None
+    inside = box_pixels(box)
+    stored = coder.from_samples(stored_mask(coder, parts)[box.samples, inside.rows, inside.columns], box.layout)
+    return stored & find_mask(pixels, coder.spec.fill_value)
 
 
 def _new_exact(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> dict[int, bytes | memoryview]:
