@@ -8,12 +8,12 @@ process that dies, a hang, an allocation beyond the limit. Each finding is print
 
     python benchmarks/attack.py --target frame --seed 0 --only 12345
 
-* frame: the decoders of symbols, masks and exact tiles on frames of every version with damaged streams, sections,
-  headers and bytes. The checksums are computed again, so that the damage gets past them and reaches the decoder. What
-  zlib holds is damaged and compressed again.
+* frame: the decoders of symbols, masks, exact tiles and corrections on frames of every version with damaged streams,
+  sections, headers and bytes. The checksums are computed again, so that the damage gets past them and reaches the
+  decoder. What zlib holds is damaged and compressed again.
 * stream: the decoder of CompressAI's streams (`legacy.stream`), and chunks of caecodec.
-* codec: whole and partial reading of an array through zarr, whose chunks are such mutants; with masks, exact tiles and
-  further channels too.
+* codec: whole and partial reading of an array through zarr, whose chunks are such mutants; with masks, exact tiles,
+  corrections and further channels too.
 * store: reading through a store that returns too few bytes, too many, wrong ones, or none.
 * kill: processes that write an array and are killed; what they leave must be readable.
 
@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 from measuring import memory_now
-from mutants import PIXELS, damaged, frames, mutant_frame, mutated, own_header, pixel_shape
+from mutants import PIXELS, corrections, damaged, frames, mutant_frame, mutated, own_header, pixel_shape
 
 HANG = 30.0
 START = 900.0
@@ -164,6 +164,7 @@ def limit_memory() -> None:
 
 def attack_frame(random: np.random.Generator, *, harmless: bool = False) -> str:
     from zarr_cae.coder import tiles
+    from zarr_cae.coder.correction import decode_correction
     from zarr_cae.coder.frame import parse_frame
     from zarr_cae.coder.lossless import decode_mask, decode_pixels
 
@@ -178,9 +179,25 @@ def attack_frame(random: np.random.Generator, *, harmless: bool = False) -> str:
     for number, section in parsed.exact.items():
         size = pixel_shape(parsed.header, found[number])
         expect(decode_pixels(section, size, PIXELS), size, PIXELS)
+    for number, section in parsed.corrections.items():
+        apply_correction(random, decode_correction(section, header.components, found[number].patch.shape))
     symbols = tiles.decode(frame, header, tables)
     expect(symbols, (header.planes, tables.channels, *header.latent_shape), np.int16)
     return "decoded"
+
+
+def apply_correction(random: np.random.Generator, correction: Any) -> None:
+    """Correct a plane of two positions in each direction, and check that its values stay within the limit."""
+    from dataclasses import replace
+
+    from zarr_cae.pixels.correct import Area, correct
+
+    plane = random.normal(0.5, 0.5, (1, correction.components, 32, 32)).astype(np.float32)
+    corrected = plane.copy()
+    correct(corrected, [Area(0, slice(0, 32), slice(0, 32), replace(correction, where=None))])
+    expect(corrected, plane.shape, np.float32)
+    if np.abs(corrected - plane.clip(0, 1)).max() > correction.limit / 255 + 1e-5:
+        raise Finding("a correction changed values beyond its limit")
 
 
 def expect(values: Any, shape: tuple[int, ...], dtype: Any, *, nan: bool = False) -> None:
@@ -227,10 +244,14 @@ def attack_stream(random: np.random.Generator, *, harmless: bool = False) -> str
 @cache
 def arrays() -> list[tuple[Any, str, bytes, Any]]:
     """Return arrays of one chunk in memory, each with the chunk's key, frame and header."""
+    from dataclasses import replace
+
     import zarr
     from zarr.storage import MemoryStore
 
     import zarr_cae
+    from zarr_cae.codec.cae import loaded
+    from zarr_cae.coder.frame import pack, parse_frame
 
     made, random = [], np.random.default_rng(0)
     for shape, dtype, settings in (
@@ -240,6 +261,8 @@ def arrays() -> list[tuple[Any, str, bytes, Any]]:
         ((40, 70), "float32", {"quality": 3, "value_range": (0, 255), "nodata": float("nan")}),
         ((90, 40), "uint16", {"quality": 8, "value_range": (0, 4095), "min_psnr": 99}),
         ((48, 40, 4), "uint8", {"quality": 4, "colour": (0, 1, 2), "nodata": 3, "min_psnr": 45}),
+        ((40, 560, 3), "uint8", {"quality": 6}),
+        ((40, 530), "float32", {"quality": 6, "value_range": (0, 255), "value_transform": "sqrt"}),
     ):
         codec = zarr_cae.CAECodec(channel_axis=-1 if len(shape) == 3 else None, **settings)
         array = zarr.create_array(
@@ -251,7 +274,14 @@ def arrays() -> list[tuple[Any, str, bytes, Any]]:
         array[...] = image
         key = "c/" + "/".join("0" * len(shape))
         frame = read(array.store_path.store, key)
-        made.append((array, key, frame, own_header(frame)))
+        header = own_header(frame)
+        made.append((array, key, frame, header))
+        if max(shape) > 512:
+            parsed = parse_frame(frame, header)
+            third = replace(header, version=3, row=loaded(codec).row(codec.quality))
+            for _ in range(3):
+                frame = pack(third, parsed.streams, exact=parsed.exact, corrections=corrections(random, third))
+                made.append((array, key, frame, third))
     return made
 
 

@@ -73,6 +73,26 @@ def frames() -> list[tuple[Any, Any, bytes]]:
                 }
                 streams = tiles.encode_streams(symbols, third, tables)
                 made.append((third, tables, pack(third, streams, mask=encode_mask(mask), exact=exact, psnr=4000)))
+                made.append((third, tables, pack(third, streams, corrections=corrections(random, third))))
+                parts = {"mask": encode_mask(mask), "exact": exact, "corrections": corrections(random, third)}
+                made.append((third, tables, pack(third, streams, **parts)))
+    return made
+
+
+def corrections(random: np.random.Generator, header: Any) -> dict[int, bytes]:
+    """Return correction sections of the first tile and of most others, of all forms and with numbers of all sizes."""
+    from zarr_cae.coder import tiles
+    from zarr_cae.coder.correction import SCALES, Correction, encode_correction
+
+    made = {}
+    for tile in tiles.tiles(header):
+        largest = 10 ** random.uniform(0, 4.5)
+        numbers = random.uniform(-largest, largest, (header.components, 11 + header.components)).astype(np.int64)
+        where = random.random(tile.patch.shape) < 0.7 if random.random() < 0.5 else None
+        if tile.number == 0 or (random.random() < 0.7 and (where is None or where.any())):
+            some = None if where is None or not where.any() else where
+            scale = SCALES[random.integers(0, 2)]
+            made[tile.number] = encode_correction(Correction(scale, int(random.integers(1, 256)), numbers, some))
     return made
 
 
@@ -141,14 +161,16 @@ def damaged(random: np.random.Generator, frame: bytes, header: Any, other: bytes
     streams = [bytes(stream) for stream in parsed.streams]
     exact = {tile: bytes(section) for tile, section in parsed.exact.items()}
     mask = None if parsed.mask is None else bytes(parsed.mask)
+    sections = {tile: bytes(section) for tile, section in parsed.corrections.items()}
     if other is not None:
-        source = parse_frame(other, own_header(other))
-        streams = [bytes(source.streams[n % len(source.streams)]) for n in range(header.tile_count)]
-        if header.version == 3 and source.mask is not None:
-            mask = bytes(source.mask)
-            sections = list(source.exact.values())
-            exact = {tile: bytes(sections[n % len(sections)]) for n, tile in enumerate(exact)} if sections else exact
-        return pack(parsed.header, streams, mask=mask, exact=exact)
+        return with_parts_of(other, header, parsed)
+    if sections and random.random() < 0.6:
+        for _ in range(random.integers(1, 3)):
+            tile = random.choice(list(sections))
+            sections[tile] = mutated(random, sections[tile]) or b"\0"
+        if random.random() < 0.2:
+            return with_damaged_length(random, frame, header)
+        return pack(parsed.header, streams, mask=mask, exact=exact, corrections=sections)
     part = random.integers(0, 3)
     if part == 0 and mask is not None:
         mask = damaged_section(random, mask, 1 if mask[0] == 1 else 0)
@@ -162,7 +184,24 @@ def damaged(random: np.random.Generator, frame: bytes, header: Any, other: bytes
         if random.random() < 0.1:
             streams = [streams[number] for number in random.permutation(len(streams))]
     row = None if parsed.header.row is None or random.random() < 0.9 else int(random.integers(0, 256))
-    return pack(replace(parsed.header, row=parsed.header.row if row is None else row), streams, mask=mask, exact=exact)
+    damaged_row = replace(parsed.header, row=parsed.header.row if row is None else row)
+    return pack(damaged_row, streams, mask=mask, exact=exact, corrections=sections)
+
+
+def with_parts_of(other: bytes, header: Any, parsed: Any) -> bytes:
+    """Return a parsed frame with the streams and sections of another one."""
+    from zarr_cae.coder.frame import pack, parse_frame
+
+    source = parse_frame(other, own_header(other))
+    streams = [bytes(source.streams[n % len(source.streams)]) for n in range(header.tile_count)]
+    mask, exact, sections = parsed.mask, parsed.exact, parsed.corrections
+    if header.version == 3 and source.mask is not None:
+        mask, pixels = source.mask, list(source.exact.values())
+        exact = {tile: pixels[n % len(pixels)] for n, tile in enumerate(exact)} if pixels else exact
+    if header.version == 3 and source.corrections:
+        found = list(source.corrections.values())
+        sections = {tile: found[tile % len(found)] for tile in range(header.tile_count)}
+    return pack(parsed.header, streams, mask=mask, exact=exact, corrections=sections)
 
 
 def damaged_section(random: np.random.Generator, section: bytes, begin: int) -> bytes:
@@ -172,11 +211,28 @@ def damaged_section(random: np.random.Generator, section: bytes, begin: int) -> 
     return section[:begin] + zlib.compress(mutated(random, zlib.decompress(section[begin:])))
 
 
+def with_damaged_length(random: np.random.Generator, frame: bytes, header: Any) -> bytes:
+    """Return a frame with damage in the first bytes of a tile, which hold the length of its correction."""
+    from zarr_cae.coder.frame import FrameIndex, parse_index
+
+    index = parse_index(frame, header)
+    assert isinstance(index, FrameIndex)
+    tile = int(random.integers(0, header.tile_count))
+    begin, end = index.offsets[tile], index.offsets[tile + 1]
+    content = bytearray(frame[begin : end - 4])
+    size = int(random.integers(1, 7))
+    content[:size] = random.bytes(len(content[:size]))
+    return frame[:begin] + with_checksum(bytes(content)) + frame[end:]
+
+
 def own_header(frame: bytes) -> Any:
-    """Return the header of a good frame whose numbers are below 128."""
+    """Return the header of a good frame, but for its tile size and row."""
+    from zarr_cae.coder.fields import Reader
     from zarr_cae.coder.frame import FrameHeader
 
-    return FrameHeader(*frame[6:9], grey=bool(frame[5] & 1), version=frame[4])
+    reader = Reader(memoryview(frame)[6:])
+    planes, height, width = (reader.varint("size", 0) for _ in range(3))
+    return FrameHeader(planes, height, width, grey=bool(frame[5] & 1), version=frame[4])
 
 
 def with_damaged_head(random: np.random.Generator, frame: bytes, header: Any) -> bytes:

@@ -1,14 +1,16 @@
 """A second decoder of the codec `cae`, written from its specification alone: slow, plain NumPy, for tests."""
-# ruff: noqa: C901, PT018
+# ruff: noqa: PT018
 
 import itertools
 import json
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import crc32c
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 TOTAL = 4096
 
@@ -19,7 +21,7 @@ class Reader:
     at: int = 0
 
     def take(self, count: int) -> bytes:
-        assert self.at + count <= len(self.data), "too short"
+        assert 0 <= count <= len(self.data) - self.at, "too short"
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -30,68 +32,57 @@ class Reader:
         value = shift = 0
         while (byte := self.integer(1)) >= 128:
             value, shift = value + ((byte - 128) << shift), shift + 7
-        assert byte or shift == 0, "varint ends with a zero byte"
-        assert shift <= 28 and value + (byte << shift) < 1 << 32, "varint too large"
+        assert (byte or shift == 0) and shift <= 28 and value + (byte << shift) < 1 << 32, "bad varint"
         return value + (byte << shift)
 
     def signed(self) -> int:
         value = self.varint()
         return -(value + 1) // 2 if value & 1 else value // 2
 
-    def checksum(self, start: int) -> None:
-        assert crc32c.crc32c(self.data[start : self.at]) == self.integer(4), "checksum differs"
+    def bits(self, count: int) -> np.ndarray:
+        bits = np.unpackbits(np.frombuffer(self.take(-(-count // 8)), np.uint8), bitorder="little").astype(bool)
+        assert bits[:count].any() and not bits[count:].any(), "bad bits"
+        return bits[:count]
+
+    def checksum(self, count: int, *, only_if: bool) -> None:
+        assert not only_if or crc32c.crc32c(self.data[self.at - count : self.at]) == self.integer(4), "checksum differs"
 
 
-@dataclass
-class Frame:
+class Frame(NamedTuple):
     version: int
     grey: bool
     shape: tuple[int, int, int]  # N, H, W
-    edge: int
-    row: int | None = None
-    mask: bytes | None = None
-    streams: list[bytes] = field(default_factory=list)
-    exact: dict[int, bytes] = field(default_factory=dict)
-
-    def tiles(self) -> list[tuple[int, int, int, int, int]]:
-        """Plane, first row, first column, rows and columns of each tile, in latent positions."""
-        (n, height, width), e = self.shape, self.edge
-        h, w = math.ceil(height / 16), math.ceil(width / 16)
-        corners = itertools.product(range(n), range(0, h, e), range(0, w, e))
-        return [(p, y, x, min(e, h - y), min(e, w - x)) for p, y, x in corners]
+    row: int | None
+    mask: bytes  # empty without a mask, as are the corrections and pixel sections of tiles
+    tiles: list[tuple]  # (plane, top, left, rows, columns) in latent positions, correction, stream, pixel section
 
 
 def parse_frame(data: bytes) -> Frame:
-    r = Reader(data)
+    r, tiles = Reader(data), []
     magic, version, flags = r.take(4), r.integer(1), r.integer(1)
-    assert magic == b"ZCAE" and version in {1, 2, 3} and flags < (16 if version == 3 else 2), "not a known frame"
+    assert magic == b"ZCAE" and version in {1, 2, 3} and flags < (32 if version == 3 else 2), "not a known frame"
     n, height, width, log_edge = r.varint(), r.varint(), r.varint(), r.integer(1)
     assert min(n, height, width) >= 1 and log_edge <= 10, "bad sizes"
-    frame = Frame(version, bool(flags & 1), (n, height, width), 1 << log_edge, r.integer(1) if version == 3 else None)
-    count = n * math.ceil(height / 16 / frame.edge) * math.ceil(width / 16 / frame.edge)
+    row = r.integer(1) if version == 3 else None
+    h, w, e = math.ceil(height / 16), math.ceil(width / 16), 1 << log_edge
+    corners = list(itertools.product(range(n), range(0, h, e), range(0, w, e)))
     r.take(2 if flags & 8 else 0)  # the measured PSNR
-    mask_length = r.varint() if flags & 2 else None
-    bits = np.unpackbits(np.frombuffer(r.take(-(-count // 8) if flags & 4 else 0), np.uint8), bitorder="little")
-    assert bits[:count].any() == bool(flags & 4) and not bits[count:].any(), "bad bits of exact tiles"
-    lengths = [r.varint() for _ in range(count)]
-    pixel_lengths = {tile: r.varint() for tile in np.flatnonzero(bits).tolist()}
-    assert mask_length != 0 and all(pixel_lengths.values()), "empty section"
-    if version > 1:
-        r.checksum(0)
-    if mask_length:
-        start, frame.mask = r.at, r.take(mask_length)
-        r.checksum(start)
-    for tile, length in enumerate(lengths):
-        start = r.at
-        frame.streams.append(r.take(length))
-        if tile in pixel_lengths:
-            frame.exact[tile] = r.take(pixel_lengths[tile])
-        if version > 1:
-            r.checksum(start)
-    if version == 1:
-        r.checksum(0)
+    mask_length = r.varint() if flags & 2 else 0
+    is_exact = r.bits(len(corners)) if flags & 4 else np.zeros(len(corners), bool)
+    lengths = [r.varint() for _ in corners]
+    exact_lengths = [r.varint() if exact else 0 for exact in is_exact]
+    assert (mask_length > 0) == bool(flags & 2) and np.all(np.greater(exact_lengths, 0) == is_exact), "empty section"
+    r.checksum(r.at, only_if=version > 1)
+    mask = r.take(mask_length)
+    r.checksum(mask_length, only_if=mask_length > 0)
+    for (p, y, x), length, exact_length in zip(corners, lengths, exact_lengths, strict=True):
+        t = Reader(r.take(length + exact_length))
+        correction = t.take(t.varint() if flags & 16 else 0)
+        tiles.append(((p, y, x, min(e, h - y), min(e, w - x)), correction, t.take(length - t.at), t.take(exact_length)))
+        r.checksum(len(t.data), only_if=version > 1)
+    r.checksum(r.at, only_if=version == 1)
     assert r.at == len(data), "bytes after the frame"
-    return frame
+    return Frame(version, bool(flags & 1), (n, height, width), row, mask, tiles)
 
 
 def read_weights(data: bytes) -> dict:
@@ -126,44 +117,35 @@ def decode_stream(data: bytes, tables: dict, rows: int, columns: int, version: i
         lane, entry = next(number) % len(states), 0
         high, slot = divmod(states[lane], TOTAL)
         while slot >= frequencies[entry]:
-            slot -= frequencies[entry]
-            entry += 1
+            slot, entry = slot - frequencies[entry], entry + 1
         x = frequencies[entry] * high + slot
         states[lane] = x << 16 | r.integer(2) if x < 1 << 16 else x
         return entry
 
-    is_coded = []
-    for f0 in map(int, tables["zero"]):
-        z = zero_frequency(f0, rows * columns)
-        flagged = 16 * z >= 15 * TOTAL and (version == 3 or f0 < TOTAL)
-        is_coded.append(not flagged or decide([z, TOTAL - z]) == 1)
+    zeros = [zero_frequency(f0, rows * columns) if version == 3 or f0 < TOTAL else 0 for f0 in map(int, tables["zero"])]
+    is_coded = [16 * z < 15 * TOTAL or decide([z, TOTAL - z]) == 1 for z in zeros]
     symbols = np.zeros((len(is_coded), rows, columns), np.int64)
     around, escapes = np.zeros_like(symbols), []
     for c in np.flatnonzero(is_coded):
-        score = np.zeros((rows, columns), np.int64)
-        for source, weight in zip(tables["source"][c], tables["weight"][c], strict=True):
-            score += weight * around[source] if source >= 0 else 0
+        sources = zip(tables["source"][c], tables["weight"][c], strict=True)
+        score = sum((weight * around[s] for s, weight in sources if s >= 0), np.zeros((rows, columns), np.int64))
         classes = (tables["threshold"][c][:, None, None] <= score).sum(0)
-        for y, x in np.ndindex(rows, columns):
-            row = c * (len(minimum) // len(is_coded)) + classes[y, x]
+        for (y, x), row in np.ndenumerate(c * (len(minimum) // len(is_coded)) + classes):
             entry = decide(frequency[row])
             symbols[c, y, x] = minimum[row] + entry
             if entry == len(frequency[row]) - 1:
                 escapes.append((c, y, x, row))
-        p = np.pad(np.minimum(abs(symbols[c]), 15), 1)
-        p = p[:-2] + 2 * p[1:-1] + p[2:]
-        around[c] = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
+        activity = np.pad(np.minimum(abs(symbols[c]), 15), 1)
+        around[c] = np.tensordot(sliding_window_view(activity, (3, 3)), [[1, 2, 1], [2, 4, 2], [1, 2, 1]])
     assert all(x == 1 << 16 for x in states), "wrong end states"
     for c, y, x, row in escapes:
-        value = r.signed()
+        symbols[c, y, x] = value = r.signed()
         assert -32768 <= value < 32768 and not 0 <= value - minimum[row] < len(frequency[row]) - 1, "bad escape"
-        symbols[c, y, x] = value
     assert r.at == len(data), "bytes after the stream"
-    for c in np.flatnonzero(tables["predicted"] * is_coded):
-        for y, x in np.ndindex(rows, columns):
-            left, upper = symbols[c, y, x - 1] if x else 0, symbols[c, y - 1, x] if y else 0
-            guess = (left + upper + 1) >> 1 if x and y else left + upper
-            symbols[c, y, x] = (symbols[c, y, x] + guess + 32768) % 65536 - 32768
+    for c, y, x in itertools.product(np.flatnonzero(tables["predicted"] * is_coded), range(rows), range(columns)):
+        left, upper = symbols[c, y, x - 1] if x else 0, symbols[c, y - 1, x] if y else 0
+        guess = (left + upper + 1) >> 1 if x and y else left + upper
+        symbols[c, y, x] = (symbols[c, y, x] + guess + 32768) % 65536 - 32768
     return symbols
 
 
@@ -174,12 +156,11 @@ def decode_latents(frame: Frame, weights: dict, quality: int) -> np.ndarray:
     frequency = [weights["tables.frequency"][e - n : e].tolist() for e, n in zip(ends, lengths[row], strict=True)]
     tables = {name[9:]: v[row].astype(np.int64) for name, v in weights.items() if name.startswith("contexts.")}
     tables |= {"minimum": minimum, "frequency": frequency}
-    step, offset = (weights[name][row][:, None, None] for name in ("step", "offset"))
     n, height, width = frame.shape
-    symbols = np.zeros((n, len(step), math.ceil(height / 16), math.ceil(width / 16)), np.float32)
-    for stream, (p, y, x, rows, columns) in zip(frame.streams, frame.tiles(), strict=True):
+    symbols = np.zeros((n, weights["step"].shape[1], math.ceil(height / 16), math.ceil(width / 16)), np.float32)
+    for (p, y, x, rows, columns), _, stream, _ in frame.tiles:
         symbols[p, :, y : y + rows, x : x + columns] = decode_stream(stream, tables, rows, columns, frame.version)
-    return symbols * step + offset
+    return symbols * weights["step"][row][:, None, None] + weights["offset"][row][:, None, None]
 
 
 def synthesise(x: np.ndarray, weights: dict) -> np.ndarray:
@@ -187,9 +168,8 @@ def synthesise(x: np.ndarray, weights: dict) -> np.ndarray:
     get = {name[10:]: tensor.astype(np.float64) for name, tensor in weights.items() if name.startswith("synthesis.")}
 
     def conv(x: np.ndarray, name: str) -> np.ndarray:
-        weight, (h, w), p = get[name + ".weight"], x.shape[1:], np.pad(x, ((0, 0), (1, 1), (1, 1)), "edge")
-        y = sum(np.tensordot(weight[..., a, b], p[:, a : a + h, b : b + w], 1) for a, b in np.ndindex(3, 3))
-        return y + get[name + ".bias"][:, None, None]
+        windows = sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1)), "edge"), (3, 3), axis=(1, 2))
+        return np.tensordot(get[name + ".weight"], windows, ((1, 2, 3), (0, 3, 4))) + get[name + ".bias"][:, None, None]
 
     def residual(x: np.ndarray, name: str) -> np.ndarray:
         return x + conv(np.maximum(y := conv(x, name + ".reduce"), 0.01 * y), name + ".expand")
@@ -213,6 +193,27 @@ def synthesise(x: np.ndarray, weights: dict) -> np.ndarray:
     x = up(residual(x, "residual3"), "conv3", 2)
     x = up(igdn(residual(x, "residual2"), "gdn2"), "conv2", 2)
     return up(igdn(residual(x, "residual1"), "gdn1"), "conv1", 4) + 0.5
+
+
+def correct(plane: np.ndarray, corrections: list[tuple]) -> np.ndarray:
+    """A plane (C, 16 h, 16 w) with the corrections of tiles at these places."""
+    v, corrected, (count, height, width) = np.clip(plane, 0, 1), plane.copy(), plane.shape
+    padded = [np.pad(v, ((0, 0), (e, e), (e, e)), "edge") for e in (1, 3)]
+    m3, m7 = (sliding_window_view(p, (k, k), axis=(1, 2)).mean((3, 4)) for p, k in zip(padded, (3, 7), strict=True))
+    soft = sum(np.clip(np.roll(padded[0], d, a)[:, 1:-1, 1:-1] - v, -3 / 255, 3 / 255) for d in (-1, 1) for a in (1, 2))
+    for (_, y, x, rows, columns), section in corrections:
+        form, limit = (r := Reader(section)).take(2)
+        numbers = np.array([r.signed() for _ in range(count * (count + 11))]).reshape(count, -1)
+        here = np.zeros((height // 16, width // 16), bool)
+        here[y : y + rows, x : x + columns] = r.bits(rows * columns).reshape(rows, columns) if form & 2 else True
+        here = here.repeat(16, axis=0).repeat(16, axis=1)
+        assert form < 4 and limit and abs(numbers).max() <= 32767 and r.at == len(section), "bad correction"
+        for c in range(count):
+            change = np.interp(8 * (np.sqrt(v[c]) if form & 1 else v[c]), range(9), numbers[c, :9]) / (8 * 255)
+            others = [*np.delete(v, c, axis=0), m3[c], m7[c], v[c] + soft[c]]
+            change += sum(n / 64 * (other - v[c]) for n, other in zip(numbers[c, 9:], others, strict=True))
+            corrected[c][here] = (v[c] + np.clip(change, -limit / 255, limit / 255))[here]
+    return corrected
 
 
 def inflate(data: bytes, most: int) -> bytes:
@@ -270,31 +271,30 @@ def decode(frame: Frame, weights: dict, configuration: dict, dtype: np.dtype, im
         others = ([c] for c in range(n // images + 2) if c not in colour)
         groups = list(itertools.product(range(images), [colour, *others]))
     value = np.zeros((groups[-1][0] + 1, 1 + max(max(group) for _, group in groups), height, width))
-    for plane, (i, group) in zip(decode_latents(frame, weights, configuration["quality"]), groups, strict=True):
-        made = synthesise(plane, weights)
-        value[i, group] = (made if len(group) == 3 else made.mean(0))[..., :height, :width]
+    for p, latents in enumerate(decode_latents(frame, weights, configuration["quality"])):
+        (i, group), v = groups[p], synthesise(latents, weights)
+        corrections = [tile[:2] for tile in frame.tiles if tile[0][0] == p and tile[1]]
+        value[i, group] = correct(v if len(group) == 3 else v.mean(0)[None], corrections)[:, :height, :width]
     if configuration.get("value_transform") == "sqrt":
         a = math.sqrt(3 / 8)
         value = ((np.clip(value, 0, 1) * (math.sqrt(extent + 3 / 8) - a) + a) ** 2 - 3 / 8) / extent
     value = np.clip(low + extent * value, low, high)
     samples = (np.rint(value) if dtype.kind in "iu" else value).astype(dtype)
-    for number, section in frame.exact.items():
-        p, y, x, rows, columns = frame.tiles()[number]
-        i, group = groups[p]
-        part = samples[i, :, 16 * y : 16 * (y + rows), 16 * x : 16 * (x + columns)]
-        part[group] = exact_samples(section, (len(group), *part.shape[1:]), dtype)
+    for (p, y, x, rows, columns), _, _, section in frame.tiles:
+        if section:
+            i, group = groups[p]
+            part = samples[i, :, 16 * y : 16 * (y + rows), 16 * x : 16 * (x + columns)]
+            part[group] = exact_samples(section, (len(group), *part.shape[1:]), dtype)
     if "nodata" not in configuration:
-        assert frame.mask is None, "a mask without nodata"
+        assert not frame.mask, "a mask without nodata"
         return samples
     nodata = dtype.type(float(configuration["nodata"]) if dtype.kind == "f" else configuration["nodata"])
-    up = not nodata >= high
-    if dtype.kind == "f":
-        beside = np.nextafter(nodata, dtype.type(np.inf if up else -np.inf))
+    up = -1 if nodata >= high else 1
+    beside = np.nextafter(nodata, dtype.type(up * np.inf)) if dtype.kind == "f" else int(nodata) + up
+    if dtype.kind == "f" and abs(beside) < np.finfo(dtype).tiny:
         normal = np.copysign(np.finfo(dtype).tiny, beside)
-        beside = normal if abs(beside) < abs(normal) and low <= normal <= high else beside
-    else:
-        beside = int(nodata) + (1 if up else -1)
+        beside = normal if low <= normal <= high else beside
     samples[samples == nodata] = beside
-    if frame.mask is not None:
+    if frame.mask:
         samples[mask_bits(frame.mask, samples.shape)] = nodata
     return samples

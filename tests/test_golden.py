@@ -1,8 +1,9 @@
 """Arrays of earlier releases must open for ever.
 
 `python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights; with
-the argument `exact` or `colour` after NAME it writes the arrays whose frames are of version 3, or whose metadata have
-`colour`. These folders are never written again: a new format or family adds a folder.
+the argument `exact`, `colour` or `corrected` after NAME it writes the arrays whose frames are of version 3, whose
+metadata have `colour`, or whose tiles have corrections. These folders are never written again: a new format or family
+adds a folder.
 """
 
 import hashlib
@@ -39,11 +40,20 @@ COLOUR = [
     ),
     ("pattern-mse-8", {"quality": 8, "channel_axis": -1, "colour": (0, 1, 2)}, "pattern in alpha"),
 ]  # fmt: skip
+CORRECTED = [
+    ("rgb-mse-6", {"quality": 6}, "corner"), ("tiles-mse-6", {"quality": 6}, "dark strip"),
+    ("colour-mse-6", {"quality": 6, "channel_axis": -1, "colour": (0, 1, 2)}, "colours and dark"),
+]  # fmt: skip
+PART = np.s_[8:20, 470:500]
+"""This part of the strip is written again, with grey 90, after the whole."""
 
 
 def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
     crop = photograph[40:130, 180:280]
     y, x = np.indices(crop.shape[:2])
+    other = photograph[300:370, 100:190]
+    strip = np.concatenate([photograph[100:132], photograph[300:332, :230]], axis=1)[..., 0]  # of two tiles
+    dark_strip, dark = ((one.astype(float) ** 2 / 255).astype("uint8") for one in (strip, other[..., 0]))
     holes = (x - 30) ** 2 + (y - 40) ** 2 < 500
     return {
         "nan": np.where(holes, np.nan, crop[..., 1] / 255).astype("float32"),
@@ -54,6 +64,9 @@ def pictures(photograph: np.ndarray) -> dict[str, np.ndarray]:
             holes, 0, np.stack([crop[..., 1] // 2 + 60, *np.maximum(crop, 1).transpose(2, 0, 1), 255 - y])
         ).astype("u1"),
         "pattern in alpha": np.dstack([crop, (x + y) % 2 * 255]).astype("uint8"),
+        "dark strip": dark_strip,
+        "colours and dark": np.dstack([other[..., ::-1], dark]),
+        "corner": photograph[:90, :100],
         "rgb": crop,
         "first": np.ascontiguousarray(crop.transpose(2, 0, 1)),
         "grey": np.ascontiguousarray(crop[..., 1]),
@@ -67,12 +80,15 @@ def make_golden_arrays(folder: Path, photograph: np.ndarray, cases: list) -> Non
     expected, latents = {}, {}
     for name, keywords, kind in cases:
         data = pictures(photograph)[kind]
-        chunks = tuple(min(length, 64) for length in data.shape)
+        largest = 1024 if cases is CORRECTED else 64
+        chunks = tuple(min(length, largest) for length in data.shape)
         array = zarr.create_array(
             folder / f"{name}.zarr", shape=data.shape, chunks=chunks, dtype=data.dtype,
             serializer=CAECodec(**keywords), compressors=None,
         )  # fmt: skip
         array[...] = data
+        if kind == "dark strip":
+            array[PART] = 90
         expected[name] = array[...]
         latents[name] = fingerprint(folder / f"{name}.zarr")
     np.savez_compressed(folder / "pixels.npz", **expected)
@@ -118,5 +134,5 @@ if __name__ == "__main__":
         make_golden_arrays(
             ARRAYS / sys.argv[1],
             np.asarray(Image.open(source).convert("RGB")),
-            {"exact": EXACT, "colour": COLOUR}.get(sys.argv[-1], CASES),
+            {"exact": EXACT, "colour": COLOUR, "corrected": CORRECTED}.get(sys.argv[-1], CASES),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import crc32c
@@ -32,6 +33,7 @@ SMALL = FrameHeader(2, 40, 17, grey=True, tile=2)
 SMALL_2 = replace(SMALL, version=2)
 SMALL_3 = replace(SMALL, version=3, row=2)
 PARTS_3 = {"mask": b"mask", "exact": {0: b"zero", 3: b"three"}}
+CORRECTED_3 = {**PARTS_3, "corrections": {1: b"one", 3: b"c" * 130}}
 SMALL_STREAMS = [b"\x01\x02\x03", b"", b"\xff" * 130, b"z"]
 
 
@@ -159,7 +161,7 @@ def test_overhead_of_a_usual_chunk(version):
     ("expected", "parts"),
     [
         (SMALL, {}), (SMALL_2, {}), (SMALL_3, {}), (SMALL_3, PARTS_3), (SMALL_3, {"mask": b"m" * 200}),
-        (SMALL_3, {"exact": {1: b"e" * 300}}),
+        (SMALL_3, {"exact": {1: b"e" * 300}}), (SMALL_3, CORRECTED_3), (SMALL_3, {"corrections": {2: b"c"}}),
     ],
 )  # fmt: skip
 def test_index_from_prefixes_says_how_much_is_missing(expected, parts):
@@ -318,8 +320,68 @@ def test_round_trip_of_masks_and_exact_tiles():
         assert got.correction is None
 
 
-def test_each_flipped_bit_and_truncation_of_version_3():
-    frame = pack(SMALL_3, SMALL_STREAMS, **PARTS_3)
+def test_round_trip_of_corrections():
+    """Corrections beside exact tiles, and in a tile that is exact itself; whole frames and parts."""
+    for parts in (CORRECTED_3, {"corrections": {2: b"c"}}):
+        frame, wanted = pack(SMALL_3, SMALL_STREAMS, **parts), parts["corrections"]
+        found = parse_frame(frame, SMALL)
+        assert (found.header, list(map(bytes, found.streams))) == (SMALL_3, SMALL_STREAMS)
+        assert {tile: bytes(section) for tile, section in found.corrections.items()} == wanted
+        assert {tile: bytes(section) for tile, section in found.exact.items()} == parts.get("exact", {})
+        assert unpack(frame, SMALL_2)[1] == SMALL_STREAMS
+        index = parse_index(frame, SMALL)
+        assert isinstance(index, FrameIndex)
+        assert (index.corrected, index.frame_bytes) == (True, len(frame))
+        for tile, stream in enumerate(SMALL_STREAMS):
+            got = index.parts(tile, memoryview(frame)[index.offsets[tile] : index.offsets[tile + 1]])
+            assert got.stream == stream
+            assert (None if got.correction is None else bytes(got.correction)) == wanted.get(tile)
+    assert pack(SMALL_3, SMALL_STREAMS, corrections={}) == pack(SMALL_3, SMALL_STREAMS)
+
+
+def test_each_flipped_bit_of_corrected_tiles_in_parts():
+    frame = pack(SMALL_3, SMALL_STREAMS, **CORRECTED_3)
+    whole = parse_index(frame, SMALL)
+    assert isinstance(whole, FrameIndex)
+    for tile, (begin, end) in enumerate(pairwise(whole.offsets)):
+        for bit in range(8 * (end - begin)):
+            damaged = bytearray(frame[begin:end])
+            damaged[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(FrameError, match=f"tile {tile}'s checksum must be"):
+                whole.parts(tile, memoryview(damaged))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "ends 1 bytes before the end of its correction"),
+        (b"\x80", "ends 1 bytes before the end of its correction"),
+        (b"\x04abc", "ends 1 bytes before the end of its correction"),
+        (b"\xff\xff\xff\xff\x0fabc", "ends 4294967292 bytes before the end of its correction"),
+        (b"\x80\x00abc", "length of the correction of tile 0 has a superfluous last byte"),
+        (b"\x80\x80\x80\x80\x80\x01", "length of the correction of tile 0 must have at most 5 bytes"),
+        (b"\xff\xff\xff\xff\x1f", "length of the correction of tile 0 must be below 2\\^32"),
+    ],
+)
+@pytest.mark.parametrize("exact", [None, b"pixels"])
+def test_malformed_corrections_with_valid_checksum(content, message, exact):
+    """The length of a correction never reaches into the pixel section behind the stream."""
+    header = FrameHeader(1, 16, 16, grey=True, version=3, row=0)
+    frame = bytearray(pack(header, [content], exact=exact and {0: exact}))
+    body = len(frame) - len(content) - len(exact or b"") - 8
+    frame[5] |= 16
+    frame = sealed(frame[:body]) + bytes(frame[body + 4 :])
+    with pytest.raises(FrameError, match=message):
+        parse_frame(frame, header)
+    index = parse_index(frame, header)
+    assert isinstance(index, FrameIndex)
+    with pytest.raises(FrameError, match=message):
+        index.parts(0, memoryview(frame)[index.offsets[0] :])
+
+
+@pytest.mark.parametrize("parts", [PARTS_3, CORRECTED_3], ids=["without corrections", "with corrections"])
+def test_each_flipped_bit_and_truncation_of_version_3(parts):
+    frame = pack(SMALL_3, SMALL_STREAMS, **parts)
     for bit in range(8 * len(frame)):
         damaged = bytearray(frame)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -376,6 +438,10 @@ def test_frames_of_version_3_only_where_they_are_expected():
         (SMALL_3, {"exact": {-1: b"x"}}, "tiles must be in"),
         (SMALL_3, {"exact": {0: b""}}, "must not be empty"),
         (SMALL_3, {"mask": b""}, "must not be empty"),
+        (SMALL_2, {"corrections": {0: b"c"}}, "only frames of version 3"),
+        (SMALL_3, {"corrections": {4: b"c"}}, "tiles must be in"),
+        (SMALL_3, {"corrections": {-1: b"c"}}, "tiles must be in"),
+        (SMALL_3, {"corrections": {0: b""}}, "must not be empty"),
         (replace(SMALL, version=3), {}, "needs the row"),
     ],
 )

@@ -33,6 +33,7 @@ SOFT_LIMIT = 3
 """Largest difference from one of the four neighbours, in grey levels."""
 LARGEST_LIMIT = 255
 _LARGEST = 32767
+_MAX_VARINT_BYTES = 3
 _PARTIAL = 2
 """Bit of the first byte that is set if only some positions are corrected."""
 _DAMAGED = "the stored chunk is damaged"
@@ -120,6 +121,10 @@ def decode_correction(section: bytes | memoryview, components: int, shape: tuple
             f"cae: correction must begin with a form of 0 to 3 and a limit above 0; got {bytes(view[:2])!r}; {_DAMAGED}"
         )
     count = components * numbers_of(components)
+    positions = math.prod(shape) if view[0] & _PARTIAL else 0
+    most = 2 + _MAX_VARINT_BYTES * count + -(-positions // 8)
+    if len(view) > most:
+        raise StreamError(f"cae: correction must have at most {most} bytes; got {len(view)}; {_DAMAGED}")
     stored = np.frombuffer(view[2:], np.uint8)
     ends = np.flatnonzero(stored < 0x80)[:count]
     if len(ends) < count:
@@ -127,8 +132,7 @@ def decode_correction(section: bytes | memoryview, components: int, shape: tuple
     numbers = _unfolded(stored[: ends[-1] + 1], ends).reshape(components, -1)
     bits = stored[ends[-1] + 1 :]
     where = None
-    if view[0] & _PARTIAL:
-        positions = math.prod(shape)
+    if positions:
         every = np.unpackbits(bits, bitorder="little")
         if len(bits) != -(-positions // 8) or every[positions:].any() or not every.any():
             raise StreamError(
@@ -149,7 +153,7 @@ def numbers_of(components: int) -> int:
 def _unfolded(stored: NDArray[np.uint8], ends: NDArray[np.intp]) -> NDArray[np.int64]:
     """Return the numbers of varints that end at these bytes. Raise StreamError if they are malformed or too large."""
     lengths = np.diff(ends, prepend=-1)
-    if (lengths > 3).any() or (stored[ends[lengths > 1]] == 0).any():
+    if (lengths > _MAX_VARINT_BYTES).any() or (stored[ends[lengths > 1]] == 0).any():
         raise StreamError(f"cae: correction has a malformed varint; {_DAMAGED}")
     place = np.arange(len(stored)) - np.repeat(ends - lengths + 1, lengths)
     parts = (stored & 0x7F).astype(np.int64) << 7 * place

@@ -46,6 +46,8 @@ _CURVE_RIDGE, _SHARE_RIDGE = 1.0, 400.0
 that differ by 20 grey levels."""
 _PLACES = 512
 """Entries between two knots in a table of a curve: an error of at most 1/1,024 of the step between the knots."""
+_STEEP = 0.25
+"""Step between two knots, in units of the value range, from which on a table is too coarse."""
 _LARGEST_SHARE = 8 * SHARE_UNIT
 _LARGEST_CURVE = LARGEST_LIMIT * CURVE_UNIT
 
@@ -126,6 +128,8 @@ def _differences(values: Any, around: list[Any], own: int) -> Iterator[Any]:
 def _on_curve(positions: Any, curve: list[float]) -> Any:
     """Return the values of a curve, given at the knots, at positions in [0, 8]."""
     if isinstance(positions, np.ndarray):
+        if max(abs(after - before) for before, after in pairwise(curve)) > _STEEP:
+            return np.interp(positions, range(KNOTS), curve).astype(np.float32)
         places = np.linspace(0, KNOTS - 1, _PLACES * (KNOTS - 1) + 1)
         table = np.interp(places, range(KNOTS), curve).astype(np.float32)
         nearest = positions * np.float32(_PLACES)
