@@ -285,16 +285,15 @@ def decode(frame: Frame, weights: dict, configuration: dict, dtype: np.dtype, im
             i, group = groups[p]
             part = samples[i, :, 16 * y : 16 * (y + rows), 16 * x : 16 * (x + columns)]
             part[group] = exact_samples(section, (len(group), *part.shape[1:]), dtype)
+    mask = mask_bits(frame.mask, samples.shape) if frame.mask else np.zeros(samples.shape, bool)
     if "nodata" not in configuration:
-        assert not frame.mask, "a mask without nodata"
+        samples[mask] = dtype.type(configuration.get("fill_value", 0))
         return samples
     nodata = dtype.type(float(configuration["nodata"]) if dtype.kind == "f" else configuration["nodata"])
     up = -1 if nodata >= high else 1
     beside = np.nextafter(nodata, dtype.type(up * np.inf)) if dtype.kind == "f" else int(nodata) + up
-    if dtype.kind == "f" and abs(beside) < np.finfo(dtype).tiny:
-        normal = np.copysign(np.finfo(dtype).tiny, beside)
-        beside = normal if low <= normal <= high else beside
+    normal = np.copysign(np.finfo(dtype).tiny, beside) if dtype.kind == "f" else beside
+    beside = normal if abs(beside) < abs(normal) and low <= normal <= high else beside
     samples[samples == nodata] = beside
-    if frame.mask:
-        samples[mask_bits(frame.mask, samples.shape)] = nodata
+    samples[mask] = nodata
     return samples

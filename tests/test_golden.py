@@ -1,9 +1,9 @@
 """Arrays of earlier releases must open for ever.
 
-`python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights; with
-the argument `exact`, `colour` or `corrected` after NAME it writes the arrays whose frames are of version 3, whose
-metadata have `colour`, or whose tiles have corrections. These folders are never written again: a new format or family
-adds a folder.
+`python tests/test_golden.py NAME` writes tests/fixtures/arrays/NAME with the present code and bundled weights; with the
+argument `exact`, `colour`, `corrected` or `padded` after NAME it writes the arrays whose frames are of version 3, whose
+metadata have `colour`, whose tiles have corrections, or whose chunks are padded. These folders are never written again:
+a new format or family adds a folder.
 """
 
 import hashlib
@@ -41,8 +41,13 @@ COLOUR = [
     ("pattern-mse-8", {"quality": 8, "channel_axis": -1, "colour": (0, 1, 2)}, "pattern in alpha"),
 ]  # fmt: skip
 CORRECTED = [
-    ("rgb-mse-6", {"quality": 6}, "corner"), ("tiles-mse-6", {"quality": 6}, "dark strip"),
+    ("rgb-mse-6", {"quality": 6}, "corner"),
+    ("tiles-mse-6", {"quality": 6}, "dark strip"),
     ("colour-mse-6", {"quality": 6, "channel_axis": -1, "colour": (0, 1, 2)}, "colours and dark"),
+]
+PADDED = [
+    ("rgb-mse-4", {"quality": 4}, "corner"),
+    ("five-mse-3", {"quality": 3, "channel_axis": 0, "colour": (3, 2, 1)}, "five"),
 ]  # fmt: skip
 PART = np.s_[8:20, 470:500]
 """This part of the strip is written again, with grey 90, after the whole."""
@@ -134,5 +139,5 @@ if __name__ == "__main__":
         make_golden_arrays(
             ARRAYS / sys.argv[1],
             np.asarray(Image.open(source).convert("RGB")),
-            {"exact": EXACT, "colour": COLOUR, "corrected": CORRECTED}.get(sys.argv[-1], CASES),
+            {"exact": EXACT, "colour": COLOUR, "corrected": CORRECTED, "padded": PADDED}.get(sys.argv[-1], CASES),
         )

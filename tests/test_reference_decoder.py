@@ -38,7 +38,8 @@ def test_golden_corrections_are_of_all_forms() -> None:
 def test_array(path: Path) -> None:
     metadata = json.loads((path / "zarr.json").read_text())
     (codec,) = metadata["codecs"]
-    configuration, axis = codec["configuration"], codec["configuration"]["channel_axis"]
+    configuration = codec["configuration"] | {"fill_value": metadata["fill_value"]}
+    axis = configuration["channel_axis"]
     weights = find_weights(configuration["weights"])
     shape, edges = list(metadata["shape"]), list(metadata["chunk_grid"]["configuration"]["chunk_shape"])
     if axis is not None:

@@ -21,8 +21,8 @@ from zarr_cae.serve.store import DecodedStore
 @pytest.fixture(scope="module")
 def five(photograph):
     """A photograph with near infrared before and alpha behind its colours: (90, 84, 5)."""
-    crop = photograph[40:130, 180:264]
-    return np.dstack([crop[..., 1] // 2 + 60, crop, np.where(crop[..., 2] > 99, 255, 0).astype("u1")])
+    crop = np.maximum(photograph[40:130, 180:264], 1)  # no black pixels: only the padding has the fill value
+    return np.dstack([crop[..., 1] // 2 + 60, crop, np.where(crop[..., 2] > 99, 255, 1).astype("u1")])
 
 
 def create(pixels, colour=(1, 2, 3), *, chunks=(64, 64), axis=-1, quality=3, store=None, **keywords):

@@ -325,13 +325,13 @@ def test_partial_writes_keep_exact_tiles_exact(exact):
     assert (header.version, header.row) == (3, 4)
 
 
-def test_masks_need_a_nodata_value():
+def test_masks_without_a_nodata_value_are_of_the_fill_value():
     array = create((32, 32), "float32", (0, 1), np.nan)
     array[:4] = np.nan
     other = create((32, 32), "float32", (0, 1), None)
     put(other, stored(array))
-    with pytest.raises(FrameError, match="no nodata value"):
-        other[:]
+    assert (other[:4] == other.fill_value).all()
+    assert np.isfinite(other[:]).all()
 
 
 def test_damaged_masks_are_refused(tmp_path):
