@@ -47,8 +47,7 @@ _UNLIKE = 0.1
 _LARGEST_LOSS = 0.1
 """Largest share of additional bytes, at equal PSNR, for pictures unlike the collection."""
 _LEAST_GAIN = 0.01
-"""Share of bytes that fitted weights must save on held-out windows. Less may be chance: four minutes on an atlas of
-histology saved 0.8 % there, and cost 9 % on other patients (`benchmarks/fit.py`)."""
+"""Share of bytes that fitted weights must save on held-out windows. Less may be chance."""
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 """Shares of the way from the start to the fitted weights, tried if the fitted ones forget too much. Networks between
 the two ends of a fine-tuning keep most of both (Wortsman et al. 2022, arXiv:2109.01903)."""
