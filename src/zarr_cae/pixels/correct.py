@@ -79,11 +79,13 @@ def correct(planes: Any, areas: Iterable[Area]) -> None:
         values = planes[plane]
         if some[0].correction.components == 1 < len(values):
             values = values.mean(0)[None]
+        values = np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values.contiguous()
         values = values.clip(0, 1)
         around = _differences_around(values)
         for area in some:
             part = (slice(None), area.rows, area.columns)
-            result = _corrected(values[part], [one[part] for one in around], area.correction)
+            near = [[one[part[1:]] for one in kind] for kind in around]
+            result = _corrected(values[part], near, area.correction)
             for rows, columns in _rectangles(area):
                 inside = (slice(None), slice(*rows), slice(*columns))
                 planes[plane][part][inside] = result[inside]
@@ -148,17 +150,19 @@ def _positions(values: Any, scale: Scale) -> Any:
 
 
 def _differences_around(values: Any) -> list[Any]:
-    """Return how values (C, H, W) differ from pixels nearby: three arrays of this shape.
+    """Return how values (C, H, W) differ from pixels nearby: three kinds of differences, (H, W) for each component.
 
     The first two are the means of the 3 x 3 and of the 7 x 7 pixels around each pixel, less its value. The third is the
     sum of the differences to the four neighbours, each limited to a few grey levels, so that edges count little. The
     edges of the plane are continued.
     """
+    return [list(kinds) for kinds in zip(*(_around(one[None]) for one in values), strict=True)]
+
+
+def _around(values: Any) -> list[Any]:
+    """Return the differences of one component (1, H, W), each (H, W). One at a time fits into the cache of a core."""
     height, width = values.shape[1:]
-    rows, columns = (
-        [min(max(0, n), length - 1) for n in range(-_REACH, length + _REACH)] for length in (height, width)
-    )
-    padded = values[:, rows][:, :, columns]
+    padded = _continued(values)
     threes, sevens = _sums(padded, height, 1)
     small, _ = _sums(threes, width, 2)
     _, large = _sums(sevens, width, 2)
@@ -170,8 +174,18 @@ def _differences_around(values: Any) -> list[Any]:
     most = SOFT_LIMIT / GREY_LEVELS
     for down, across in ((-1, 0), (0, -1), (0, 1), (1, 0)):
         top, left = _REACH + down, _REACH + across
-        limited += (padded[:, top : top + height, left : left + width] - values).clip(-most, most)
-    return [small, large, limited]
+        difference = padded[:, top : top + height, left : left + width] - values
+        limited += difference.clip(-most, most)
+    return [small[0], large[0], limited[0]]
+
+
+def _continued(values: Any) -> Any:
+    """Return values (1, H, W) with three more at each side, which repeat the edge."""
+    if isinstance(values, np.ndarray):
+        return np.pad(values, ((0, 0), (_REACH, _REACH), (_REACH, _REACH)), mode="edge")
+    from torch.nn.functional import pad
+
+    return pad(values[None], (_REACH,) * 4, mode="replicate")[0]
 
 
 def _sums(padded: Any, length: int, axis: int) -> tuple[Any, Any]:
@@ -222,7 +236,7 @@ def fit(values: Floats, known: Floats, counts: npt.NDArray[np.bool_]) -> Fit | N
     step = math.isqrt(max(1, values[0].size // _SAMPLES))
     step -= 1 - step % 2  # odd, because the transforms have a period of 16
     sparse = (slice(None), slice(None, None, step), slice(None, None, step))
-    some, near = values[sparse], [one[sparse] for one in around]
+    some, near = values[sparse], [[one[sparse[1:]] for one in kind] for kind in around]
     wanted, here = known[sparse], counts[sparse]
     tried = [found for scale in SCALES if (found := _solved(some, near, wanted, here, scale)) is not None]
     if not tried:
@@ -248,7 +262,7 @@ def _to_mean(means: list[float]) -> Correction:
 
 
 def _solved(
-    values: Floats, around: list[Floats], known: Floats, counts: npt.NDArray[np.bool_], scale: Scale
+    values: Floats, around: list[Any], known: Floats, counts: npt.NDArray[np.bool_], scale: Scale
 ) -> Correction | None:
     positions = _positions(values, scale)
     numbers = np.zeros((len(values), numbers_of(len(values))), np.int64)
