@@ -33,7 +33,7 @@ from zarr_cae.codec.exact import (
 )
 from zarr_cae.codec.floor import calmed, is_unusual, poor_tiles
 from zarr_cae.codec.plan import Fetch, Plan, Put
-from zarr_cae.codec.wear import note_recoded
+from zarr_cae.codec.wear import note_recoded, wears
 from zarr_cae.codec.windows import Box, assembled, enclosing, runs
 from zarr_cae.coder.frame import FrameIndex, Symbols, pack, parse_frame, parse_index
 from zarr_cae.coder.lossless import encode_pixels
@@ -279,31 +279,9 @@ def _write_to_stored(coder: ChunkCoder, selection: Any, value: Pixels, box: Box,
             streams = list(encode_streams(calm, header, coder.tables))
     kept = {number: section for number, section in corrections.items() if number not in exact}
     packed = pack(header, streams, mask=mask_section(coder, mask), exact=exact, corrections=kept)
-    if any(tile.number not in exact for tile, _ in touched) and _wears(coder, around, before):
+    if any(tile.number not in exact for tile, _ in touched) and wears(coder, around, before):
         note_recoded(coder, frame, packed)
     yield Put(coder.to_buffer(packed))
-
-
-def _wears(coder: ChunkCoder, box: Box, before: Pixels) -> bool:
-    """Return whether a write codes pixels again that it does not replace.
-
-    Pixels near the fill value don't count: most of them were never written. Nor does a selection that begins at the
-    chunk's first pixel, since that is how zarr writes all of a chunk at the array's end.
-    """
-    if isinstance(box.inside, tuple) and all(map(_begins, box.inside)) and all(at[0] == 0 for at in box.indices):
-        return False
-    others = np.ones(before.shape, bool)
-    others[box.inside] = False
-    values, fill = before[others].astype(np.float64), float(coder.spec.fill_value)
-    if math.isnan(fill):
-        return not bool(np.isnan(values).all())
-    low, high = coder.value_range
-    with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity is NaN, which counts as near
-        return bool((np.abs(values - fill) > (high - low) / 32).any())
-
-
-def _begins(part: Any) -> bool:
-    return (part.start in {None, 0}) if isinstance(part, slice) else isinstance(part, int) and part == 0
 
 
 def _new_mask(coder: ChunkCoder, parts: Parts, box: Box, pixels: Pixels) -> Mask | None:

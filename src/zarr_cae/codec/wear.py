@@ -11,6 +11,7 @@ new.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import Counter, OrderedDict
@@ -26,6 +27,7 @@ from zarr_cae.threads import hold_across_fork
 
 if TYPE_CHECKING:
     from zarr_cae.codec.chunk import ChunkCoder
+    from zarr_cae.codec.windows import Box
 
 _SAMPLES = 24
 _LENGTH = 16
@@ -44,6 +46,28 @@ _told: OrderedDict[str, None] = OrderedDict()
 """Kinds of chunks that a warning has named."""
 _encodes = False
 """Whether this process has encoded a chunk: others only read, and need no samples."""
+
+
+def wears(coder: ChunkCoder, box: Box, before: npt.NDArray[Any]) -> bool:
+    """Return whether a write codes pixels again that it does not replace.
+
+    Pixels near the fill value don't count: most of them were never written. Nor does a selection that begins at the
+    chunk's first pixel, since that is how zarr writes all of a chunk at the array's end.
+    """
+    if isinstance(box.inside, tuple) and all(map(_begins, box.inside)) and all(at[0] == 0 for at in box.indices):
+        return False
+    others = np.ones(before.shape, bool)
+    others[box.inside] = False
+    values, fill = before[others].astype(np.float64), float(coder.spec.fill_value)
+    if math.isnan(fill):
+        return not bool(np.isnan(values).all())
+    low, high = coder.value_range
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity is NaN, which counts as near
+        return bool((np.abs(values - fill) > (high - low) / 32).any())
+
+
+def _begins(part: Any) -> bool:
+    return (part.start in {None, 0}) if isinstance(part, slice) else isinstance(part, int) and part == 0
 
 
 def note_recoded(coder: ChunkCoder, before: memoryview, after: bytes) -> None:

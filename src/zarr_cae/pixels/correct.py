@@ -40,10 +40,10 @@ GREY_LEVELS = 255
 _REACH = 3
 """Pixels on each side that take part in the correction of a pixel."""
 _SAMPLES = 7000
-"""Least number of pixels for the regression, if the tile has them. Twice as many gain 1 % more."""
+"""Least number of pixels for the regression, if the tile has them."""
 _CURVE_RIDGE, _SHARE_RIDGE = 1.0, 400.0
-"""Penalties of the regression for numbers that few pixels speak for: the squares of one pixel at a knot, and of pixels
-that differ by 20 grey levels."""
+"""Penalties of the regression. They keep numbers small that few pixels determine: each counts like one more pixel, at a
+knot or with a difference of 20 grey levels, that needs no correction."""
 _PLACES = 512
 """Entries between two knots in a table of a curve: an error of at most 1/1,024 of the step between the knots."""
 _STEEP = 0.25
@@ -264,6 +264,7 @@ def _to_mean(means: list[float]) -> Correction:
 def _solved(
     values: Floats, around: list[Any], known: Floats, counts: npt.NDArray[np.bool_], scale: Scale
 ) -> Correction | None:
+    """Return the correction with knots on one scale; None if all its numbers are 0."""
     positions = _positions(values, scale)
     numbers = np.zeros((len(values), numbers_of(len(values))), np.int64)
     largest = 0.0
@@ -299,6 +300,7 @@ def _solve(features: Floats, wanted: Floats) -> npt.NDArray[np.float64]:
 
 
 def _rounded(numbers: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.int64]:
+    """Return the nearest integers, at most `most` from 0."""
     return np.rint(numbers).clip(-most, most).astype(np.int64)
 
 
